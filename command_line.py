@@ -1,0 +1,213 @@
+"""The command line's manners: everything is understood, or refused in one line, before anything runs.
+
+A command is a function: its signature is its options, its docstring is its help. Nothing here is about diffusion.
+
+Reading order: how values are read, the plan, help, checks, run_command_line.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+
+import fire
+
+from utils import UserError
+
+
+def yes_or_no(text: str) -> bool:
+    """`--resume`, `--resume=no`, `--resume=0`: every spelling people try."""
+    yes, no = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+    return (yes + no).index(text.lower()) < len(yes)
+
+
+def whole_number(text: str) -> int:
+    """`1000`, and `1e3` too."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(text) if text.strip("+-").isdecimal() else int(number)  # a float would round large seeds
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`1,2,4`, `(1, 2, 4)`, `[1,2,4]`, or `48x96`."""
+    return tuple(whole_number(part) for part in re.split("[,x]", text.strip("()[] ").rstrip(",")) if text)
+
+
+def whole_number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else whole_number(text)
+
+
+# How the text of a flag is read, and what the flag is called in messages. Text itself stays exactly as typed.
+FLAG_TYPES = {
+    bool: (yes_or_no, "yes or no"),
+    int: (whole_number, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "text"),
+    tuple: (whole_numbers, "whole numbers"),
+    int | str: (whole_number_or_auto, "a whole number or auto"),
+}
+
+
+def as_typed(flag: str, value) -> str:
+    """A setting as it is written on the command line."""
+    between = "x" if flag == "img_size" else ","
+    return between.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def in_words(limit: tuple) -> str:
+    """A range (smallest, largest)."""
+    return f"{limit[0]:g} or more" if math.isinf(limit[1]) else f"{limit[0]:g} to {limit[1]:g}"
+
+
+def did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_flags(name: str, parameters: dict, words: list[str]) -> dict[str, str]:
+    """The flags on a command line, as texts; refuses unknown, repeated and empty ones, and words that are none.
+
+    Fire would run the command before it complains about an unknown flag, let the last of two repeated ones win, and
+    take a flag without a value for True.
+    """
+    flags, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        if not re.match("--[A-Za-z]", word):
+            raise UserError(f"{word!r} is not an option; the options of {name} are written --option=value")
+        flag, equals, text = word[2:].partition("=")
+        flag = flag.replace("-", "_")
+        if flag not in parameters and flag[:2] == "no" and parameters.get(flag[2:]) is bool and not equals:
+            flag, equals, text = flag[2:], "=", "no"
+        if flag not in parameters:
+            raise UserError(
+                f"--{flag} is not an option of {name}{did_you_mean(f'--{flag}', [f'--{p}' for p in parameters])}"
+            )
+        if flag in flags:
+            raise UserError(f"--{flag} is given twice")
+        if not equals and words and not re.match("--[A-Za-z]", words[0]):
+            text = words.pop(0)
+        elif not equals and parameters[flag] is not bool:
+            raise UserError(f"--{flag} needs a value: --{flag}=...")
+        flags[flag] = text if text or equals else "yes"
+    return flags
+
+
+def plan(program: str, commands: dict[str, Callable], words: list[str]) -> Callable[[], None]:
+    """Understand a whole command line without running anything: the command, ready to be called."""
+    name, *rest = words
+    if name not in commands:
+        raise UserError(f"{name!r} is not a command{did_you_mean(name, commands)} (there are: {', '.join(commands)})")
+    parameters = {
+        flag: parameter.annotation for flag, parameter in inspect.signature(commands[name]).parameters.items()
+    }
+    flags, planned = read_flags(name, parameters, rest), []
+
+    def read(flag: str, text: str):
+        try:
+            return FLAG_TYPES[parameters[flag]][0](text)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"--{flag}={text} is not {FLAG_TYPES[parameters[flag]][1]}") from error
+
+    @functools.wraps(commands[name])
+    def stand_in(*values) -> None:  # Fire calls this; the command itself starts when the whole line is understood
+        planned.append(functools.partial(commands[name], *values))
+
+    readers = {flag: functools.partial(read, flag) for flag in parameters}
+    words = [name, *(f"--{flag}={text}" for flag, text in flags.items())]
+    fire.Fire({name: fire.decorators.SetParseFns(**readers)(stand_in)}, words, program)
+    return planned[0]
+
+
+def help_text(program: str, commands: dict[str, Callable], limits: dict, words: list[str]) -> str:
+    """The whole help of a command, made of its signature, its docstring and `limits`; or the list of commands."""
+    name = next((word for word in words if word in commands), None)
+    if name is None:
+        about = [f"  {name:9}{inspect.getdoc(command).splitlines()[0]}" for name, command in commands.items()]
+        examples = [re.search("  python .*", inspect.getdoc(command)).group() for command in commands.values()]
+        lines = [f"usage: python {program} COMMAND [--option=value ...]", "", *about, "", "for example:", *examples]
+        return "\n".join([*lines, "", f"all options: python {program} COMMAND --help"])
+    about, _, arguments = inspect.getdoc(commands[name]).partition("\nArgs:\n")
+    sentences = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, flags=re.MULTILINE))
+    lines = [f"usage: python {program} {name} [--option=value ...]", ""]
+    lines += [(part if part[0] == " " else textwrap.fill(part, 80)) + "\n" for part in about.strip().split("\n\n")]
+    for flag, parameter in inspect.signature(commands[name]).parameters.items():
+        limit, kind = limits.get(flag), FLAG_TYPES[parameter.annotation][1]
+        if limit:
+            kind = ", ".join(limit) if isinstance(limit, dict) else f"{kind}, {in_words(limit)}"
+        lines.append(f"  --{flag}={as_typed(flag, parameter.default)}    ({kind})")
+        lines += textwrap.wrap(sentences[flag], 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def check_limits(settings: dict, limits: dict) -> None:
+    """Refuse a setting that is not among its choices (a dict) or not in its range (a pair); NaN is in none."""
+    for flag, value in settings.items():
+        limit = limits.get(flag)
+        if isinstance(limit, dict) and value not in limit:
+            raise UserError(f"--{flag}={value} is not one of: {', '.join(limit)}")
+        if isinstance(limit, tuple) and value != "auto" and not limit[0] <= value <= limit[1]:
+            raise UserError(f"--{flag}={value} is out of range, which is {in_words(limit)}")
+
+
+def check_name(flag: str, name: str) -> None:
+    """Refuse what could not be one folder's name on every system, or would lead elsewhere (`..`, `/abs`, `a/b`)."""
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name)
+    if reserved or name.endswith(".") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        rules = "1 to 64 letters, digits, '.', '_', '-', the first a letter or digit, and no reserved word such as con"
+        raise UserError(f"--{flag}={name} is not a usable name; it takes {rules}")
+
+
+def check_size(img_size: tuple[int, ...], stride: int) -> tuple[int, int]:
+    """(height, width) of `--img_size=64` or `--img_size=48x96`, if a network of this stride can take it."""
+    if not 1 <= len(img_size) <= 2:
+        raise UserError(
+            f"--img_size={as_typed('img_size', img_size)} is not a size; write 64, or height x width such as 48x96"
+        )
+    for side in img_size:
+        if side % stride or not stride <= side <= 2048:
+            near = stride * min(2048 // stride, max(1, round(side / stride)))
+            rule = f"a multiple of {stride} (2 to the power of levels - 1), at most 2048"
+            raise UserError(f"--img_size={as_typed('img_size', img_size)}: {side} is not {rule}; the nearest is {near}")
+    return img_size[0], img_size[-1]
+
+
+class SteadyStream:
+    """A standard stream that outlives its reader: after `| head` has left, a training goes on, in silence."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def run_command_line(program: str, commands: dict[str, Callable], limits: dict) -> None:
+    """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C."""
+    sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
+    words, status = sys.argv[1:], 2
+    try:
+        if not words or {"--help", "-h", "help"} & set(words):
+            return print(help_text(program, commands, limits, words))
+        return plan(program, commands, words)()
+    except UserError as error:
+        message = error
+    except OSError as error:  # a folder that may not be written to, a full disk
+        message = f"{error.filename or 'disk'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message, status = "stopped", 130
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,508 @@
+"""Denoising diffusion: learn from a folder of images, then make new ones.
+
+    python ddpm.py train  --dataset=datasets/landscapes --run_name=my_run
+    python ddpm.py sample --run_name=my_run --n_img=16
+    python ddpm.py --help
+
+Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; files,
+pictures and the command line's manners are in utils.py.
+"""
+
+import copy
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import command_line
+import utils
+from modules import UNet, update_average
+from utils import UserError
+
+
+def linear_alpha_bar(steps: int) -> Tensor:
+    """Ho et al. 2020, section 4: beta rises linearly from 1e-4 to 0.02; scaled to keep its sum at other step counts."""
+    beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
+    return torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
+
+
+def cosine_alpha_bar(steps: int, offset: float = 0.008) -> Tensor:
+    """Nichol & Dhariwal 2021, eq. 17, with beta capped at 0.999 as they advise."""
+    time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    signal = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
+    beta = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, dim=0)
+
+
+def sigmoid_alpha_bar(steps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
+    """The sigmoid schedule of Jabri et al. 2022 (temperature 1), ending just above 0, where log-SNR is finite."""
+    time = torch.linspace(start, end, steps + 1, dtype=torch.float64).sigmoid()
+    signal = (time[-1] - time) / (time[-1] - time[0])
+    return signal[1:].clamp(min=1e-8)
+
+
+NOISE_SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
+OBJECTIVES = {"eps": "the noise", "v": "a mix of both", "x0": "the clean image"}
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0}  # the share of fresh noise, eta in Song et al. 2021, eq. 16
+
+
+class Diffusion:
+    """The fixed noising process and the walk back; all of the mathematics, no learned weights.
+
+    t counts noising steps, as in the paper: t = 0 is a clean image, t = T is (almost) pure noise. Two numbers per step,
+    taken from the paper's alpha_bar, say everything else:
+
+        signal[t] = sqrt(alpha_bar_t)        how much of the image is left
+        noise[t]  = sqrt(1 - alpha_bar_t)    how much noise has been mixed in
+
+    so that x_t = signal[t] * x_0 + noise[t] * eps          (Ho et al. 2020, eq. 4)
+
+    Args:
+        noise_steps: T.
+        schedule: one of NOISE_SCHEDULES.
+        objective: what the network is asked for, one of OBJECTIVES.
+        min_snr: ceiling of the loss weight (gamma in Hang et al. 2023); 0 weighs all steps alike, as in the paper.
+        device: where the tables for training are kept.
+    """
+
+    def __init__(
+        self,
+        noise_steps: int = 1000,
+        schedule: str = "linear",
+        objective: str = "eps",
+        min_snr: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
+        self.steps, self.objective, self.min_snr = noise_steps, objective, min_snr
+        self.alpha_bar = torch.cat([torch.ones(1), NOISE_SCHEDULES[schedule](noise_steps)])  # (T + 1,) float64
+        self.signal = self.alpha_bar.sqrt().float().to(device)
+        self.noise = (1 - self.alpha_bar).sqrt().float().to(device)
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """signal[t] and noise[t] of t (B,), each (B, 1, 1, 1): factors for a batch of images (B, C, H, W)."""
+        return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+
+    def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t: jump from clean images straight to step t (Ho et al. 2020, eq. 4)."""
+        signal, noise = self.at(t)
+        return signal * x_0 + noise * eps
+
+    def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network is asked for: the noise, the clean image, or v (Salimans & Ho 2022, section 4)."""
+        signal, noise = self.at(t)
+        return {"eps": eps, "x0": x_0, "v": signal * eps - noise * x_0}[self.objective]
+
+    def clean(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x_0: the clean images that a network's output implies; the inverse of `target`."""
+        signal, noise = self.at(t)
+        if self.objective == "eps":
+            return (x_t - noise * output) / signal
+        return output if self.objective == "x0" else signal * x_t - noise * output
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Weight of each image's loss (B,): 1, or min-SNR (Hang et al. 2023).
+
+        min(SNR, gamma) is their weight of an error in x_0. An error in eps is one of SNR times its square in x_0's
+        terms, one in v of SNR + 1 times; dividing by that makes it a weight for our target.
+        """
+        if self.min_snr == 0:
+            return torch.ones_like(self.signal[t])
+        snr = (self.signal[t] / self.noise[t]) ** 2
+        return snr.clamp(max=self.min_snr) / {"eps": snr, "x0": 1.0, "v": snr + 1}[self.objective]
+
+    def draw(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        """The two random numbers of Algorithm 1: a step t (B,), each of 1..T as likely, and noise eps like x_0."""
+        t = torch.randint(1, self.steps + 1, (len(x_0),), device=x_0.device)
+        return t, torch.randn_like(x_0)
+
+    def loss(self, network: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Each image's weighted mean squared error (B,): Ho et al. 2020, Algorithm 1, line 5, before the gradient.
+
+        Args:
+            network: maps (x_t, t, labels) to an image-shaped answer.
+            x_0: clean images (B, C, H, W) in [-1, 1].
+            t, eps: noising steps (B,) in 1..T, and the noise (B, C, H, W); see `draw`.
+            labels: classes (B,), or None.
+        """
+        output = network(self.add_noise(x_0, t, eps), t, labels).float()
+        error = (output - self.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
+        return self.weight(t) * error
+
+    def path(self, steps: int) -> list[int]:
+        """The noising steps to visit, T first and 0 last, evenly spaced ("trailing": Lin et al. 2024, table 2)."""
+        return [round(self.steps * (1 - i / steps)) for i in range(steps + 1)]
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        predict_clean: Callable[[Tensor, int], Tensor],
+        x_t: Tensor,
+        path: Sequence[int],
+        sampler: str = "ddpm",
+        draw_noise: Callable[[], Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk from noise to image, yielding (x_t, guess of x_0) after every step; after the last, both are the image.
+
+        DDPM (Ho et al. 2020, Algorithm 2), DDIM and DPM-Solver++(2M) are one rule (Song et al. 2021, eq. 12):
+
+            x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + spread * z
+
+        They differ in two places only. DDPM adds fresh noise z, the others none (variance = spread = 0). DPM-Solver++
+        (2M) sharpens x_0 with the guess of the step before (Lu et al. 2022, Algorithm 2); the others take it as it is.
+
+        The variance is that of q(x_next | x_t, x_0). DDPM over all T steps spreads by beta_t instead, the choice behind
+        the paper's FID of 3.17; when steps are skipped that is far too much (Song et al. 2021, table 1).
+
+        Args:
+            predict_clean: maps (x_t, t) to x_0, both (B, C, H, W); t is a plain int.
+            x_t: the starting noise (B, C, H, W).
+            path: the steps to visit, falling, to 0.
+            sampler: one of SAMPLERS.
+            draw_noise: gives fresh noise (B, C, H, W); PyTorch's generator if left out.
+        """
+        draw_noise = draw_noise or (lambda: torch.randn_like(x_t))
+        eta, is_whole = SAMPLERS[sampler], len(path) == self.steps + 1
+        alpha_bars = self.alpha_bar.tolist()  # float64, and no tensor for a scalar
+        last_x_0, last_gap = None, None
+        for t, t_next in itertools.pairwise(path):
+            alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t_next]
+            signal, signal_next = math.sqrt(alpha_bar), math.sqrt(alpha_bar_next)
+            noise, noise_next = math.sqrt(1 - alpha_bar), math.sqrt(1 - alpha_bar_next)
+            beta = 1 - alpha_bar / alpha_bar_next
+            variance = eta * beta * (noise_next / noise) ** 2
+            spread = math.sqrt(eta * beta) if is_whole else math.sqrt(variance)
+
+            x_0 = guess = predict_clean(x_t, t)
+            if sampler == "dpm++" and t_next > 0:  # the last step is one of DDIM: log-SNR has no end at t = 0
+                gap = math.log(signal_next / noise_next) - math.log(signal / noise)
+                if last_gap is not None:
+                    x_0 = guess + (guess - last_x_0) * (gap / (2 * last_gap))
+                last_x_0, last_gap = guess, gap
+            eps = (x_t - signal * x_0) / noise
+            x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
+            if eta and t_next > 0:
+                x_t = x_t + spread * draw_noise()
+            yield x_t, guess
+
+
+LR_DECAYS = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "none": lambda done: 1.0}  # done in [0, 1]
+# What a flag may be: its choices, or its smallest and largest value. Checks and help read it here.
+LIMITS = {"schedule": NOISE_SCHEDULES, "objective": OBJECTIVES, "sampler": SAMPLERS, "lr_decay": LR_DECAYS}
+LIMITS |= dict.fromkeys(("epochs", "batch_size", "n_img", "steps"), (1, math.inf))
+LIMITS |= dict.fromkeys(("seed", "warmup", "attention_size", "min_snr", "sample_every", "save_every"), (0, math.inf))
+LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_steps": (2, 100_000)}
+LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999)}
+MAY_CHANGE = ("dataset", "epochs", "resume", "device", "sample_every", "save_every")  # when a run goes on
+LOG_EVERY = 20  # steps between two rows of the log: reading the loss makes a GPU wait
+GRID_IMAGES = 256  # nobody looks at a larger grid
+
+
+def train(
+    # what and where
+    dataset: str = "datasets/landscapes",
+    run_name: str = "untitled",
+    flip: bool = True,
+    # length
+    epochs: int = 500,
+    resume: bool = True,
+    seed: int = 0,
+    # network
+    img_size: tuple = (64,),
+    width: int = 64,
+    multipliers: tuple = (1, 2, 4, 4),
+    blocks: int = 2,
+    attention_size: int = 16,
+    dropout: float = 0.0,
+    # noise
+    noise_steps: int = 1000,
+    schedule: str = "linear",
+    objective: str = "eps",
+    min_snr: float = 0.0,
+    # optimization
+    batch_size: int = 64,
+    lr: float = 2e-4,
+    warmup: int = 500,
+    lr_decay: str = "cosine",
+    ema_decay: float = 0.9999,
+    # running
+    device: str = "auto",
+    sample_every: int = 10,
+    save_every: float = 10.0,
+) -> None:
+    """Learn to make images like those in a folder.
+
+        python ddpm.py train --dataset=datasets/landscapes --run_name=my_run
+
+    The same command continues where a run was stopped (Ctrl-C saves first). Everything needed to go on or to sample is
+    in models/RUN/checkpoint.pt; previews, the log and the loss curve are in results/RUN/.
+
+    Args:
+        dataset: a folder of images, flat or nested (jpg, png, webp, bmp, gif, tif).
+        run_name: names models/RUN and results/RUN.
+        flip: also learn from mirror images; turn it off where left and right matter, as in writing.
+        epochs: how many times every image is shown, in all.
+        resume: continue the run if it exists; --resume=no refuses to touch it.
+        seed: fixes the network's start, the order of the images and the noise.
+        img_size: size of the images, one number or height x width (48x96); a multiple of 2 to the power of levels - 1.
+        width: channels of the network's first level; a multiple of 4 up to 128, of 32 above.
+        multipliers: channels of each level, as multiples of the width; every level halves the resolution.
+        blocks: residual blocks in every level.
+        attention_size: levels whose shorter side has at most so many pixels get attention; the middle always has it.
+        dropout: share of activations dropped in training; try 0.1 if a small data set is learnt by heart.
+        noise_steps: steps from an image to pure noise, T in the paper.
+        schedule: how the noise grows over the steps.
+        objective: what the network predicts: the noise, v, or the clean image.
+        min_snr: ceiling of the loss weight (5 in the min-SNR paper); 0 weighs all steps alike, as DDPM does.
+        batch_size: images per training step.
+        lr: learning rate after the warm-up.
+        warmup: steps over which the learning rate rises from 0.
+        lr_decay: how the learning rate falls over the whole run.
+        ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
+        device: auto, cpu, cuda, cuda:N or mps.
+        sample_every: epochs between two previews; 0 for none.
+        save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
+
+    Raises:
+        UserError: a flag, folder or checkpoint that does not fit.
+    """
+    settings = dict(locals())
+    command_line.check_limits(settings, LIMITS)
+    command_line.check_name("run_name", run_name)
+    if not multipliers or min(multipliers) < 1 or max(multipliers) > 64:
+        raise UserError(
+            f"--multipliers={command_line.as_typed('multipliers', multipliers)} is not one or more numbers from 1 to 64"
+        )
+    if width % (4 if width <= 128 else 32):
+        raise UserError(f"--width={width} is not a multiple of 4 up to 128, or of 32 above")
+    size = settings["img_size"] = command_line.check_size(img_size, stride=2 ** (len(multipliers) - 1))
+    device = utils.pick_device(device)
+    if not resume and utils.has_checkpoint(run_name):
+        raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
+
+    data = utils.load_dataset(Path(dataset), size)
+    path, results = utils.checkpoint_paths(run_name)[0], Path("results", run_name)
+    lock = utils.lock_run(path.parent)  # held until this function ends
+    torch.manual_seed(utils.seed_of(seed))
+    network, diffusion = build(settings, device)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
+    step, log, sums = 0, [], torch.zeros(2)  # sums: of loss and gradient norm since the last row of the log
+    if utils.has_checkpoint(run_name):
+        stored = utils.load_checkpoint(run_name)
+        check_same_run(stored, settings, data)
+        network.load_state_dict(stored["network"])
+        average.load_state_dict(stored["average"])
+        optimizer.load_state_dict(stored["optimizer"])
+        step, log, sums = stored["step"], stored["log"], stored["sums"]
+    images, sums = utils.on_device(data.images, device), sums.to(device)
+    count, batch_size = len(images), min(batch_size, len(images))
+    last_step = math.ceil(epochs * count / batch_size)
+
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    precision = "bfloat16" if utils.has_bfloat16(device) else "float32"
+    print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, sep="\n         ")
+    print(f"network  {millions:.1f} million weights, on {device} in {precision}")
+    print(f"length   {epochs:,} epochs, {last_step:,} steps of {batch_size} images; {step:,} steps are done")
+    print(f"files    {path}, {results}{os.sep}", flush=True)
+    utils.write_log(results / "log.csv", log)
+    saved_at = logged_at = time.monotonic()
+    stopping = 0
+    with utils.StopSignals() as stop, utils.progress_bar(last_step * batch_size, step * batch_size) as bar:
+        while step < last_step and not stopping:
+            # Algorithm 1. All that is random in a step hangs on (seed, step) alone: a run that was stopped and goes on
+            # is, to the bit, the run that was not, and no generator's state has to be kept.
+            torch.manual_seed(utils.seed_of(seed, step))
+            indices = utils.batch_indices(count, batch_size, step, seed)
+            x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))  # (B, C, H, W) in [-1, 1]
+            x_0 = utils.mirror_half(x_0) if flip else x_0
+            t, eps = diffusion.draw(x_0)
+            with utils.autocast(device):
+                loss = diffusion.loss(network, x_0, t, eps).mean()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
+            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](step / last_step)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            update_average(average, network, step, ema_decay)
+            sums += torch.stack([loss.detach(), norm])
+            bar.update(batch_size)
+
+            stopping, minutes = stop.status, (time.monotonic() - saved_at) / 60
+            seen, epoch = step * batch_size, step * batch_size // count
+            is_epoch_end, is_row = seen % count < batch_size, step % LOG_EVERY == 0
+            is_save = stopping or step == last_step or minutes >= (min(1, save_every) if is_epoch_end else save_every)
+            if (is_save or is_row) and not sums.isfinite().all():
+                advice = "begin another run with a lower --lr or a longer --warmup"
+                raise UserError(f"the loss is infinite or NaN at step {step:,}, learning rate {rate:.1e}; {advice}")
+            if is_row:
+                mean_loss, mean_norm = (sums / LOG_EVERY).tolist()
+                speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
+                log.append([step, seen / count, seen, mean_loss, rate, mean_norm, speed])
+                utils.write_log(results / "log.csv", log[-1:], mode="a")
+                bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {mean_loss:.4f}", refresh=False)
+                sums.zero_()
+            if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):
+                *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
+                preview_path = results / "training_progress" / f"epoch_{epoch:04d}.png"
+                utils.save_png(utils.to_bytes(previews).cpu(), preview_path, run=run_name, step=step)
+                utils.plot_loss(log, results / "loss.png")
+            if is_save:
+                learnt = {"network": network.state_dict(), "average": average.state_dict()}
+                course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
+                try:
+                    utils.save_checkpoint(run_name, settings=settings, data=data.fingerprint, **learnt, **course)
+                except OSError as error:
+                    if stopping or step == last_step:
+                        raise
+                    bar.write(f"{path} was not saved ({error}); training goes on, the next try is in a minute")
+                saved_at = time.monotonic()
+    lock.release()
+    if stopping:
+        print(f"stopped and saved at step {step:,} of {last_step:,}; the same command goes on from there")
+        raise SystemExit(stopping)
+    print(f"trained for {epochs:,} epochs; to make images: python ddpm.py sample --run_name={run_name} --n_img=16")
+
+
+def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
+    """The network, untrained, and the noising process that a run's settings describe."""
+    shape = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
+    noising = ("noise_steps", "schedule", "objective", "min_snr")
+    network = UNet(**{name: settings[name] for name in shape}).to(device)
+    return network, Diffusion(**{name: settings[name] for name in noising}, device=device)
+
+
+def check_same_run(stored: dict, settings: dict, data: utils.Dataset) -> None:
+    """Refuse to go on with a run of other settings or other images; say when its learning rate is stretched."""
+    was = stored["settings"]
+    differences = [
+        f"--{name} was {command_line.as_typed(name, was[name])}, is now {command_line.as_typed(name, value)}"
+        for name, value in settings.items()
+        if name not in MAY_CHANGE and value != was[name]
+    ]
+    if stored["data"] != data.fingerprint:
+        differences.append(f"the images in {settings['dataset']} are not those it was trained on ({was['dataset']})")
+    if differences:
+        ways_out = "repeat its settings to continue it, or begin a new run with another --run_name"
+        raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
+    if settings["epochs"] != was["epochs"] and settings["lr_decay"] != "none":
+        print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
+
+
+def walk(
+    network: nn.Module, diffusion: Diffusion, seeds: Sequence[int], size: tuple[int, int], sampler: str, steps: int
+):
+    """`Diffusion.denoise` with a network, from the noise of one seed per image: (x_t, guess of x_0) after every step.
+
+    All noise of an image is drawn on the CPU from its own seed, so it does not depend on the batch or the device.
+    """
+    device = diffusion.signal.device
+    generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def draw_noise() -> Tensor:
+        noise = [generator.standard_normal((3, *size), dtype=np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(noise)).to(device)  # (B, 3, H, W)
+
+    def predict_clean(x_t: Tensor, t: int) -> Tensor:
+        steps = torch.full((len(x_t),), t, device=device)
+        with utils.autocast(device):
+            output = network(x_t, steps)
+        return diffusion.clean(x_t, steps, output.float()).clamp(-1, 1)
+
+    return diffusion.denoise(predict_clean, draw_noise(), diffusion.path(steps), sampler, draw_noise)
+
+
+def sample(
+    # what and where
+    run_name: str = "",
+    n_img: int = 16,
+    name: str = "samples",
+    save_grid: bool = True,
+    seed: int = 0,
+    img_size: tuple = (),
+    # how
+    sampler: str = "dpm++",
+    steps: int = 25,
+    batch_size: int | str = "auto",
+    device: str = "auto",
+) -> None:
+    """Make new images with a trained network.
+
+        python ddpm.py sample --run_name=my_run --n_img=16
+
+    Writes results/RUN/NAME/sample_0001.png and so on, and all of them in one grid. Nothing is overwritten: a second
+    call writes to NAME_2.
+
+    Args:
+        run_name: the run to sample from, a folder in models/.
+        n_img: how many images.
+        name: the folder to write to, below results/RUN/.
+        save_grid: also save samples.png, the first 256 images side by side.
+        seed: image number i is made from seed + i alone, whatever the other options.
+        img_size: another size than the run was trained at; it may not look as good.
+        sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer and add no noise on the way.
+        steps: how many of the noising steps are visited; 1000 with ddpm is the paper's Algorithm 2.
+        batch_size: images made at the same time.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: a flag or checkpoint that does not fit.
+    """
+    command_line.check_limits(locals(), LIMITS)
+    command_line.check_name("name", name)
+    if not run_name:
+        raise UserError(f"--run_name is missing; runs there are: {utils.list_runs()}")
+    command_line.check_name("run_name", run_name)
+    device = utils.pick_device(device)
+    stored = utils.load_checkpoint(run_name)
+    settings = stored["settings"]
+    if steps > settings["noise_steps"]:
+        raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
+    size = command_line.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))
+    if size != settings["img_size"]:
+        print(f"{run_name} was trained at {settings['img_size'][0]}x{settings['img_size'][1]}; this may look worse")
+    network, diffusion = build(settings, device)
+    network.load_state_dict(stored["average"])
+    network.eval().to(memory_format=torch.channels_last)
+    if batch_size == "auto":
+        at_64_pixels = 16 if device.type == "cpu" else 256
+        batch_size = max(1, min(at_64_pixels, at_64_pixels * 64 * 64 // (size[0] * size[1])))
+
+    folder = utils.free_folder(Path("results", run_name, name))
+    digits, grid = max(4, len(str(n_img))), []
+    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
+    with utils.progress_bar(steps * math.ceil(n_img / batch_size), unit="step") as bar:
+        for start in range(0, n_img, batch_size):
+            seeds = range(seed + start, seed + min(n_img, start + batch_size))
+            for x_t, _ in walk(network, diffusion, seeds, size, sampler, steps):
+                bar.update()
+            images = utils.to_bytes(x_t).cpu()  # (B, 3, H, W)
+            for number, image in enumerate(images, start + 1):
+                facts = {
+                    "run": run_name,
+                    "step": stored["step"],
+                    "seed": seed + number - 1,
+                    "sampler": sampler,
+                    "steps": steps,
+                }
+                utils.save_png(image[None], folder / f"sample_{number:0{digits}d}.png", **facts)
+            grid += images[: max(0, GRID_IMAGES - start)]
+    print(f"{n_img:,} images: {folder / 'sample_*.png'}")
+    if save_grid:
+        utils.save_png(torch.stack(grid), folder / "samples.png", **facts | {"seed": seed})
+        print(f"{len(grid)} of them in one: {folder / 'samples.png'}")
+
+
+def main() -> None:
+    command_line.run_command_line("ddpm.py", {"train": train, "sample": sample}, LIMITS)
+
+
+if __name__ == "__main__":
+    main()

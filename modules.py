@@ -1,0 +1,235 @@
+"""What learns: the U-Net of the DDPM paper and the running average of its weights.
+
+The parameter names are those of diffusers' UNet2DModel, so a `state_dict()` moves between the two as it is.
+
+Reading order: timestep_embedding, the blocks, UNet, update_average.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of t at width / 2 frequencies from 1 down to 1 / 10,000 (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        t: times (B,), of any real type.
+        width: size of the embedding, even.
+
+    Returns:
+        (B, width) float32.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer perceptron that turns the raw embedding into what every block is told: (B, width) -> (B, size)."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, size)
+        self.linear_2 = nn.Linear(size, size)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, told the time (and class) in between.
+
+    x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H, W)
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, embedding_size: int, groups: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding_size, channels_out)
+        self.norm2 = nn.GroupNorm(groups, channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + self.conv_shortcut(x)
+
+
+class SelfAttention(nn.Module):
+    """Every pixel looks at every pixel: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, groups: int, channels_per_head: int):
+        super().__init__()
+        self.heads = channels // channels_per_head
+        self.group_norm = nn.GroupNorm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list of one: diffusers' name is to_out.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = (
+            project(pixels).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, HW, C / heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
+        return x + self.to_out[0](mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Resample(nn.Module):
+    """Half the resolution (a 3x3 convolution at every other pixel) or twice (every pixel four times, then 3x3)."""
+
+    def __init__(self, channels: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+
+
+class Level(nn.Module):
+    """One resolution of the U: residual blocks, each followed by attention where wanted."""
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module] | None = None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions or [nn.Identity() for _ in resnets])
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+
+class UNet(nn.Module):
+    """The network of Ho et al. 2020 (appendix B): it is shown a noisy image and its step, and answers with an image.
+
+    What the answer means - the noise, v or the clean image - is up to `Diffusion`.
+
+    Args:
+        img_size: height and width in pixels, each a multiple of `stride`; one number for a square.
+        channels: of the image: 1 gray, 3 RGB, 4 RGBA.
+        width: channels of the first level; a multiple of 4 up to 128, of 32 above.
+        multipliers: channels of each level, as multiples of `width`; each has half the resolution of the one above.
+        blocks: residual blocks per level on the way down (and one more on the way up).
+        attention_size: levels whose shorter side has at most so many pixels get attention; the middle always has it.
+        dropout: share of activations dropped inside residual blocks, in [0, 1).
+        classes: number of classes, or None for a network that knows none.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        channels: int = 3,
+        width: int = 64,
+        multipliers: tuple[int, ...] = (1, 2, 4, 4),
+        blocks: int = 2,
+        attention_size: int = 16,
+        dropout: float = 0.0,
+        classes: int | None = None,
+    ):
+        super().__init__()
+        self.width, self.null_class = width, classes
+        shorter = img_size if isinstance(img_size, int) else min(img_size)
+        widths = [width * multiplier for multiplier in multipliers]
+        attended = [shorter // 2**depth <= attention_size for depth in range(len(widths))]
+        embedding_size = 4 * width
+        groups = min(32, width // 4)  # one channel per group would erase the time: a group's mean is removed
+        channels_per_head = math.gcd(64, *widths)  # 64 wherever all levels can be cut so
+
+        def resnet(channels_in: int, channels_out: int) -> ResidualBlock:
+            return ResidualBlock(channels_in, channels_out, embedding_size, groups, dropout)
+
+        def attention(channels: int) -> SelfAttention:
+            return SelfAttention(channels, groups, channels_per_head)
+
+        self.time_embedding = TimeEmbedding(width, embedding_size)
+        self.class_embedding = nn.Embedding(classes + 1, embedding_size) if classes else None  # the last one: no class
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+
+        self.down_blocks, skips, last = nn.ModuleList(), [width], len(widths) - 1
+        for depth, (above, here) in enumerate(zip([width, *widths], widths, strict=False)):
+            level = Level(
+                [resnet(before, here) for before in [above] + [here] * (blocks - 1)],
+                [attention(here) for _ in range(blocks)] if attended[depth] else None,
+            )
+            skips += [here] * blocks
+            if depth < last:
+                level.downsamplers.append(Resample(here, up=False))
+                skips.append(here)
+            self.down_blocks.append(level)
+
+        self.mid_block = Level([resnet(here, here), resnet(here, here)], [attention(here), nn.Identity()])
+
+        self.up_blocks, below = nn.ModuleList(), here
+        for depth, here in reversed(list(enumerate(widths))):
+            level = Level(
+                [resnet(before + skips.pop(), here) for before in [below] + [here] * blocks],
+                [attention(here) for _ in range(blocks + 1)] if attended[depth] else None,
+            )
+            if depth > 0:
+                level.upsamplers.append(Resample(here, up=True))
+            self.up_blocks.append(level)
+            below = here
+
+        self.conv_norm_out = nn.GroupNorm(groups, width)
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)  # the first answer is 0 everywhere: a calm start
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The answer to a batch of noisy images.
+
+        Args:
+            x: images (B, C, H, W); clean ones lie in [-1, 1].
+            t: noising step of each image (B,), 1..T.
+            labels: class of each image (B,); `null_class` for none, which is also meant where they are left out.
+
+        Returns:
+            (B, C, H, W)
+        """
+        embedding = self.time_embedding(timestep_embedding(t - 1, self.width))  # (B, 4 width); here time counts from 0
+        if self.class_embedding is not None:
+            labels = torch.full_like(t, self.null_class) if labels is None else labels
+            embedding = embedding + self.class_embedding(labels)
+
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down_blocks:
+            for resnet, attention in zip(level.resnets, level.attentions, strict=True):
+                h = attention(resnet(h, embedding))
+                skips.append(h)
+            for downsample in level.downsamplers:
+                h = downsample(h)
+                skips.append(h)
+
+        for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
+            h = attention(resnet(h, embedding))
+
+        for level in self.up_blocks:
+            for resnet, attention in zip(level.resnets, level.attentions, strict=True):
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), embedding))
+            for upsample in level.upsamplers:
+                h = upsample(h)
+
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
+    """Fold the weights after optimizer step `step` (1, 2, ...) into their running average (EMA), in place.
+
+        average <- decay * average + (1 - decay) * network
+
+    The average makes far better images than the weights themselves. The decay is warmed up as
+    min(decay, (1 + step) / (10 + step)), so that a young average forgets the random start.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)

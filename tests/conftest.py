@@ -1,0 +1,76 @@
+"""What the tests share: a place of their own to work in, small pictures, a tiny network, and the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddpm
+
+ROOT = Path(__file__).resolve().parent.parent
+# The smallest run that goes through every part: 8x8 pixels, two levels, attention, 4 channels a group.
+TINY = ("--img_size=8", "--width=16", "--multipliers=1,2", "--blocks=1", "--attention_size=4", "--batch_size=4")
+TINY += ("--sample_every=0", "--warmup=5", "--lr=1e-3", "--device=cpu")
+
+torch.set_num_threads(1)  # threads cost more than they give at this size, most of all on a busy machine
+
+
+class Result:
+    """How a command line ended: exit status, standard output, standard error."""
+
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty current directory: models/, results/ and datasets/ of a test land here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, monkeypatch, capfd):
+    """Run `ddpm.py WORDS...` within this process, in the test's own place."""
+
+    def run_words(*words: str) -> Result:
+        streams = sys.stdout, sys.stderr
+        monkeypatch.setattr(sys, "argv", ["ddpm.py", *words])
+        capfd.readouterr()
+        status = 0
+        try:
+            ddpm.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            sys.stdout, sys.stderr = streams
+        return Result(status, *capfd.readouterr())
+
+    return run_words
+
+
+def start(*words: str, cwd: Path, **options) -> subprocess.Popen:
+    """Start `ddpm.py WORDS...` as a process of its own, with one thread and its output in pipes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
+    command = [sys.executable, str(ROOT / "ddpm.py"), *words]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **options)
+
+
+def paint(folder: Path, count: int = 10, size: tuple[int, int] = (12, 10), first_seed: int = 0) -> Path:
+    """A folder of small noisy pictures, every one different, of `size` (width, height)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(first_seed, first_seed + count):
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"picture_{seed:04d}.png")
+    return folder
+
+
+def files_below(folder: Path) -> set[str]:
+    """Everything in a folder, by its path from there."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}

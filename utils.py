@@ -1,0 +1,426 @@
+"""What touches the world: signals, devices, pictures, files. No mathematics of diffusion.
+
+Sections, in reading order: errors; processes; reading images; writing images; checkpoints; progress and log.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+from tqdm import tqdm
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; shown as one line, without a traceback, status 2."""
+
+
+# What decoders of pictures and archives raise when a file is damaged or hostile.
+BROKEN_FILE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+)
+BROKEN_FILE += (MemoryError, ArithmeticError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
+BROKEN_FILE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """Within this block the first Ctrl-C or SIGTERM only sets `status` (130, 143), so that a step can be finished.
+
+    A second one acts as it always does, which harms nothing: files appear whole or not at all.
+    """
+
+    status = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, _frame) -> None:
+        self.status = 128 + number
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Keep other trainers out of a run's folder while this lock is referred to; it dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is training this run; choose another --run_name") from error
+    return lock
+
+
+def pick_device(text: str) -> torch.device:
+    """The device that `--device` names; `auto` is the first there is of: NVIDIA GPU, Apple GPU, CPU."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise UserError(f"--device={text} is not one of: auto, cpu, cuda, cuda:N, mps")
+    gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    text = ("cuda" if gpus else "mps" if has_mps else "cpu") if text == "auto" else text
+    device = torch.device(text)
+    if (device.type == "cuda" and (device.index or 0) >= gpus) or (device.type == "mps" and not has_mps):
+        raise UserError(f"--device={text} is not on this machine ({gpus} CUDA devices); --device=cpu works everywhere")
+    return device
+
+
+@functools.cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware itself computes in bfloat16; emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 for the layers that gain from it, where the hardware has it; it needs no loss scaling."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed mixed of several numbers; PyTorch's CPU generator looks at 32 bits only: mere sums would collide."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# ---- reading images --------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CACHE = Path("datasets", ".cache")
+
+
+class Dataset(NamedTuple):
+    """A folder of pictures, decoded."""
+
+    images: np.ndarray  # (N, 3, H, W) uint8, mapped into memory from the cache
+    fingerprint: str  # of the files' names and sizes: the same on every machine
+    remarks: list[str]  # what was skipped or changed, a sentence each
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All pictures below a folder, in one order on every system; no hidden files, no pipes, no circles of links."""
+    if not folder.is_dir():
+        others = ", ".join(sorted(path.name for path in Path("datasets").glob("[!.]*") if path.is_dir())) or "none"
+        wrong = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"--dataset={folder} {wrong}; it takes any folder of images (in datasets/ there are: {others})")
+    found, visited = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if not images:
+        raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, white where it is transparent.
+
+    Pillow alone turns 16-bit pictures white and floating-point ones black, and shows what transparency hides.
+    """
+    if picture.mode[0] in "IF":
+        levels = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0).clip(min=0)
+        whites = (65535,) if ";16" in picture.mode else (1, 255, 65535)
+        white = next((white for white in whites if levels.max() <= white), levels.max())
+        return Image.fromarray((levels / white * 255).round().astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+    """A picture's shorter side resized with antialiasing, its centre cut out: pixels (3, H, W) uint8, and a remark.
+
+    A file that cannot be read gives None, and the reason.
+    """
+    height, width = size
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+            remark = "animated: the first frame is used" if getattr(picture, "is_animated", False) else ""
+            picture.draft("RGB", (2 * max(size), 2 * max(size)))  # a large JPEG is decoded at a half, fourth or eighth
+            picture = to_rgb(ImageOps.exif_transpose(picture))
+    except BROKEN_FILE as error:
+        return None, f"{path.name} ({str(error) or type(error).__name__})"
+    if picture.width < width or picture.height < height:
+        remark = "smaller than --img_size: enlarged"
+    pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))  # (H, W, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), remark
+
+
+def load_dataset(folder: Path, size: tuple[int, int]) -> Dataset:
+    """Every readable picture below `folder` at `size` (height, width): decoded once, then kept as bytes in the cache.
+
+    Raises:
+        UserError: there is no such folder, it holds no images, or more than half of them are unreadable.
+    """
+    paths = find_images(folder)
+    stats = [path.stat() for path in paths]
+    files = [(path.relative_to(folder).as_posix(), info.st_size) for path, info in zip(paths, stats, strict=True)]
+    fingerprint = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    key = repr((fingerprint, [info.st_mtime_ns for info in stats], size, "RGB"))
+    cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.bytes"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    facts_path = cache.with_suffix(".json")  # written last: where it stands, the bytes are complete
+    with FileLock(cache.with_suffix(".lock")):  # a second process waits, and finds the work done
+        if not facts_path.exists() or not cache.exists():
+            facts = decode(paths, size, cache)
+            write_whole(facts_path, lambda file: file.write(json.dumps(facts).encode()))
+    facts = json.loads(facts_path.read_text())
+    images = np.memmap(cache, np.uint8, mode="c", shape=(facts["count"], 3, *size))
+    return Dataset(images, fingerprint, facts["remarks"])
+
+
+def decode(paths: list[Path], size: tuple[int, int], cache: Path) -> dict:
+    """Write the readable pictures behind one another into `cache`; tell their number and what was noticed."""
+    skipped, noticed = [], {}
+
+    def write(file) -> None:
+        with ThreadPoolExecutor() as pool, progress_bar(len(paths), title="reading images") as bar:
+            for start in range(0, len(paths), 1024):  # in portions, so that memory stays flat
+                for pixels, remark in pool.map(lambda path: read_image(path, size), paths[start : start + 1024]):
+                    bar.update()
+                    if pixels is None:
+                        skipped.append(remark)
+                    else:
+                        file.write(pixels.tobytes())
+                        noticed[remark] = noticed.get(remark, 0) + 1
+        if 2 * len(skipped) > len(paths):
+            raise UserError(f"{len(skipped)} of {len(paths)} images cannot be read, for instance {skipped[0]}")
+
+    write_whole(cache, write)
+    remarks = [f"{len(skipped):,} unreadable, left out: {', '.join(skipped[:3])}"] if skipped else []
+    remarks += [f"{number:,} {remark}" for remark, number in noticed.items() if remark]
+    return {"count": len(paths) - len(skipped), "remarks": remarks}
+
+
+def on_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """A data set as one tensor: on the GPU where it takes less than half of the free memory, else left on the disk."""
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return torch.from_numpy(images).to(device if fits else "cpu")
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: a permutation of 0..count - 1 that hangs on (seed, epoch) alone."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Which images step `step` (0, 1, ...) is shown, (batch_size,) int64.
+
+    The orders of all epochs are laid end to end and cut into batches: every image is visited exactly once per epoch,
+    and every batch is full.
+    """
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return torch.tensor([shuffled(count, seed, place // count)[place % count] for place in places])
+
+
+def mirror_half(images: Tensor) -> Tensor:
+    """Images (B, C, H, W), each mirrored left to right or not, as a coin decides."""
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
+
+
+# ---- writing images --------------------------------------------------------------------------------------------------
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """0..255 to [-1, 1], float32; the inverse of `to_bytes`."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, uint8, rounded to the nearest level."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_png(images: Tensor, path: Path, **facts) -> None:
+    """Write images (N, 3, H, W) in 0..255 as one PNG, side by side in a square, with `facts` as its text chunks."""
+    from torchvision.utils import make_grid  # two seconds to import: not before it is needed
+
+    sheet = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=0)  # (3, rows * H, columns * W)
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in facts.items():
+        chunks.add_text(name, str(value))
+    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
+    numbered = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 1_000_000))
+    return next(path for path in (folder, *numbered) if not path.exists()) if folder.exists() else folder
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable, keep: Path | None = None) -> None:
+    """Have `write(file)` fill a file that appears at `path` whole or not at all, and survives a loss of power.
+
+    The file that was there before is kept at `keep`, if given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name != "nt":  # the new name is on disk only once its folder is; Windows sees to that by itself
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def checkpoint_paths(run_name: str) -> tuple[Path, Path]:
+    """Where a run's newest checkpoint is, and the one before it."""
+    return Path("models", run_name, "checkpoint.pt"), Path("models", run_name, "checkpoint.previous.pt")
+
+
+def has_checkpoint(run_name: str) -> bool:
+    return any(path.exists() for path in checkpoint_paths(run_name))
+
+
+def list_runs() -> str:
+    runs = {path.parent.name for path in Path("models").glob("*/checkpoint*.pt")}
+    return ", ".join(sorted(runs)) or "none yet"
+
+
+def save_checkpoint(run_name: str, **state) -> None:
+    """Put a new checkpoint in the place of the newest, which becomes the one before.
+
+    Raises:
+        OSError: the disk is full or not writable; what was there is untouched.
+    """
+    path, previous = checkpoint_paths(run_name)
+
+    def write(file) -> None:
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+        except RuntimeError as error:  # PyTorch's words for a full disk are "unexpected pos 704 vs 598"
+            raise OSError(f"disk full? ({error})") from error
+
+    write_whole(path, write, keep=previous)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote, on the CPU; opening it cannot run code.
+
+    Raises:
+        UserError: naming the file, if it is missing, damaged, or written by a newer version of this program.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load compares no check sums: a flipped bit would be a wrong weight
+                raise ValueError("a check sum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = int(state["format"])
+    except BROKEN_FILE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]})") from error
+    if version > CHECKPOINT_FORMAT:
+        raise UserError(f"{path} has format {version}; this program knows {CHECKPOINT_FORMAT}, a newer one is needed")
+    return state
+
+
+def load_checkpoint(run_name: str) -> dict:
+    """The newest checkpoint of a run; where it is damaged, the one before it, and it says so.
+
+    Raises:
+        UserError: there is no such run (those there are get listed), or no readable checkpoint.
+    """
+    path, previous = checkpoint_paths(run_name)
+    if not has_checkpoint(run_name):
+        raise UserError(f"--run_name={run_name} is not a trained run; runs there are: {list_runs()}")
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        print(f"{error}; {previous.name}, the one before it, is used instead")
+        return read_checkpoint(previous)
+
+
+# ---- progress and log ------------------------------------------------------------------------------------------------
+
+LOG_COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "img_per_s")
+
+
+def progress_bar(total: int, done: int = 0, unit: str = "img", title: str | None = None) -> tqdm:
+    """A bar with the time left; without a terminal, a plain line at most every percent and every 15 seconds."""
+    bar = functools.partial(tqdm, total=total, initial=done, unit=unit, unit_scale=True, desc=title)
+    if sys.stderr.isatty():
+        return bar(dynamic_ncols=True)
+    line = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    return bar(delay=15, mininterval=15, maxinterval=math.inf, miniters=total / 100, bar_format=line)
+
+
+def write_log(path: Path, rows: list[list[float]], mode: str = "w") -> None:
+    """results/RUN/log.csv: written anew from what the checkpoint remembers, then added to with mode "a"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode, newline="") as file:
+        csv.writer(file).writerows([*([LOG_COLUMNS] if mode == "w" else []), *rows])
+
+
+def plot_loss(rows: list[list[float]], path: Path) -> None:
+    """The training loss over the images seen, both on logarithmic axes."""
+    import matplotlib  # half a second to import: not before it is needed
+
+    matplotlib.use("agg")  # draws without a display
+    from matplotlib import pyplot
+
+    images, losses = ([row[LOG_COLUMNS.index(name)] for row in rows] for name in ("images", "loss"))
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.loglog(images, losses)
+    axes.set(xlabel="images seen", ylabel="training loss")
+    write_whole(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
+    pyplot.close(figure)
