@@ -408,9 +408,7 @@ def plan_plants(rng: np.random.Generator, scene: Scene) -> None:
 
 def add_plant(rng: np.random.Generator, scene: Scene, shape: str, x: float, z: float, colour: Array) -> None:
     """Plant one at (x, z) metres, of a height usual for its shape."""
-    tall = {"conifer": 13, "broad": 10, "poplar": 14, "bush": 2.2, "palm": 9, "cactus": 4, "boulder": 1.3}[
-        shape
-    ]
+    tall = {"conifer": 13, "broad": 10, "poplar": 14, "bush": 2.2, "palm": 9, "cactus": 4, "boulder": 1.3}[shape]
     tall = tall * rng.uniform(0.7, 1.25) * (1 + z / 40 if shape == "boulder" else 1)
     scene.plants.append(Plant(shape, float(x), float(z), float(tall), colour, int(rng.integers(1 << 30))))
 
@@ -454,9 +452,7 @@ def ground_height(scene: Scene, x: Array, z: Array, pixel: Array | float = 0.0) 
     x, z = np.float32(x), np.float32(z)
     rise = smooth(0, 1, (z - land["start"]) / (land["start"] * (land["steep"] - 1) + 1))
     size = 0.2 * land["start"] * land["steep"]
-    rolling = noise.fbm(
-        x / land["roll_length"] + 31, z / land["roll_length"], 4, 0.42, pixel / land["roll_length"]
-    )
+    rolling = noise.fbm(x / land["roll_length"] + 31, z / land["roll_length"], 4, 0.42, pixel / land["roll_length"])
     ground = land["roll"] * rolling * np.clip(z / 40, 0.1, 1) + land["tilt"] * np.clip(x, -60, 60)
     if land["water"] == "none":
         ground = ground + land["dry"]
@@ -622,9 +618,7 @@ def paint_night(scene: Scene, u: Array, v: Array) -> Array:
     return glow
 
 
-def add_clouds(
-    scene: Scene, layer: Cloud, colour: Array, u: Array, v: Array, glow: Array, pixel: float
-) -> Array:
+def add_clouds(scene: Scene, layer: Cloud, colour: Array, u: Array, v: Array, glow: Array, pixel: float) -> Array:
     """Return the sky with one layer of clouds, lit from the side of the sun."""
     noise, light = scene.noise, scene.light
     up = np.maximum(v, 0)
@@ -988,9 +982,7 @@ def paint_plants(scene: Scene, view: View, colour: Array, cover: Array) -> None:
         view.depth[window] = np.where(mask > 0.5, plant.z, view.depth[window])
 
 
-def shade_ground(
-    scene: Scene, view: View, colour: Array, plant: Plant, cx: float, base: float, tall: float
-) -> None:
+def shade_ground(scene: Scene, view: View, colour: Array, plant: Plant, cx: float, base: float, tall: float) -> None:
     """Darken the ground around the foot of a plant, on the side away from the sun."""
     wide = tall * (0.6 if plant.shape in ("bush", "boulder") else 0.32)
     deep = wide * min(0.35, 1.6 * scene.camera / plant.z)
