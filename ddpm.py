@@ -347,7 +347,7 @@ def train(
                 speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
                 log.append([step, seen / count, seen, mean_loss, rate, mean_norm, speed])
                 utils.write_log(results / "log.csv", log[-1:], mode="a")
-                bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {mean_loss:.4f}", refresh=False)
+                bar.set_postfix_str(f"epoch {min(epoch + 1, epochs)}/{epochs}, loss {mean_loss:.4f}", refresh=False)
                 sums.zero_()
             if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):
                 *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
