@@ -142,7 +142,8 @@ class UNet(nn.Module):
         attended = [shorter // 2**depth <= attention_size for depth in range(len(widths))]
         embedding_size = 4 * width
         groups = min(32, width // 4)  # one channel per group would erase the time: a group's mean is removed
-        channels_per_head = math.gcd(64, *widths)  # 64 wherever all levels can be cut so
+        attended_widths = [here for here, is_attended in zip(widths, attended, strict=True) if is_attended]
+        channels_per_head = math.gcd(64, widths[-1], *attended_widths)  # 64 where all can be cut so; one for all: diffusers
 
         def resnet(channels_in: int, channels_out: int) -> ResidualBlock:
             return ResidualBlock(channels_in, channels_out, embedding_size, groups, dropout)

@@ -253,8 +253,10 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     The orders of all epochs are laid end to end and cut into batches: every image is visited exactly once per epoch,
     and every batch is full.
     """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return torch.tensor([shuffled(count, seed, place // count)[place % count] for place in places])
+    start, stop = step * batch_size, (step + 1) * batch_size
+    first, last = start // count, (stop - 1) // count
+    orders = np.concatenate([shuffled(count, seed, epoch) for epoch in range(first, last + 1)])
+    return torch.from_numpy(orders[start - first * count : stop - first * count])
 
 
 def mirror_half(images: Tensor) -> Tensor:
@@ -364,6 +366,8 @@ def read_checkpoint(path: Path) -> dict:
                 raise ValueError("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = int(state["format"])
+        if missing := {"settings", "data", "step", "network", "average", "optimizer", "log", "sums"} - state.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
     except BROKEN_FILE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]})") from error

@@ -1,0 +1,624 @@
+"""What `train` promises: a run may be stopped at any moment, every option counts, and a good checkpoint is never lost."""
+
+import contextlib
+import csv
+import gc
+import inspect
+import itertools
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, files_below, paint, start
+from hypothesis import strategies
+from PIL import Image
+from torch import Tensor
+
+import command_line
+import ddpm
+import utils
+
+LAST_STEP = 8  # of 3 epochs of 10 pictures, 4 a step: no epoch but the second ends with a batch
+CHECKPOINT, PREVIOUS = Path("models/run/checkpoint.pt"), Path("models/run/checkpoint.previous.pt")
+LOG, PREVIEWS = Path("results/run/log.csv"), Path("results/run/training_progress")
+# Another value than the tiny run's for every option that makes it another run.
+OTHER = {"seed": 1, "flip": "no", "img_size": 16, "width": 32, "multipliers": "1,1", "blocks": 2, "attention_size": 0}
+OTHER |= {"dropout": 0.5, "noise_steps": 500, "schedule": "cosine", "objective": "v", "min_snr": 5, "batch_size": 3}
+OTHER |= {"lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
+
+
+def words(**options) -> list[str]:
+    """The command line of the tiny run, with other or more options."""
+    flags = dict(word.removeprefix("--").split("=") for word in TINY)
+    flags |= {"dataset": "pictures", "run_name": "run", "epochs": 3} | options
+    return ["train", *(f"--{flag}={value}" for flag, value in flags.items())]
+
+
+class Death(BaseException):
+    """What nothing in the program catches: the nearest to a sudden death within this process."""
+
+
+def die() -> None:
+    raise Death
+
+
+@pytest.fixture
+def train(run, place):
+    """Train the tiny run by the command line; a death is status -1, after which its lock is gone, as with a process."""
+    paint(place / "pictures")
+
+    def train_run(**options):
+        try:
+            result = run(*words(**options))
+        except Death:
+            result = SimpleNamespace(status=-1)
+        if result.status in (-1, 2):
+            gc.collect()  # the error, and the lock with it, are in a circle of references
+        return result
+
+    return train_run
+
+
+@pytest.fixture(scope="module")
+def finished_place(tmp_path_factory) -> Path:
+    """A place in which the tiny run has been trained for one epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        paint(Path("pictures"))
+        command_line.plan("ddpm.py", {"train": ddpm.train}, words(epochs=1))()
+        return Path.cwd()
+
+
+@pytest.fixture
+def finished(finished_place, place) -> dict:
+    """That place, copied to where the test works; what its checkpoint holds."""
+    shutil.copytree(finished_place, place, dirs_exist_ok=True)
+    return stored()
+
+
+@contextlib.contextmanager
+def at_step(number: int, event: Callable[[], None]) -> Iterator[None]:
+    """Within this block, `event()` happens at the beginning of step `number` (1, 2, ...)."""
+    batch_indices = utils.batch_indices
+
+    def with_event(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+        if step + 1 == number:
+            event()
+        return batch_indices(count, batch_size, step, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "batch_indices", with_event)
+        yield
+
+
+@contextlib.contextmanager
+def at_save(number: int, moment: str, event: Callable[[], None]) -> Iterator[None]:
+    """Within this block, `event()` happens in the save after step `number`.
+
+    The moments of a save: begun, written, then a file's name: as that file is about to be replaced; at last, done.
+    """
+    save_checkpoint, save, replace = utils.save_checkpoint, torch.save, os.replace
+
+    def reach(here: str) -> None:
+        if here == moment:
+            event()
+
+    def save_with_events(run_name: str, **state) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if state["step"] == number:
+                patch.setattr(torch, "save", lambda *whats: (save(*whats), reach("written")))
+                patch.setattr(os, "replace", lambda old, new: (reach(Path(new).name), replace(old, new)))
+                reach("begun")
+            save_checkpoint(run_name, **state)
+            if state["step"] == number:
+                reach("done")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "save_checkpoint", save_with_events)
+        yield
+
+
+MOMENTS = ("begun", "written", PREVIOUS.name, CHECKPOINT.name, "done")
+STOPS = {name: lambda step, moment=name: at_save(step, moment, die) for name in MOMENTS}
+STOPS["death"] = lambda step: at_step(step, die)
+STOPS["SIGTERM"] = lambda step: at_step(step, lambda: signal.raise_signal(signal.SIGTERM))
+STOPS["SIGINT"] = lambda step: at_step(step, lambda: signal.raise_signal(signal.SIGINT))
+STATUS = {"SIGTERM": 143, "SIGINT": 130}
+
+
+def stored() -> dict:
+    """The newest checkpoint, its log without the column that holds the clock's."""
+    state = torch.load(CHECKPOINT, weights_only=True)
+    return {**state, "log": [row[:-1] for row in state["log"]]}
+
+
+def outcome() -> dict:
+    """All that a run has left behind but for the clock; its log on the disk must be the one in the checkpoint."""
+    state = torch.load(CHECKPOINT, weights_only=True)
+    rows = list(csv.reader(LOG.read_text().splitlines()))
+    assert rows == [list(utils.LOG_COLUMNS), *([str(value) for value in row] for row in state["log"])]
+    return {**stored(), "pictures": {path.name: path.read_bytes() for path in Path("results/run").rglob("*.png")}}
+
+
+def forget() -> None:
+    """Let the next training begin anew."""
+    shutil.rmtree("models")
+    shutil.rmtree("results")
+
+
+def leaves(state, name: str = "") -> dict:
+    """A nested state as one flat dict."""
+    if not isinstance(state, dict | list | tuple):
+        return {name: state}
+    parts = state.items() if isinstance(state, dict) else enumerate(state)
+    return {path: leaf for key, part in parts for path, leaf in leaves(part, f"{name}/{key}").items()}
+
+
+def differences(one: dict, two: dict, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Where two states are not equal to the bit."""
+    one, two = ({key: part for key, part in state.items() if key not in ignore} for state in (one, two))
+    one, two = leaves(one), leaves(two)
+
+    def equal(name: str) -> bool:
+        if name not in one or name not in two:
+            return False
+        return torch.equal(one[name], two[name]) if isinstance(one[name], Tensor) else one[name] == two[name]
+
+    return sorted(name for name in one.keys() | two.keys() if not equal(name))
+
+
+def files(*folders: str) -> dict[Path, tuple[bytes, int]]:
+    """The files in some folders, but for the locks: what they hold, and when they were written."""
+    paths = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+# ---- stopping and going on -------------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
+    """Signals and deaths at any step, in any number: weights, average, optimizer, log, previews are the same bits."""
+    monkeypatch.setattr(ddpm, "LOG_EVERY", 3)
+    options = {"dropout": 0.2, "sample_every": 1, "noise_steps": 4}
+    assert train(**options).status == 0
+    expected = outcome()
+
+    stops = strategies.tuples(
+        strategies.integers(1, LAST_STEP), strategies.sampled_from(sorted(STOPS)), strategies.sampled_from([0, 10])
+    )
+
+    @hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(strategies.lists(stops, min_size=1, max_size=3, unique_by=lambda stop: stop[0]).map(sorted))
+    @hypothesis.example([(3, "SIGTERM", 10), (4, "SIGINT", 10), (7, "death", 10)])
+    @hypothesis.example([(1, "begun", 0), (5, "written", 0), (6, PREVIOUS.name, 0)])
+    @hypothesis.example([(5, CHECKPOINT.name, 0), (8, "done", 0)])
+    def holds(stops: list[tuple[int, str, int]]) -> None:
+        forget()
+        for step, how, save_every in stops:
+            with STOPS[how](step):
+                # the first save of all replaces nothing, and one that is not due has no moments
+                assert train(save_every=save_every, **options).status in (STATUS.get(how, -1), 0)
+        assert train(**options).status == 0
+        assert differences(outcome(), expected) == []
+
+    holds()
+
+
+@pytest.mark.parametrize("how, status", STATUS.items())
+@pytest.mark.parametrize("step", [1, 4, LAST_STEP])
+def test_a_signal_saves_the_step_it_came_in(train, how, status, step):
+    with STOPS[how](step):
+        result = train()
+    assert result.status == status
+    assert f"stopped and saved at step {step} of {LAST_STEP}" in result.out
+    assert stored()["step"] == step
+
+
+def test_a_second_ctrl_c_ends_at_once(train):
+    def press_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with at_step(5, press_twice):
+        result = train(save_every=0)
+    assert (result.status, result.err) == (130, "ddpm.py: stopped\n")
+    assert stored()["step"] == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork a process")
+@pytest.mark.parametrize("moment", MOMENTS[1:4])
+def test_a_kill_within_a_save_loses_only_that_step(train, moment):
+    assert train().status == 0
+    expected = outcome()
+    forget()
+    child = os.fork()
+    if child == 0:
+        try:
+            with at_save(5, moment, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                train(save_every=0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    result = train()
+    assert result.status == 0
+    assert "4 steps are done" in result.out
+    assert differences(outcome(), expected) == []
+    assert not [name for name in files_below(Path("models")) if "unfinished" in name]
+
+
+def test_more_epochs_are_as_if_asked_for_at_once(train):
+    options = {"lr_decay": "none", "dropout": 0.2}
+    assert train(epochs=3, **options).status == 0
+    expected = stored()
+    forget()
+    for epochs in (1, 2, 3):
+        result = train(epochs=epochs, **options)
+        assert result.status == 0
+        assert "stretched" not in result.out
+    assert differences(stored(), expected) == []
+
+
+def test_a_stretched_fall_of_the_learning_rate_is_said_once(train, finished):
+    with STOPS["SIGTERM"](5):
+        assert "fall over 1 epochs is stretched to 3" in train(epochs=3).out
+    result = train(epochs=3)
+    assert result.status == 0
+    assert "stretched" not in result.out
+    assert stored()["step"] == LAST_STEP
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_nothing_is_done_where_the_epochs_are_reached(train, finished, epochs):
+    if epochs == 2:
+        assert train(epochs=2).status == 0
+    before = files("models")
+    result = train(epochs=1)
+    assert result.status == 0
+    assert "nothing to do" in result.out
+    assert "stretched" not in result.out
+    assert files("models") == before
+
+
+@pytest.mark.parametrize("flag", OTHER)
+def test_a_run_does_not_go_on_with_other_settings(train, finished, flag):
+    before = files("models", "results")
+    result = train(**{"epochs": 2, flag: OTHER[flag]})
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"--{flag} was " in result.err
+    assert result.err.count(" is now ") == 1
+    assert files("models", "results") == before
+
+
+def test_every_other_setting_is_named(train, finished):
+    assert train(epochs=2).status == 0
+    result = train(epochs=2, lr=0.002, multipliers="2,1", img_size="8x16")
+    assert result.status == 2
+    assert "--lr was 0.001, is now 0.002" in result.err
+    assert "--multipliers was 1,2, is now 2,1" in result.err
+    assert "--img_size was 8x8, is now 8x16" in result.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: paint(folder, count=11),
+        lambda folder: (folder / "picture_0003.png").unlink(),
+        lambda folder: (folder / "picture_0003.png").rename(folder / "renamed.png"),
+        lambda folder: Image.new("RGB", (12, 10)).save(folder / "picture_0003.png"),
+    ],
+    ids=["one more", "one less", "renamed", "repainted"],
+)
+def test_a_run_does_not_go_on_with_other_images(train, finished, change):
+    before = files("models", "results")
+    change(Path("pictures"))
+    result = train(epochs=2)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "the images in pictures are not those it was trained on" in result.err
+    assert files("models", "results") == before
+
+
+def test_resume_no_refuses_only_a_run_that_exists(train):
+    assert train(resume="no", epochs=1).status == 0
+    before = files("models", "results")
+    result = train(resume="no", epochs=2)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "models/run holds a run" in result.err
+    assert files("models", "results") == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"dataset": "moved"}, {"sample_every": 1}, {"save_every": 0}, {"device": "auto"}, {"resume": "yes"}], ids=str
+)
+def test_what_may_change_changes_nothing_that_is_learnt(train, monkeypatch, change):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # auto is the CPU then
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert change.keys() <= set(ddpm.MAY_CHANGE)
+    assert train().status == 0
+    expected = stored()
+    forget()
+    with STOPS["SIGTERM"](4):
+        train()
+    if "dataset" in change:
+        shutil.move("pictures", change["dataset"])
+    result = train(**change)
+    assert result.status == 0
+    assert "4 steps are done" in result.out
+    assert differences(stored(), expected, ignore=("settings",)) == []
+
+
+def test_a_second_trainer_is_refused_while_the_first_lives(train, place):
+    first = start(*words(epochs=100_000), cwd=place)
+    try:
+        while not first.stdout.readline().startswith("files"):
+            assert first.poll() is None
+        second = train()
+        assert (second.status, second.err.count("\n")) == (2, 1)
+        assert "another process is training this run" in second.err
+    finally:
+        first.kill()
+        first.communicate()
+    assert train().status == 0
+
+
+# ---- damage and trouble ----------------------------------------------------------------------------------------------
+
+
+def flip_a_bit_of_a_weight(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    weight = torch.load(path, weights_only=True)["network"]["conv_in.weight"]
+    contents[contents.index(weight.numpy().tobytes())] ^= 1
+    path.write_bytes(contents)
+
+
+DAMAGES = {
+    "a bit flipped": flip_a_bit_of_a_weight,
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "text": lambda path: path.write_text("not a checkpoint"),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(train, damage):
+    assert train().status == 0
+    expected = outcome()
+    forget()
+    with STOPS["SIGTERM"](5):
+        train(save_every=0)
+    damage(CHECKPOINT)
+    result = train()
+    assert result.status == 0
+    assert f"{CHECKPOINT} cannot be read as a checkpoint" in result.out
+    assert f"{PREVIOUS.name}, the one before it, is used" in result.out
+    assert "4 steps are done" in result.out
+    assert differences(outcome(), expected) == []
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(train):
+    """A death between the two renames of a save must find the good one in place still."""
+    with STOPS["SIGTERM"](5):
+        train(save_every=0)
+    flip_a_bit_of_a_weight(CHECKPOINT)
+    with STOPS[CHECKPOINT.name](5):
+        assert train(save_every=0).status == -1
+    result = train()
+    assert result.status == 0, result.err
+    assert stored()["step"] == LAST_STEP
+
+
+def test_without_a_readable_checkpoint_nothing_begins_anew(train):
+    with STOPS["SIGTERM"](5):
+        train(save_every=0)
+    for path in (CHECKPOINT, PREVIOUS):
+        os.truncate(path, 1000)
+    before = files("models", "results")
+    result = train()
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"{PREVIOUS} cannot be read" in result.err
+    assert files("models", "results") == before
+
+
+def gradient_of_a_root_at_zero(network) -> Tensor:
+    """0, whose gradient is not a number."""
+    return 0 * (0 * next(network.parameters()).sum()).sqrt()
+
+
+INFINITIES = {
+    "loss inf": lambda network: torch.tensor(math.inf),
+    "loss NaN": lambda network: torch.tensor(math.nan),
+    "gradient NaN": gradient_of_a_root_at_zero,
+}
+
+
+@pytest.mark.parametrize("extra", INFINITIES.values(), ids=INFINITIES)
+@pytest.mark.parametrize("save_every, noticed, rate", [(0, 5, "5.0e-04"), (10, 6, "3.1e-04")])
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(train, monkeypatch, extra, save_every, noticed, rate):
+    """It is noticed at the next save or row of the log; rates: cos^2(pi/2 * 4/8) and cos^2(pi/2 * 5/8) of 1e-3."""
+    monkeypatch.setattr(ddpm, "LOG_EVERY", 3)
+    with STOPS["SIGTERM"](4):
+        train(save_every=0)
+    before = files("models")
+    loss = ddpm.Diffusion.loss
+    additions = itertools.chain([extra], itertools.repeat(lambda network: 0))
+    monkeypatch.setattr(ddpm.Diffusion, "loss", lambda self, net, *rest: loss(self, net, *rest) + next(additions)(net))
+    result = train(save_every=save_every)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"infinite or NaN at step {noticed}, learning rate {rate}" in result.err
+    assert files("models") == before
+
+
+TROUBLES = {"disk": OSError(28, "No space left on device"), "PyTorch": RuntimeError("unexpected pos 704 vs 598")}
+PLACES = [("written", "disk"), ("written", "PyTorch"), (PREVIOUS.name, "disk"), (CHECKPOINT.name, "disk")]
+
+
+def trouble(kind: str) -> Callable[[], None]:
+    def fail() -> None:
+        raise TROUBLES[kind]
+
+    return fail
+
+
+@pytest.mark.parametrize("moment, kind", PLACES)
+def test_a_save_that_fails_does_not_end_the_training(train, moment, kind):
+    assert train().status == 0
+    expected = outcome()
+    forget()
+    found = []
+    with at_save(5, moment, trouble(kind)), at_step(6, lambda: found.append(utils.load_checkpoint("run")["step"])):
+        result = train(save_every=0)
+    assert result.status == 0
+    assert f"{CHECKPOINT} was not saved" in result.out
+    assert found == [4]
+    assert differences(outcome(), expected, ignore=("settings",)) == []
+
+
+@pytest.mark.parametrize("moment, kind", PLACES)
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_last_save_that_fails_is_an_error(train, moment, kind, is_stopped):
+    step = 5 if is_stopped else LAST_STEP
+    stop = STOPS["SIGTERM"](step) if is_stopped else contextlib.nullcontext()
+    with at_save(step, moment, trouble(kind)), stop:
+        result = train(save_every=0)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert ("No space left" if kind == "disk" else "disk full") in result.err
+    assert utils.load_checkpoint("run")["step"] == step - 1
+
+
+# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_every_option_is_tried():
+    """A new option of train belongs to OTHER, or to those that may change."""
+    assert OTHER.keys() | set(ddpm.MAY_CHANGE) | {"run_name"} == inspect.signature(ddpm.train).parameters.keys()
+
+
+@pytest.mark.parametrize("flag", OTHER)
+def test_every_option_changes_what_is_learnt(train, finished, flag):
+    forget()
+    assert train(**{"epochs": 1, flag: OTHER[flag]}).status == 0
+    assert differences({"average": stored()["average"]}, {"average": finished["average"]})
+
+
+def test_the_same_command_learns_the_same(train, finished):
+    """Without this, the test above would prove nothing."""
+    forget()
+    assert train(epochs=1).status == 0
+    assert differences(stored(), finished) == []
+
+
+def test_a_checkpoint_describes_its_run(train, finished):
+    asked_for = {"run_name": "run", "img_size": (8, 8), "multipliers": (1, 2), "lr": 1e-3, "epochs": 1, "flip": True}
+    assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys()
+    assert asked_for.items() <= finished["settings"].items()
+    assert finished["data"] == utils.load_dataset(Path("pictures"), (8, 8)).fingerprint
+    network, _ = ddpm.build(finished["settings"], "cpu")
+    names = [name for name, _ in network.named_parameters()]
+    assert list(finished["network"]) == list(finished["average"]) == names
+    assert finished["step"] == 3
+
+
+def test_a_run_writes_only_where_it_should(finished, place):
+    written = {name for name in files_below(place) if not name.endswith(".lock") and (place / name).is_file()}
+    pictures = {f"pictures/picture_{number:04d}.png" for number in range(10)}
+    outside = {name for name in written - pictures if not name.startswith("datasets/.cache/")}
+    results = {LOG.as_posix(), "results/run/loss.png", f"{PREVIEWS.as_posix()}/epoch_0001.png"}
+    assert outside == {CHECKPOINT.as_posix()} | results
+
+
+@pytest.mark.parametrize("sample_every, epochs", [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5])])
+def test_previews_come_after_every_so_many_epochs(train, sample_every, epochs):
+    assert train(epochs=5, sample_every=sample_every, noise_steps=4).status == 0
+    assert sorted(path.name for path in PREVIEWS.iterdir()) == [f"epoch_{epoch:04d}.png" for epoch in epochs]
+
+
+def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
+    """The averaged weights, seeds 0 to 15. A level of 255 is allowed for: kernels may add in another order."""
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    assert train(objective="v").status == 0
+    assert run("sample", "--run_name=run", "--n_img=16", "--device=cpu").status == 0
+    preview, samples = (
+        np.asarray(Image.open(path), dtype=int)
+        for path in (PREVIEWS / "epoch_0003.png", Path("results/run/samples/samples.png"))
+    )
+    assert preview.shape == (32, 32, 3)
+    assert abs(preview - samples).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "save_every, steps",
+    [
+        (0, list(range(1, 31))),
+        (1, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),  # 1.2 minutes apart; step 30 is the last
+        (3, [8, 16, 20, 28, 30]),  # 3.2 minutes; step 10 ends an epoch after 0.8 minutes, 20 after 1.6
+        (math.inf, [10, 20, 30]),  # the ends of the epochs
+    ],
+)
+def test_saves_come_by_the_clock(train, monkeypatch, save_every, steps):
+    """A step takes 0.4 minutes here, and an epoch 10 steps."""
+    clock, saved, batch_indices = itertools.count(), [], utils.batch_indices
+    now = SimpleNamespace(seconds=0.0)
+
+    def take_time(*numbers: int) -> Tensor:
+        now.seconds = 24.0 * next(clock)
+        return batch_indices(*numbers)
+
+    monkeypatch.setattr(ddpm, "time", SimpleNamespace(monotonic=lambda: now.seconds + 24))
+    monkeypatch.setattr(utils, "batch_indices", take_time)
+    monkeypatch.setattr(utils, "save_checkpoint", lambda run_name, **state: saved.append(state["step"]))
+    assert train(batch_size=1, save_every=save_every).status == 0
+    assert saved == steps
+
+
+def test_the_log_tells_what_happened(train, monkeypatch):
+    """Every row against what was seen: the mean loss since the row before, and the closed form of the rate."""
+    monkeypatch.setattr(ddpm, "LOG_EVERY", 3)
+    losses, loss = [], ddpm.Diffusion.loss
+
+    def listen(*inputs) -> Tensor:
+        losses.append(loss(*inputs))
+        return losses[-1]
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", listen)
+    assert train().status == 0
+    first, *rows = csv.reader(LOG.read_text().splitlines())
+    assert first == ["step", "epoch", "images", "loss", "lr", "grad_norm", "img_per_s"]
+    assert [row[:3] for row in rows] == [["3", "1.2", "12"], ["6", "2.4", "24"]]
+    for row, seen in zip(rows, (losses[:3], losses[3:6]), strict=True):
+        # float32 has 7 digits
+        assert float(row[3]) == pytest.approx(torch.cat(seen).mean().item(), rel=1e-6)
+        assert 0 < float(row[5]) < math.inf
+        assert float(row[6]) > 0
+    rates = [1e-3 * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / LAST_STEP)) / 2 for step in (2, 5)]
+    assert [float(row[4]) for row in rows] == pytest.approx(rates)
+    with Image.open("results/run/loss.png") as curve:
+        assert min(curve.size) > 100
+
+
+def test_the_loss_falls(train, place):
+    """Four pictures of one colour each: after some hundred steps most of the noise is recognized."""
+    for number, colour in enumerate(("white", "black", "red", "blue")):
+        (place / "colours").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(place / f"colours/{number}.png")
+    assert train(dataset="colours", epochs=200, width=8, multipliers=1, lr=3e-3).status == 0
+    losses = [row[utils.LOG_COLUMNS.index("loss")] for row in stored()["log"]]
+    assert len(losses) == 10
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_images_than_a_batch_are_used_as_they_are(train, place, count):
+    paint(place / "few", count)
+    result = train(dataset="few", epochs=4)
+    assert result.status == 0
+    assert f"4 epochs, 4 steps of {count} images" in result.out
+    assert stored()["step"] == 4
