@@ -143,7 +143,7 @@ class UNet(nn.Module):
         embedding_size = 4 * width
         groups = min(32, width // 4)  # one channel per group would erase the time: a group's mean is removed
         attended_widths = [here for here, is_attended in zip(widths, attended, strict=True) if is_attended]
-        channels_per_head = math.gcd(64, widths[-1], *attended_widths)  # 64 where all can be cut so; one for all: diffusers
+        channels_per_head = math.gcd(64, widths[-1], *attended_widths)  # one number for all, as in diffusers
 
         def resnet(channels_in: int, channels_out: int) -> ResidualBlock:
             return ResidualBlock(channels_in, channels_out, embedding_size, groups, dropout)
