@@ -207,6 +207,10 @@ def run_command_line(program: str, commands: dict[str, Callable], limits: dict) 
         message = error
     except OSError as error:  # a folder that may not be written to, a full disk
         message = f"{error.filename or 'disk'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own errors of this kind are RuntimeErrors
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = "out of memory; a smaller --batch_size, --img_size or --width takes less"
     except KeyboardInterrupt:
         message, status = "stopped", 130
     print(f"{program}: {message}", file=sys.stderr)

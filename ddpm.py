@@ -292,10 +292,11 @@ def train(
     network, diffusion = build(settings, device)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
-    step, log, sums = 0, [], torch.zeros(2)  # sums: of loss and gradient norm since the last row of the log
+    step, log, sums = 0, [], torch.zeros(3)  # since the last row of the log: loss, gradient norm, clipped gradients
     if utils.has_checkpoint(run_name):
         stored = utils.load_checkpoint(run_name)
         check_same_run(stored, settings, data)
+        check_weights(run_name, stored)
         network.load_state_dict(stored["network"])
         average.load_state_dict(stored["average"])
         optimizer.load_state_dict(stored["optimizer"])
@@ -332,7 +333,7 @@ def train(
             optimizer.zero_grad()
             step += 1
             update_average(average, network, step, ema_decay)
-            sums += torch.stack([loss.detach(), norm])
+            sums += torch.stack([loss.detach(), norm, norm > 1])
             bar.update(batch_size)
 
             stopping, minutes = stop.status, (time.monotonic() - saved_at) / 60
@@ -342,28 +343,29 @@ def train(
             if (is_save or is_row) and not sums.isfinite().all():
                 advice = "begin another run with a lower --lr or a longer --warmup"
                 raise UserError(f"the loss is infinite or NaN at step {step:,}, learning rate {rate:.1e}; {advice}")
-            if is_row:
-                mean_loss, mean_norm = (sums / LOG_EVERY).tolist()
-                speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
-                log.append([step, seen / count, seen, mean_loss, rate, mean_norm, speed])
-                utils.write_log(results / "log.csv", log[-1:], mode="a")
-                bar.set_postfix_str(f"epoch {min(epoch + 1, epochs)}/{epochs}, loss {mean_loss:.4f}", refresh=False)
-                sums.zero_()
-            if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):
-                *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
-                preview_path = results / "training_progress" / f"epoch_{epoch:04d}.png"
-                utils.save_png(utils.to_bytes(previews).cpu(), preview_path, run=run_name, step=step)
-                utils.plot_loss(log, results / "loss.png")
-            if is_save:
-                learnt = {"network": network.state_dict(), "average": average.state_dict()}
-                course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
-                try:
+            try:  # a full disk must not end a training
+                if is_row:
+                    loss_sum, norm_sum, clipped = sums.tolist()
+                    mean_loss, mean_norm = loss_sum / LOG_EVERY, norm_sum / LOG_EVERY
+                    speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
+                    log.append([step, seen / count, seen, mean_loss, rate, mean_norm, int(clipped), speed])
+                    bar.set_postfix_str(f"epoch {min(epoch + 1, epochs)}/{epochs}, loss {mean_loss:.4f}", refresh=False)
+                    sums.zero_()
+                    utils.write_log(results / "log.csv", log[-1:], mode="a")
+                if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):
+                    *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
+                    preview_path = results / "training_progress" / f"epoch_{epoch:04d}.png"
+                    utils.save_png(utils.to_bytes(previews).cpu(), preview_path, run=run_name, step=step)
+                    utils.plot_loss(log, results / "loss.png")
+                if is_save:
+                    saved_at = time.monotonic()
+                    learnt = {"network": network.state_dict(), "average": average.state_dict()}
+                    course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
                     utils.save_checkpoint(run_name, settings=settings, data=data.fingerprint, **learnt, **course)
-                except OSError as error:
-                    if stopping or step == last_step:
-                        raise
-                    bar.write(f"{path} was not saved ({error}); training goes on, the next try is in a minute")
-                saved_at = time.monotonic()
+            except OSError as error:
+                if is_save and (stopping or step == last_step):
+                    raise
+                bar.write(f"not written: {error.filename or path}: {error}; training goes on, and tries again")
     lock.release()
     if stopping:
         print(f"stopped and saved at step {step:,} of {last_step:,}; the same command goes on from there")
@@ -394,6 +396,23 @@ def check_same_run(stored: dict, settings: dict, data: utils.Dataset) -> None:
         raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
     if settings["epochs"] != was["epochs"] and settings["lr_decay"] != "none":
         print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
+
+
+def check_weights(run_name: str, stored: dict) -> None:
+    """Refuse weights that are not of the network that the settings beside them describe, before it takes any memory."""
+    try:
+        command_line.check_limits(stored["settings"], LIMITS)
+        with torch.device("meta"):
+            shapes = {name: weight.shape for name, weight in build(stored["settings"], "meta")[0].state_dict().items()}
+        fits = all(
+            shapes == {name: weight.shape for name, weight in stored[kind].items()} for kind in ("network", "average")
+        )
+    except (*utils.BROKEN_FILE, UserError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"models/{run_name} holds weights that do not fit its own settings: another program's, or damaged"
+        )
 
 
 def walk(
@@ -462,6 +481,7 @@ def sample(
     command_line.check_name("run_name", run_name)
     device = utils.pick_device(device)
     stored = utils.load_checkpoint(run_name)
+    check_weights(run_name, stored)
     settings = stored["settings"]
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")

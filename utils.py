@@ -65,6 +65,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):  # the terminal was closed: the training goes on
+            self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def note(self, number: int, _frame) -> None:
@@ -368,6 +370,9 @@ def read_checkpoint(path: Path) -> dict:
         version = int(state["format"])
         if missing := {"settings", "data", "step", "network", "average", "optimizer", "log", "sums"} - state.keys():
             raise ValueError(f"without {', '.join(sorted(missing))}")
+        tensors = [*state["network"].values(), *state["average"].values()]
+        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors):
+            raise ValueError("a tensor claims to be larger than the file")
     except BROKEN_FILE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]})") from error
@@ -396,7 +401,7 @@ def load_checkpoint(run_name: str) -> dict:
 
 # ---- progress and log ------------------------------------------------------------------------------------------------
 
-LOG_COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "img_per_s")
+LOG_COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped", "img_per_s")
 
 
 def progress_bar(total: int, done: int = 0, unit: str = "img", title: str | None = None) -> tqdm:

@@ -40,7 +40,8 @@ def test_linear_schedule_has_the_betas_of_the_paper():
 @pytest.mark.parametrize("noise_steps", [500, 2000, 10_000])
 def test_linear_schedule_ends_at_the_same_noise_whatever_the_number_of_steps(noise_steps):
     ends = [Diffusion(steps, "linear").alpha_bar[-1].log() for steps in (1000, noise_steps)]
-    assert abs(ends[0] - ends[1]) < 0.01 * abs(ends[0])  # the sum of the betas is kept, of their squares (0.13) it is not
+    # the sum of the betas is kept, 10.05; that of their squares, whose half is the next term of the logarithm, is not
+    assert abs(ends[0] - ends[1]) < 0.1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -100,7 +101,8 @@ def test_loss_of_the_paper_is_the_mean_squared_error_of_the_noise():
         return answer
 
     loss = Diffusion().loss(network, x_0, t, eps, labels=t + 1)
-    assert ((loss - ((answer - eps) ** 2).sum(dim=(1, 2, 3)) / (3 * 4 * 4)).abs() < 1e-6).all()  # float32, values near 2
+    expected = ((answer - eps) ** 2).sum(dim=(1, 2, 3)) / (3 * 4 * 4)
+    assert (loss - expected).abs().max() < 1e-6  # float32, values near 2
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)[t - 1].view(-1, 1, 1, 1)
     assert ((seen["x_t"] - alpha_bar.sqrt() * x_0 - (1 - alpha_bar).sqrt() * eps).abs() < 1e-4).all()  # float32 product
     assert torch.equal(seen["t"], t)
@@ -185,7 +187,8 @@ def test_if_the_image_is_known_the_walk_takes_noise_away_and_nothing_else(sample
 def test_walk_ends_at_its_last_guess(sampler):
     torch.manual_seed(0)
     diffusion = Diffusion(1000)
-    *_, (image, guess) = diffusion.denoise(lambda x_t, t: x_t.tanh(), torch.randn(2, 3, 4, 4), diffusion.path(10), sampler)
+    x_T, path = torch.randn(2, 3, 4, 4), diffusion.path(10)
+    *_, (image, guess) = diffusion.denoise(lambda x_t, t: x_t.tanh(), x_T, path, sampler)
     assert torch.equal(image, guess)
 
 
@@ -238,7 +241,7 @@ def test_sampler_converges_at_its_order(sampler, order, mean, std):
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize(("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012)])
 def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
-    """The bounds are 4/3 of what the roughest schedule needs: values lie within one of 0, and dpm++ is 5 times closer."""
+    """The data spreads by 0.5; the bounds are 4/3 of the error on the schedule that is hardest to follow."""
     diffusion = Diffusion(1024, schedule)
     data = Gaussian(diffusion, 0.3, 0.5)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -249,7 +252,7 @@ def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize(("steps", "least_spread"), [(1000, 0.97), (50, 0.85)])
 def test_ddpm_keeps_mean_and_spread(schedule, steps, least_spread):
-    """1,000 steps are exact within 3%; 50 narrow the data by up to 15%, the price of skipping that DDIM's table 1 shows."""
+    """All steps keep both within 3%; 50 of 1,000 narrow the spread, by 11% on the linear schedule: a bound of 15%."""
     torch.manual_seed(0)
     diffusion = Diffusion(1000, schedule)
     data = Gaussian(diffusion, 0.3, 0.5)
@@ -306,8 +309,7 @@ def test_every_step_agrees_with_diffusers(
     x_t, ours = draw_noise(), ddpm.walk(toy_network, diffusion, [5], (8, 8), sampler, steps)
     for timestep, (our_x_t, _) in zip(theirs.timesteps, ours, strict=True):
         x_t = theirs.step(toy_network(x_t, timestep[None] + 1), timestep, x_t, **extra).prev_sample
-        print("DIFF", (our_x_t - x_t).abs().max().item(), sampler, steps, schedule, objective)
-        assert (our_x_t - x_t).abs().max() < 1e-4  # float32: without a signal to speak of, x_0 is a difference times 157
+        assert (our_x_t - x_t).abs().max() < 1e-5  # float32 over up to 1,000 steps, in another order of operations
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -336,11 +338,11 @@ def two_colours() -> tuple[nn.Module, Diffusion, Tensor]:
     """A network that has seen nothing but red and blue pictures, its noising process, and the two pictures."""
     torch.manual_seed(0)
     colours = torch.tensor([[1.0, -1, -1], [-1, -1, 1]]).view(2, 3, 1, 1).expand(2, 3, 8, 8)
-    diffusion = Diffusion(1000, "cosine", "v")
+    diffusion = Diffusion(1000, "cosine", "x0")  # of the three objectives the quickest to learn this
     network = UNet(8, width=16, multipliers=(1, 2), blocks=1, attention_size=4)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0)
-    for step in range(1, 401):
+    for step in range(1, 201):
         x_0 = colours[torch.randint(2, (32,))]
         diffusion.loss(network, x_0, *diffusion.draw(x_0)).mean().backward()
         optimizer.step()
@@ -354,6 +356,6 @@ def test_what_was_learnt_from_two_colours_is_two_colours(two_colours, sampler, s
     network, diffusion, colours = two_colours
     *_, (images, _) = ddpm.walk(network, diffusion, range(64), (8, 8), sampler, steps)
     distances = (images[:, None] - colours).abs().mean(dim=(2, 3, 4))  # (64, 2); the colours are 1.33 apart
-    assert (distances.min(dim=1).values < 0.2).float().mean() >= 0.9
+    assert (distances.min(dim=1).values < 0.1).float().mean() >= 0.9
     shares = distances.argmin(dim=1).bincount(minlength=2) / 64
     assert shares.min() >= 0.15, shares
