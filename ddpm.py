@@ -4,8 +4,8 @@
     python ddpm.py sample --run_name=my_run --n_img=16
     python ddpm.py --help
 
-Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; files,
-pictures and the command line's manners are in utils.py.
+Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; files
+and pictures are in utils.py, the command line's manners in command_line.py.
 """
 
 import copy
@@ -295,8 +295,8 @@ def train(
     step, log, sums = 0, [], torch.zeros(3)  # since the last row of the log: loss, gradient norm, clipped gradients
     if utils.has_checkpoint(run_name):
         stored = utils.load_checkpoint(run_name)
-        check_same_run(stored, settings, data)
         check_weights(run_name, stored)
+        check_same_run(stored, settings, data)
         network.load_state_dict(stored["network"])
         average.load_state_dict(stored["average"])
         optimizer.load_state_dict(stored["optimizer"])
@@ -343,29 +343,30 @@ def train(
             if (is_save or is_row) and not sums.isfinite().all():
                 advice = "begin another run with a lower --lr or a longer --warmup"
                 raise UserError(f"the loss is infinite or NaN at step {step:,}, learning rate {rate:.1e}; {advice}")
-            try:  # a full disk must not end a training
+            if is_row:
+                loss_sum, norm_sum, clipped = sums.tolist()
+                mean_loss, mean_norm = loss_sum / LOG_EVERY, norm_sum / LOG_EVERY
+                speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
+                log.append([step, seen / count, seen, mean_loss, rate, mean_norm, int(clipped), speed])
+                bar.set_postfix_str(f"epoch {min(epoch + 1, epochs)}/{epochs}, loss {mean_loss:.4f}", refresh=False)
+                sums.zero_()
+            try:
+                if is_save:
+                    learnt = {"network": network.state_dict(), "average": average.state_dict()}
+                    course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
+                    utils.save_checkpoint(run_name, settings=settings, data=data.fingerprint, **learnt, **course)
+                    saved_at = time.monotonic()
                 if is_row:
-                    loss_sum, norm_sum, clipped = sums.tolist()
-                    mean_loss, mean_norm = loss_sum / LOG_EVERY, norm_sum / LOG_EVERY
-                    speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
-                    log.append([step, seen / count, seen, mean_loss, rate, mean_norm, int(clipped), speed])
-                    bar.set_postfix_str(f"epoch {min(epoch + 1, epochs)}/{epochs}, loss {mean_loss:.4f}", refresh=False)
-                    sums.zero_()
                     utils.write_log(results / "log.csv", log[-1:], mode="a")
                 if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):
                     *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
                     preview_path = results / "training_progress" / f"epoch_{epoch:04d}.png"
                     utils.save_png(utils.to_bytes(previews).cpu(), preview_path, run=run_name, step=step)
                     utils.plot_loss(log, results / "loss.png")
-                if is_save:
-                    saved_at = time.monotonic()
-                    learnt = {"network": network.state_dict(), "average": average.state_dict()}
-                    course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
-                    utils.save_checkpoint(run_name, settings=settings, data=data.fingerprint, **learnt, **course)
-            except OSError as error:
-                if is_save and (stopping or step == last_step):
+            except OSError as error:  # a full disk must not end a training
+                if stopping or step == last_step:
                     raise
-                bar.write(f"not written: {error.filename or path}: {error}; training goes on, and tries again")
+                bar.write(f"not written: {error.filename or path}: {error.strerror or error}; training goes on")
     lock.release()
     if stopping:
         print(f"stopped and saved at step {step:,} of {last_step:,}; the same command goes on from there")
@@ -404,20 +405,17 @@ def check_weights(run_name: str, stored: dict) -> None:
         command_line.check_limits(stored["settings"], LIMITS)
         with torch.device("meta"):
             shapes = {name: weight.shape for name, weight in build(stored["settings"], "meta")[0].state_dict().items()}
-        fits = all(
-            shapes == {name: weight.shape for name, weight in stored[kind].items()} for kind in ("network", "average")
-        )
+        claimed = [{name: weight.shape for name, weight in stored[kind].items()} for kind in ("network", "average")]
+        fits = claimed == [shapes, shapes]
     except (*utils.BROKEN_FILE, UserError):
         fits = False
     if not fits:
-        raise UserError(
-            f"models/{run_name} holds weights that do not fit its own settings: another program's, or damaged"
-        )
+        raise UserError(f"models/{run_name} holds weights that do not fit its settings: another program's, or damaged")
 
 
 def walk(
-    network: nn.Module, diffusion: Diffusion, seeds: Sequence[int], size: tuple[int, int], sampler: str, steps: int
-):
+    network: UNet, diffusion: Diffusion, seeds: Sequence[int], size: tuple[int, int], sampler: str, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.denoise` with a network, from the noise of one seed per image: (x_t, guess of x_0) after every step.
 
     All noise of an image is drawn on the CPU from its own seed, so it does not depend on the batch or the device.
@@ -505,13 +503,7 @@ def sample(
                 bar.update()
             images = utils.to_bytes(x_t).cpu()  # (B, 3, H, W)
             for number, image in enumerate(images, start + 1):
-                facts = {
-                    "run": run_name,
-                    "step": stored["step"],
-                    "seed": seed + number - 1,
-                    "sampler": sampler,
-                    "steps": steps,
-                }
+                facts["seed"] = seed + number - 1
                 utils.save_png(image[None], folder / f"sample_{number:0{digits}d}.png", **facts)
             grid += images[: max(0, GRID_IMAGES - start)]
     print(f"{n_img:,} images: {folder / 'sample_*.png'}")
