@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of t at width / 2 frequencies from 1 down to 1 / 10,000 (Vaswani et al. 2017, section 3.5).
+    """Cosines, then sines, of t at width / 2 frequencies from 1 towards 1 / 10,000 (Vaswani et al. 2017, section 3.5).
 
     Args:
         t: times (B,), of any real type.
@@ -116,7 +116,7 @@ class UNet(nn.Module):
     Args:
         img_size: height and width in pixels, each a multiple of `stride`; one number for a square.
         channels: of the image: 1 gray, 3 RGB, 4 RGBA.
-        width: channels of the first level; a multiple of 4 up to 128, of 32 above.
+        width: channels, to be multiplied; a multiple of 4 up to 128, of 32 above.
         multipliers: channels of each level, as multiples of `width`; each has half the resolution of the one above.
         blocks: residual blocks per level on the way down (and one more on the way up).
         attention_size: levels whose shorter side has at most so many pixels get attention; the middle always has it.
@@ -136,11 +136,11 @@ class UNet(nn.Module):
         classes: int | None = None,
     ):
         super().__init__()
-        self.width, self.null_class = width, classes
         shorter = img_size if isinstance(img_size, int) else min(img_size)
         widths = [width * multiplier for multiplier in multipliers]
+        self.width, self.null_class = widths[0], classes
         attended = [shorter // 2**depth <= attention_size for depth in range(len(widths))]
-        embedding_size = 4 * width
+        embedding_size = 4 * self.width
         groups = min(32, width // 4)  # one channel per group would erase the time: a group's mean is removed
         attended_widths = [here for here, is_attended in zip(widths, attended, strict=True) if is_attended]
         channels_per_head = math.gcd(64, widths[-1], *attended_widths)  # one number for all, as in diffusers
@@ -151,12 +151,12 @@ class UNet(nn.Module):
         def attention(channels: int) -> SelfAttention:
             return SelfAttention(channels, groups, channels_per_head)
 
-        self.time_embedding = TimeEmbedding(width, embedding_size)
+        self.time_embedding = TimeEmbedding(self.width, embedding_size)
         self.class_embedding = nn.Embedding(classes + 1, embedding_size) if classes else None  # the last one: no class
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, self.width, 3, padding=1)
 
-        self.down_blocks, skips, last = nn.ModuleList(), [width], len(widths) - 1
-        for depth, (above, here) in enumerate(zip([width, *widths], widths, strict=False)):
+        self.down_blocks, skips, last = nn.ModuleList(), [self.width], len(widths) - 1
+        for depth, (above, here) in enumerate(zip([self.width, *widths], widths, strict=False)):
             level = Level(
                 [resnet(before, here) for before in [above] + [here] * (blocks - 1)],
                 [attention(here) for _ in range(blocks)] if attended[depth] else None,
@@ -180,8 +180,8 @@ class UNet(nn.Module):
             self.up_blocks.append(level)
             below = here
 
-        self.conv_norm_out = nn.GroupNorm(groups, width)
-        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(groups, self.width)
+        self.conv_out = nn.Conv2d(self.width, channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first answer is 0 everywhere: a calm start
         nn.init.zeros_(self.conv_out.bias)
 

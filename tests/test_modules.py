@@ -1,0 +1,280 @@
+"""The network and the running average of its weights."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from modules import SelfAttention, UNet, timestep_embedding, update_average
+
+
+def small_network(**options) -> UNet:
+    """A network for 8x8 images with 4 channels a group, whose last convolution is not the 0 it starts from."""
+    torch.manual_seed(0)
+    network = UNet(**{"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4} | options)
+    nn.init.normal_(network.conv_out.weight, std=0.1)
+    return network.eval()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_timestep_embedding_has_its_values_at_known_angles():
+    """Of width 4 the frequencies are 1 and 1/100: cosines first, then sines."""
+    t = torch.tensor([0, math.pi / 2, 50 * math.pi], dtype=torch.float64)
+    expected = torch.tensor([[1.0, 1, 0, 0], [0, math.cos(math.pi / 200), 1, math.sin(math.pi / 200)], [1, 0, 0, 1]])
+    assert distance(timestep_embedding(t, 4), expected) < 1e-5  # float32 knows the angle 157 to 1e-5
+
+
+def test_timestep_embedding_tells_all_steps_apart():
+    embedding = timestep_embedding(torch.arange(1000), 16)
+    assert embedding.shape == (1000, 16)
+    assert embedding.dtype == torch.float32
+    assert torch.pdist(embedding).min() > 0.1
+
+
+# ---- the network as others know it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"img_size": 32, "width": 16, "multipliers": (1, 2, 2), "blocks": 2, "attention_size": 16},
+        {"img_size": (24, 16), "channels": 1, "width": 32, "multipliers": (1, 2, 4), "blocks": 1, "attention_size": 8},
+        {"img_size": (8, 16), "channels": 4, "width": 12, "multipliers": (1, 3), "blocks": 3, "attention_size": 8},
+        {"img_size": 16, "width": 128, "multipliers": (1, 2), "blocks": 1, "attention_size": 0, "classes": 7},
+        {"img_size": 8, "width": 64, "multipliers": (1,), "blocks": 1, "attention_size": 8, "classes": 1},
+        {"img_size": 8, "width": 32, "multipliers": (2, 3), "blocks": 1, "attention_size": 4},
+    ],
+    ids=lambda options: "-".join(str(value).replace(" ", "") for value in options.values()),
+)
+def test_diffusers_takes_the_weights_and_answers_the_same(options):
+    network = small_network(**options)
+    size, channels, classes = options["img_size"], options.get("channels", 3), options.get("classes")
+    height, width = (size, size) if isinstance(size, int) else size
+    attended = [
+        min(height, width) // 2**depth <= options["attention_size"] for depth in range(len(options["multipliers"]))
+    ]
+    widths = [options["width"] * multiplier for multiplier in options["multipliers"]]
+    theirs = UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=options["blocks"],
+        norm_num_groups=min(32, options["width"] // 4),
+        attention_head_dim=widths[-1] // network.mid_block.attentions[0].heads,  # one number for all levels
+        down_block_types=["AttnDownBlock2D" if there else "DownBlock2D" for there in attended],
+        up_block_types=["AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attended)],
+        num_class_embeds=classes + 1 if classes else None,
+    ).eval()
+    theirs.load_state_dict(network.state_dict(), strict=True)
+    x, t = torch.randn(3, channels, height, width), torch.tensor([1, 500, 1000])
+    labels = torch.tensor([0, classes - 1, classes]) if classes else None  # the last one: no class
+    with torch.no_grad():
+        answer = network(x, t, labels)
+        assert distance(answer, theirs(x, t - 1, labels).sample) < 1e-4  # float32, and attention in another order
+    assert answer.std() > 0.1
+
+
+def test_default_network_has_26_6_million_weights():
+    with torch.device("meta"):
+        network = UNet(64)
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == 26.6
+
+
+# ---- the layout of the network ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2, 4, 4), (3, 1, 5)])
+def test_every_group_has_four_channels_or_more(multipliers):
+    """GroupNorm with one channel per group would silently erase time and class: it takes a group's mean away."""
+    for width in (*range(4, 129, 4), 160, 256, 512):
+        with torch.device("meta"):
+            network = UNet(16, width=width, multipliers=multipliers, attention_size=16, classes=2)
+        norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+        assert len(norms) > 10
+        assert min(norm.num_channels // norm.num_groups for norm in norms) >= 4, width
+
+
+@pytest.mark.parametrize(
+    ("img_size", "attention_size", "levels"),
+    [
+        (64, 16, [False, False, True, True]),
+        (96, 16, [False, False, False, True]),
+        (96, 24, [False, False, True, True]),
+        (96, 23, [False, False, False, True]),
+        ((48, 96), 24, [False, True, True, True]),
+        ((96, 48), 24, [False, True, True, True]),
+        (32, 64, [True, True, True, True]),
+        (32, 0, [False, False, False, False]),
+    ],
+)
+def test_attention_sits_where_the_shorter_side_is_small_enough_and_in_the_middle(img_size, attention_size, levels):
+    with torch.device("meta"):
+        network = UNet(img_size, width=16, multipliers=(1, 1, 2, 2), attention_size=attention_size)
+
+    def attended(level: nn.Module) -> list[bool]:
+        return [isinstance(attention, SelfAttention) for attention in level.attentions]
+
+    assert [attended(level) for level in network.down_blocks] == [[there] * 2 for there in levels]
+    assert [attended(level) for level in network.up_blocks] == [[there] * 3 for there in reversed(levels)]
+    assert attended(network.mid_block) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "channels_per_head"),
+    [
+        ({}, 64),
+        ({"width": 16, "multipliers": (1, 2, 8)}, 64),  # attended: 128
+        ({"width": 24, "multipliers": (1, 2, 4), "attention_size": 32}, 16),  # attended: 48 and 96
+        ({"width": 12, "multipliers": (1, 3), "attention_size": 0}, 4),  # in the middle: 36
+    ],
+)
+def test_heads_are_64_channels_wide_where_the_attended_levels_allow(options, channels_per_head):
+    with torch.device("meta"):
+        network = UNet(64, **options)
+    attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
+    assert {attention.to_q.in_features // attention.heads for attention in attentions} == {channels_per_head}
+
+
+def test_attention_sees_the_whole_image():
+    """A pixel moves one 12 rows away, which 3x3 convolutions on one level do not reach."""
+    reaches = []
+    for attention_size in (0, 16):
+        network = small_network(img_size=16, multipliers=(1,), attention_size=attention_size)
+        network.mid_block.attentions[0] = nn.Identity()
+        for norm in [module for module in network.modules() if isinstance(module, nn.GroupNorm)]:
+            norm.forward = lambda x: x  # it would carry news across the image, too
+        x, moved = torch.randn(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
+        moved[..., 0, 0] = 1
+        with torch.no_grad():
+            change = network(x + moved, torch.tensor([5])) - network(x, torch.tensor([5]))
+        reaches.append(change[..., -1, -1].abs().max().item())
+    assert reaches[0] == 0
+    assert reaches[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "sizes"),
+    [
+        ((1,), [(1, 1), (5, 7)]),
+        ((1, 2), [(2, 2), (6, 10)]),
+        ((1, 1, 2), [(4, 4), (12, 20)]),
+        ((1, 1, 1, 2), [(8, 8), (24, 40), (40, 24)]),
+    ],
+)
+def test_any_multiple_of_the_stride_is_a_size(multipliers, sizes):
+    """The stride is 2^(levels - 1); a network built for one size answers to all."""
+    for built_for, (height, width) in itertools.product(sizes, sizes):
+        network = small_network(img_size=built_for, multipliers=multipliers, attention_size=8)
+        x = torch.randn(2, 3, height, width)
+        assert network(x, torch.tensor([1, 2])).shape == x.shape
+
+
+# ---- what reaches the answer -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_first_answer_is_zero(classes):
+    network = UNet(8, width=16, multipliers=(1, 2), blocks=1, classes=classes)
+    assert not network(torch.randn(2, 3, 8, 8), torch.tensor([1, 1000])).any()
+
+
+@pytest.mark.parametrize("width", [4, 16, 32])
+def test_class_and_step_reach_the_answer(width):
+    network = small_network(width=width, classes=3)
+    x, t, label = torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.tensor([0])
+    with torch.no_grad():
+        answer = network(x, t, label)
+        # the answer itself is near 1; float32's rounding stays below 1e-5
+        assert distance(answer, network(x, t, label + 1)) > 1e-2
+        assert distance(answer, network(x, t + 900, label)) > 1e-2
+        assert distance(answer, network(x, t + 1, label)) > 1e-4
+
+
+def test_no_label_means_no_class():
+    network = small_network(classes=3)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 900])
+    with torch.no_grad():
+        assert torch.equal(network(x, t), network(x, t, torch.tensor([3, 3])))
+        assert distance(network(x, t), network(x, t, torch.tensor([2, 2]))) > 1e-2
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    network = small_network(classes=3)
+    x, t, labels = torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 100, 1000]), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        one_by_one = torch.cat([network(x[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(4)])
+        assert distance(network(x, t, labels), one_by_one) < 1e-5  # float32: kernels may add in another order
+
+
+def test_dropout_acts_in_training_alone():
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 900])
+    plain, dropping = small_network(), small_network(dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(dropping(x, t), plain(x, t))
+        assert torch.equal(plain.train()(x, t), plain.eval()(x, t))
+        dropping.train()
+        assert distance(dropping(x, t), dropping(x, t)) > 1e-2
+        assert distance(dropping(x, t), plain(x, t)) > 1e-2
+
+
+def test_gradient_reaches_every_parameter():
+    network = small_network(attention_size=8, multipliers=(1, 2, 2), classes=3).train()
+    t, labels = torch.tensor([5, 300, 700, 900]), torch.tensor([0, 1, 2, 3])
+    network(torch.randn(4, 3, 8, 8), t, labels).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        if not name.endswith("to_k.bias"):  # it shifts all scores of a pixel alike, which softmax does not see
+            reached = parameter.grad.flatten(1).abs().amax(dim=1) if parameter.dim() > 1 else parameter.grad.abs().max()
+            assert (reached > 1e-9).all(), name
+
+
+# ---- the running average ---------------------------------------------------------------------------------------------
+
+
+def test_average_of_still_weights_closes_in_by_the_product_of_the_decays():
+    """(1 + k) / (10 + k) multiplied over k = 1..n is (n + 1)! 10! / (n + 10)!; at 0.5 the warm-up is over after 8."""
+    network, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    gaps = [start - end for start, end in zip(copy.deepcopy(average).parameters(), network.parameters(), strict=True)]
+    still = copy.deepcopy(network.state_dict())
+    for decay, warm_steps in ((0.9999, 30), (0.5, 8)):
+        current = copy.deepcopy(average)
+        for step in range(1, 31):
+            update_average(current, network, step, decay)
+            warm = min(step, warm_steps)
+            share = math.factorial(warm + 1) * math.factorial(10) / math.factorial(warm + 10) * decay ** (step - warm)
+            for parameter, end, gap in zip(current.parameters(), network.parameters(), gaps, strict=True):
+                assert distance(parameter, end + share * gap) < 1e-6  # float32, weights below 1
+    assert all(torch.equal(network.state_dict()[name], still[name]) for name in still), "the network stays as it is"
+
+
+def test_average_weighs_the_past_by_powers_of_the_decay():
+    """Long after the warm-up: (1 - decay) decay^age of what the network was, and decay^n of the start."""
+    torch.manual_seed(0)
+    average, network = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    start, history, decay = average.weight.detach().clone(), torch.randn(20, 2, 3), 0.9
+    for number, weights in enumerate(history):
+        network.weight.data = weights
+        update_average(average, network, 1000 + number, decay)
+    ages = torch.arange(19, -1, -1).view(-1, 1, 1)
+    expected = decay**20 * start + ((1 - decay) * decay**ages * history).sum(dim=0)
+    assert distance(average.weight, expected) < 1e-6  # float32, weights near 1
+
+
+def test_average_without_decay_is_the_network():
+    network, average = small_network(), UNet(8, width=16, multipliers=(1, 2), blocks=1, attention_size=4)
+    for step in (1, 1000):
+        update_average(average, network, step, decay=0.0)
+        weights = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in weights)
+        nn.init.normal_(network.conv_in.weight)
