@@ -114,7 +114,7 @@ class UNet(nn.Module):
     What the answer means - the noise, v or the clean image - is up to `Diffusion`.
 
     Args:
-        img_size: height and width in pixels, each a multiple of `stride`; one number for a square.
+        img_size: height and width in pixels, each a multiple of 2^(levels - 1); one number for a square.
         channels: of the image: 1 gray, 3 RGB, 4 RGBA.
         width: channels, to be multiplied; a multiple of 4 up to 128, of 32 above.
         multipliers: channels of each level, as multiples of `width`; each has half the resolution of the one above.

@@ -15,6 +15,7 @@ import re
 import signal
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -231,7 +232,9 @@ def decode(paths: list[Path], size: tuple[int, int], cache: Path) -> dict:
         if 2 * len(skipped) > len(paths):
             raise UserError(f"{len(skipped)} of {len(paths)} images cannot be read, for instance {skipped[0]}")
 
-    write_whole(cache, write)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
+        write_whole(cache, write)
     remarks = [f"{len(skipped):,} unreadable, left out: {', '.join(skipped[:3])}"] if skipped else []
     remarks += [f"{number:,} {remark}" for remark, number in noticed.items() if remark]
     return {"count": len(paths) - len(skipped), "remarks": remarks}
