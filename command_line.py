@@ -8,7 +8,6 @@ Reading order: how values are read, the plan, help, checks, run_command_line.
 import difflib
 import functools
 import inspect
-import math
 import os
 import re
 import sys
@@ -62,7 +61,7 @@ def as_typed(flag: str, value) -> str:
 
 def in_words(limit: tuple) -> str:
     """A range (smallest, largest)."""
-    return f"{limit[0]:g} or more" if math.isinf(limit[1]) else f"{limit[0]:g} to {limit[1]:g}"
+    return f"{limit[0]:g} or more" if limit[1] >= 10**9 else f"{limit[0]:g} to {limit[1]:g}"
 
 
 def did_you_mean(word: str, known) -> str:
@@ -95,7 +94,9 @@ def read_flags(name: str, parameters: dict, words: list[str]) -> dict[str, str]:
             text = words.pop(0)
         elif not equals and parameters[flag] is not bool:
             raise UserError(f"--{flag} needs a value: --{flag}=...")
-        flags[flag] = text if text or equals else "yes"
+        elif not equals:
+            text = "yes"
+        flags[flag] = text
     return flags
 
 
@@ -197,6 +198,8 @@ class SteadyStream:
 
 def run_command_line(program: str, commands: dict[str, Callable], limits: dict) -> None:
     """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name need not be text in the terminal's encoding
     sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
     words, status = sys.argv[1:], 2
     try:
@@ -213,5 +216,5 @@ def run_command_line(program: str, commands: dict[str, Callable], limits: dict) 
         message = "out of memory; a smaller --batch_size, --img_size or --width takes less"
     except KeyboardInterrupt:
         message, status = "stopped", 130
-    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(status)

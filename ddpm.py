@@ -194,7 +194,7 @@ class Diffusion:
 LR_DECAYS = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "none": lambda done: 1.0}  # done in [0, 1]
 # What a flag may be: its choices, or its smallest and largest value. Checks and help read it here.
 LIMITS = {"schedule": NOISE_SCHEDULES, "objective": OBJECTIVES, "sampler": SAMPLERS, "lr_decay": LR_DECAYS}
-LIMITS |= dict.fromkeys(("epochs", "batch_size", "n_img", "steps"), (1, math.inf))
+LIMITS |= dict.fromkeys(("epochs", "batch_size", "n_img", "steps"), (1, 10**9))
 LIMITS |= dict.fromkeys(("seed", "warmup", "attention_size", "min_snr", "sample_every", "save_every"), (0, math.inf))
 LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_steps": (2, 100_000)}
 LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999)}
@@ -274,10 +274,10 @@ def train(
     settings = dict(locals())
     command_line.check_limits(settings, LIMITS)
     command_line.check_name("run_name", run_name)
-    if not multipliers or min(multipliers) < 1 or max(multipliers) > 64:
-        raise UserError(
-            f"--multipliers={command_line.as_typed('multipliers', multipliers)} is not one or more numbers from 1 to 64"
-        )
+    if not dataset:
+        raise UserError("--dataset= is empty; it takes any folder of images")
+    if not 1 <= len(multipliers) <= 8 or not all(1 <= multiplier <= 64 for multiplier in multipliers):
+        raise UserError(f"--multipliers={','.join(map(str, multipliers))} is not 1 to 8 numbers from 1 to 64")
     if width % (4 if width <= 128 else 32):
         raise UserError(f"--width={width} is not a multiple of 4 up to 128, or of 32 above")
     size = settings["img_size"] = command_line.check_size(img_size, stride=2 ** (len(multipliers) - 1))
@@ -312,6 +312,9 @@ def train(
     print(f"length   {epochs:,} epochs, {last_step:,} steps of {batch_size} images; {step:,} steps are done")
     print(f"files    {path}, {results}{os.sep}", flush=True)
     utils.write_log(results / "log.csv", log)
+    if step >= last_step:
+        lock.release()
+        return print("nothing to do: this run has all its steps; a larger --epochs adds some")
     saved_at = logged_at = time.monotonic()
     stopping = 0
     with utils.StopSignals() as stop, utils.progress_bar(last_step * batch_size, step * batch_size) as bar:
@@ -395,7 +398,7 @@ def check_same_run(stored: dict, settings: dict, data: utils.Dataset) -> None:
     if differences:
         ways_out = "repeat its settings to continue it, or begin a new run with another --run_name"
         raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
-    if settings["epochs"] != was["epochs"] and settings["lr_decay"] != "none":
+    if settings["epochs"] > was["epochs"] and settings["lr_decay"] != "none":
         print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
 
 
@@ -493,7 +496,7 @@ def sample(
         at_64_pixels = 16 if device.type == "cpu" else 256
         batch_size = max(1, min(at_64_pixels, at_64_pixels * 64 * 64 // (size[0] * size[1])))
 
-    folder = utils.free_folder(Path("results", run_name, name))
+    folder = utils.claim_folder(Path("results", run_name, name))
     digits, grid = max(4, len(str(n_img))), []
     facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
     with utils.progress_bar(steps * math.ceil(n_img / batch_size), unit="step") as bar:

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,18 +39,8 @@ class UserError(Exception):
 
 
 # What decoders of pictures and archives raise when a file is damaged or hostile.
-BROKEN_FILE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    SyntaxError,
-    RuntimeError,
-    MemoryError,
-)
-BROKEN_FILE += (MemoryError, ArithmeticError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
+BROKEN_FILE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError)
+BROKEN_FILE += (RuntimeError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
 BROKEN_FILE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -92,7 +83,7 @@ def lock_run(folder: Path) -> FileLock:
 
 def pick_device(text: str) -> torch.device:
     """The device that `--device` names; `auto` is the first there is of: NVIDIA GPU, Apple GPU, CPU."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", text):  # PyTorch wraps 200 round to -56
         raise UserError(f"--device={text} is not one of: auto, cpu, cuda, cuda:N, mps")
     gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     text = ("cuda" if gpus else "mps" if has_mps else "cpu") if text == "auto" else text
@@ -147,7 +138,7 @@ def find_images(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways, the same one
         found += [Path(place, name) for name in files if not name.startswith(".")]
     images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not images:
@@ -187,7 +178,7 @@ def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray | None, st
     except BROKEN_FILE as error:
         return None, f"{path.name} ({str(error) or type(error).__name__})"
     if picture.width < width or picture.height < height:
-        remark = "smaller than --img_size: enlarged"
+        remark = f"{remark}; enlarged" if remark else "smaller than --img_size: enlarged"
     pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))  # (H, W, 3)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), remark
 
@@ -294,10 +285,13 @@ def save_png(images: Tensor, path: Path, **facts) -> None:
     write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
 
 
-def free_folder(folder: Path) -> Path:
-    """`folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
-    numbered = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 1_000_000))
-    return next(path for path in (folder, *numbered) if not path.exists()) if folder.exists() else folder
+def claim_folder(folder: Path) -> Path:
+    """Make `folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
+    for number in itertools.count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        with contextlib.suppress(FileExistsError):
+            free.mkdir(parents=True)
+            return free
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -342,6 +336,15 @@ def list_runs() -> str:
     return ", ".join(sorted(runs)) or "none yet"
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and its check sums are right: only then may it become the one before."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except BROKEN_FILE:
+        return False
+
+
 def save_checkpoint(run_name: str, **state) -> None:
     """Put a new checkpoint in the place of the newest, which becomes the one before.
 
@@ -356,7 +359,7 @@ def save_checkpoint(run_name: str, **state) -> None:
         except RuntimeError as error:  # PyTorch's words for a full disk are "unexpected pos 704 vs 598"
             raise OSError(f"disk full? ({error})") from error
 
-    write_whole(path, write, keep=previous)
+    write_whole(path, write, keep=previous if is_whole(path) else None)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -366,9 +369,10 @@ def read_checkpoint(path: Path) -> dict:
         UserError: naming the file, if it is missing, damaged, or written by a newer version of this program.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load compares no check sums: a flipped bit would be a wrong weight
-                raise ValueError("a check sum is wrong")
+        if path.is_file() and not is_whole(
+            path
+        ):  # torch.load compares no check sums: a flipped bit would be a wrong weight
+            raise ValueError("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = int(state["format"])
         if missing := {"settings", "data", "step", "network", "average", "optimizer", "log", "sums"} - state.keys():

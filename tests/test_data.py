@@ -1,0 +1,707 @@
+"""Reading, keeping and writing pictures: the right pixels from any file, each shown once per epoch, files whole."""
+
+import math
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, files_below, paint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+import utils
+from utils import UserError
+
+GRAY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)  # 0, 4, ..., 252
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+LEFT = np.tile(np.arange(8) < 4, (8, 1))  # the left half
+PALETTE = COLOURS.reshape(-1, 3)  # 64 colours
+NUMBERS = np.arange(64, dtype=np.uint8).reshape(8, 8)  # of the colours in PALETTE
+ORANGE = (230, 120, 40)
+
+
+def rgb(levels: np.ndarray) -> np.ndarray:
+    """Gray levels (H, W) as RGB (H, W, 3)."""
+    return np.stack([np.asarray(levels)] * 3, axis=2)
+
+
+def with_palette(numbers: np.ndarray = NUMBERS) -> Image.Image:
+    picture = Image.fromarray(numbers)  # as "L", which becomes "P" with a palette
+    picture.putpalette(PALETTE.tobytes())
+    return picture
+
+
+def with_alpha(colours: np.ndarray, alpha: np.ndarray | int) -> Image.Image:
+    """LA or RGBA: gray levels (H, W) or colours (H, W, 3) with an alpha channel."""
+    picture = Image.fromarray(colours)
+    picture.putalpha(Image.fromarray(np.broadcast_to(np.uint8(alpha), (8, 8)).copy()))
+    return picture
+
+
+def solid(mode: str, colour) -> Image.Image:
+    return Image.new(mode, (8, 8), colour)
+
+
+def white_where(mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    return np.where(mask[:, :, None], 255, colours)
+
+
+def read(path, size: tuple[int, int] = (8, 8)) -> np.ndarray:
+    """A picture as the data set would hold it, but (H, W, 3), in a type that does not wrap round."""
+    pixels, remark = utils.read_image(path, size)
+    assert pixels is not None, remark
+    return pixels.transpose(1, 2, 0).astype(int)
+
+
+def forbid(*_, **__):
+    pytest.fail("this should not have been called")
+
+
+# ---- finding images --------------------------------------------------------------------------------------------------
+
+
+def touch(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(folder) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in utils.find_images(folder)]
+
+
+def link(path, target) -> None:
+    """A symbolic link to a folder; Windows gives them to few."""
+    try:
+        path.symlink_to(target, target_is_directory=True)
+    except OSError:
+        pytest.skip("no right to make symbolic links")
+
+
+def test_every_picture_is_found_and_nothing_else(tmp_path):
+    pictures = [
+        "B.png",
+        "a b/c.TIFF",
+        "a/x.JPG",
+        "a/y.jpeg",
+        "deep/er/still/z.webp",
+        "folder.png/inside.gif",
+        "x.y.bmp",
+    ]
+    pictures += ["\u00e9t\u00e9/\u65e5\u672c.Png", "z.tif"]
+    touch(tmp_path, *pictures)
+    touch(tmp_path, ".hidden.png", ".git/x.png", "a/.cache/y.png", ".png", "notes.txt", "png", "x.png.part", "x.svg")
+    assert found(tmp_path) == sorted(pictures)
+
+
+def test_a_circle_of_links_ends_and_a_link_elsewhere_is_followed(tmp_path):
+    touch(tmp_path, "pictures/a/x.png", "elsewhere/y.png")
+    link(tmp_path / "pictures" / "a" / "back", tmp_path / "pictures")
+    link(tmp_path / "pictures" / "more", tmp_path / "elsewhere")
+    assert found(tmp_path / "pictures") == ["a/x.png", "more/y.png"]
+
+
+def test_a_link_to_nothing_is_passed_over(tmp_path):
+    touch(tmp_path, "x.png")
+    link(tmp_path / "y.png", tmp_path / "nothing")
+    assert found(tmp_path) == ["x.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_with_the_name_of_a_picture_is_passed_over(tmp_path):
+    """Opening it would wait for ever."""
+    touch(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "x.png")
+    assert found(tmp_path) == ["a.png"]
+
+
+def test_the_order_is_the_same_on_every_file_system(tmp_path, monkeypatch):
+    """Of two ways to the same folder, too, the same one is taken."""
+    touch(tmp_path, *[f"{folder}/{number}.png" for folder in "cab" for number in (3, 10, 1)])
+    link(tmp_path / "d", tmp_path / "b")
+    forwards, walk = found(tmp_path), os.walk
+
+    def walk_in(reverse: bool):
+        def sorted_walk(top, **options):
+            for place, folders, files in walk(top, **options):
+                folders.sort(reverse=reverse)
+                files.sort(reverse=reverse)
+                yield place, folders, files
+
+        return sorted_walk
+
+    for reverse in (False, True):
+        monkeypatch.setattr(os, "walk", walk_in(reverse))
+        assert found(tmp_path) == forwards
+
+
+# ---- reading one image -----------------------------------------------------------------------------------------------
+
+HALF = np.where(LEFT, 0, 255).astype(np.uint8)  # alpha: the left half is not to be seen
+HIDDEN = white_where(LEFT, COLOURS)
+INKS = np.zeros((8, 8, 4), np.uint8)
+INKS[:4, :4, 0] = INKS[:4, 4:, 1] = INKS[4:, :4, 2] = INKS[4:, 4:, 3] = 255
+INKED = np.zeros((8, 8, 3), np.uint8)
+INKED[:4, :4], INKED[:4, 4:], INKED[4:, :4] = (0, 255, 255), (255, 0, 255), (255, 255, 0)
+FRAMES = {"save_all": True, "append_images": [with_palette(NUMBERS[::-1].copy()), with_palette(NUMBERS.T.copy())]}
+FILM = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
+TO_F32, TO_I32 = np.float32, np.int32
+NAN = np.where(LEFT, np.nan, GRAY / np.float32(255)).astype(np.float32)
+PNG_TRANSPARENT = bytes(0 if number < 32 else 255 for number in range(64))
+
+ODD = [  # a file, its picture, how it is saved, what must be seen
+    ("gray.png", Image.fromarray(GRAY), {}, rgb(GRAY)),
+    ("colour.png", Image.fromarray(COLOURS), {}, COLOURS),
+    ("colour.bmp", Image.fromarray(COLOURS), {}, COLOURS),
+    ("colour.tif", Image.fromarray(COLOURS), {}, COLOURS),
+    ("packed.tiff", Image.fromarray(COLOURS), {"compression": "tiff_lzw"}, COLOURS),
+    ("colour.webp", Image.fromarray(COLOURS), {"lossless": True}, COLOURS),
+    ("gray.bmp", Image.fromarray(GRAY), {}, rgb(GRAY)),
+    ("black_or_white.png", Image.fromarray(LEFT), {}, rgb(LEFT * 255)),
+    ("black_or_white.tif", Image.fromarray(LEFT), {}, rgb(LEFT * 255)),
+    # palettes
+    ("palette.png", with_palette(), {}, COLOURS),
+    ("palette.bmp", with_palette(), {}, COLOURS),
+    ("palette.gif", with_palette(), {}, COLOURS),
+    ("palette_one_transparent.png", with_palette(), {"transparency": 9}, white_where(NUMBERS == 9, COLOURS)),
+    ("palette_alphas.png", with_palette(), {"transparency": PNG_TRANSPARENT}, white_where(NUMBERS < 32, COLOURS)),
+    ("palette_one_transparent.gif", with_palette(), {"transparency": 9}, white_where(NUMBERS == 9, COLOURS)),
+    # transparency: white shows, the colour beneath does not
+    ("opaque.png", with_alpha(COLOURS, 255), {}, COLOURS),
+    ("hidden.png", with_alpha(COLOURS, HALF), {}, HIDDEN),
+    ("hidden.webp", with_alpha(COLOURS, HALF), {"lossless": True, "exact": True}, HIDDEN),
+    ("hidden.tif", with_alpha(COLOURS, HALF), {}, HIDDEN),
+    ("gray_hidden.png", with_alpha(GRAY, HALF), {}, white_where(LEFT, rgb(GRAY))),
+    ("gray_opaque.png", with_alpha(GRAY, 255), {}, rgb(GRAY)),
+    ("all_hidden.png", with_alpha(COLOURS, 0), {}, np.full((8, 8, 3), 255)),
+    ("one_gray_transparent.png", Image.fromarray(GRAY), {"transparency": 40}, rgb(np.where(GRAY == 40, 255, GRAY))),
+    ("one_colour_transparent.png", solid("RGB", ORANGE), {"transparency": ORANGE}, np.full((8, 8, 3), 255)),
+    # more than 8 bits
+    ("gray_16.png", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, rgb(GRAY)),
+    ("dark_16.png", Image.fromarray(GRAY.astype(np.uint16)), {}, rgb(np.round(GRAY / 257))),
+    ("gray_16.tif", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, rgb(GRAY)),
+    ("gray_32.tif", Image.fromarray(GRAY.astype(TO_I32)), {}, rgb(GRAY)),
+    ("gray_32_of_16.tif", Image.fromarray(GRAY.astype(TO_I32) * 257), {}, rgb(GRAY)),
+    ("gray_32_large.tif", Image.fromarray(GRAY.astype(TO_I32) * 10**6), {}, rgb(np.round(GRAY / 252 * 255))),
+    ("gray_32_negative.tif", Image.fromarray(GRAY.astype(TO_I32) - 100), {}, rgb((GRAY.astype(int) - 100).clip(0))),
+    ("float_to_1.tif", Image.fromarray((GRAY / 255).astype(TO_F32)), {}, rgb(GRAY)),
+    ("float_to_255.tif", Image.fromarray(GRAY.astype(TO_F32)), {}, rgb(GRAY)),
+    ("float_large.tif", Image.fromarray(GRAY.astype(TO_F32) * 1e6), {}, rgb(np.round(GRAY / 252 * 255))),
+    ("float_holes.tif", Image.fromarray(NAN), {}, rgb(np.where(LEFT, 0, GRAY))),
+    ("float_black.tif", solid("F", 0.0), {}, np.zeros((8, 8, 3))),
+    # print colours, films
+    ("inks.tif", Image.fromarray(INKS, "CMYK"), {}, INKED),
+    ("film.gif", with_palette(), FRAMES, COLOURS),
+    ("film.png", Image.fromarray(COLOURS), FILM, COLOURS),
+    ("film.webp", Image.fromarray(COLOURS), {**FILM, "lossless": True}, COLOURS),
+]
+
+
+@pytest.mark.parametrize("name, picture, options, expected", ODD, ids=[case[0] for case in ODD])
+def test_an_odd_file_gives_the_right_pixels(name, picture, options, expected, tmp_path):
+    picture.save(tmp_path / name, **options)
+    assert np.array_equal(read(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("alpha", [1, 64, 128, 254])
+def test_half_transparency_mixes_with_white(alpha, tmp_path):
+    with_alpha(COLOURS, alpha).save(tmp_path / "x.png")
+    mixed = COLOURS * (alpha / 255) + 255 * (1 - alpha / 255)
+    assert abs(read(tmp_path / "x.png") - mixed).max() <= 1  # Pillow mixes in whole levels
+
+
+@pytest.mark.parametrize(
+    "picture, options, colour",
+    [
+        (solid("RGB", ORANGE), {}, ORANGE),
+        (solid("RGB", ORANGE), {"progressive": True}, ORANGE),
+        (solid("L", 77), {}, (77, 77, 77)),
+        (solid("CMYK", (255, 0, 0, 0)), {}, (0, 255, 255)),
+        (solid("CMYK", (0, 0, 0, 255)), {}, (0, 0, 0)),
+    ],
+    ids=["colour", "progressive", "gray", "cyan ink", "black ink"],
+)
+def test_a_jpeg_of_any_mode_gives_its_colour(picture, options, colour, tmp_path):
+    picture.save(tmp_path / "x.jpg", **options)
+    assert abs(read(tmp_path / "x.jpg") - colour).max() <= 3  # JPEG rounds brightness and two colour channels
+
+
+UPRIGHT = np.random.default_rng(1).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+STORED = {  # how a camera stores the picture under each EXIF orientation
+    1: UPRIGHT,
+    2: UPRIGHT[:, ::-1],
+    3: UPRIGHT[::-1, ::-1],
+    4: UPRIGHT[::-1],
+    5: UPRIGHT.transpose(1, 0, 2),
+    6: np.rot90(UPRIGHT),
+    7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(UPRIGHT, -1),
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_picture_taken_sideways_is_turned_upright(orientation, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
+    picture.save(tmp_path / f"x.{suffix}", exif=exif, lossless=True)
+    assert np.array_equal(read(tmp_path / f"x.{suffix}", size=(6, 10)), UPRIGHT)
+
+
+def test_a_large_photograph_taken_sideways_is_turned_upright(tmp_path):
+    """It is decoded small, and then turned: its stored left must be seen on top."""
+    stored = np.zeros((400, 600, 3), np.uint8)
+    stored[:, :300] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(tmp_path / "x.jpg", exif=exif)
+    seen = read(tmp_path / "x.jpg", size=(24, 16))
+    assert seen[:11].min() > 245  # away from the edge, where JPEG and Lanczos both ring
+    assert seen[13:].max() < 10
+
+
+def test_the_centre_is_cut_out(tmp_path):
+    """At the same height nothing is resized: the middle columns come out to the bit; of a tall picture, the rows."""
+    wide = np.random.default_rng(2).integers(0, 256, (8, 20, 3), dtype=np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide.transpose(1, 0, 2).copy()).save(tmp_path / "tall.png")
+    assert np.array_equal(read(tmp_path / "wide.png"), wide[:, 6:14])
+    assert np.array_equal(read(tmp_path / "tall.png"), wide[:, 6:14].transpose(1, 0, 2))
+    assert np.array_equal(read(tmp_path / "wide.png", size=(8, 16)), wide[:, 2:18])
+
+
+def test_the_proportions_are_kept(tmp_path):
+    """A circle stays a circle, whichever side is longer."""
+    y, x = np.mgrid[:48, :96]
+    circle = np.where((x - 47.5) ** 2 + (y - 23.5) ** 2 < 12**2, 0, 255).astype(np.uint8)
+    Image.fromarray(circle).save(tmp_path / "x.png")
+    dark = 255 - read(tmp_path / "x.png", size=(16, 16))[:, :, 0]
+    assert abs(dark - dark.T).max() <= 8  # of 255; where Lanczos overshoots, it is clipped between its two directions
+    assert abs(dark.sum() / 255 - math.pi * 4**2) < 1  # a third of the radius; the area to 2 %
+
+
+def test_a_fine_pattern_shrinks_to_its_mean(tmp_path):
+    """Without antialiasing it would turn black, white or striped."""
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "x.png")
+    assert abs(read(tmp_path / "x.png") - 127.5).max() <= 1.5  # one level of rounding in each direction
+
+
+@pytest.mark.parametrize("size, remark", [((8, 8), ""), ((20, 9), ""), ((7, 8), "enlarged"), ((8, 7), "enlarged")])
+def test_a_small_picture_is_enlarged_and_it_is_said(size, remark, tmp_path):
+    Image.new("RGB", size, ORANGE).save(tmp_path / "x.png")
+    pixels, said = utils.read_image(tmp_path / "x.png", (8, 8))
+    assert remark in said
+    assert bool(remark) == bool(said)
+    assert (pixels.transpose(1, 2, 0) == ORANGE).all()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32)])
+def test_only_the_first_frame_of_a_film_is_used_and_it_is_said(size, tmp_path):
+    """Also when it has to be enlarged, of which there is a remark too."""
+    with_palette().save(tmp_path / "film.gif", **FRAMES)
+    assert "first frame" in utils.read_image(tmp_path / "film.gif", size)[1]
+    with_palette().save(tmp_path / "still.gif")
+    assert "first frame" not in utils.read_image(tmp_path / "still.gif", size)[1]
+
+
+def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkeypatch):
+    y, x = np.mgrid[:768, :1024] / 100
+    waves = np.stack([np.sin(x + y), np.cos(2 * x - y), np.sin(3 * y)], axis=2)
+    Image.fromarray((waves * 100 + 128).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as picture:
+        whole = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.LANCZOS), dtype=int)
+
+    decoded, to_rgb = [], utils.to_rgb
+    monkeypatch.setattr(utils, "to_rgb", lambda picture: decoded.append(picture.size) or to_rgb(picture))
+    difference = abs(read(tmp_path / "x.jpg", size=(64, 64)) - whole)
+    assert decoded == [(256, 192)]  # a fourth: still more than twice the size wanted
+    assert difference.max() <= 4  # of 200 levels from trough to crest; two ways to average smooth waves
+    assert difference.mean() < 1
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+
+def saved(folder, suffix: str) -> bytes:
+    """The bytes of a sound picture."""
+    Image.fromarray(UPRIGHT).save(folder / f"sound.{suffix}")
+    return (folder / f"sound.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [suffix[1:] for suffix in utils.IMAGE_SUFFIXES])
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on what it finds
+def test_a_damaged_file_is_left_out_with_its_name_and_a_reason(suffix, tmp_path):
+    whole = saved(tmp_path, suffix)
+    damages = {"nothing": b"", "text": b"this is no picture\n", "garbage": bytes(range(1, 200)), "cut": whole[:30]}
+    for name, data in damages.items():
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(data)
+        pixels, reason = utils.read_image(path, (6, 10))
+        assert pixels is None
+        assert reason.startswith(f"{path.name} (")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "gif"])
+def test_a_picture_cut_in_half_is_left_out(suffix, tmp_path):
+    """Its lower part would be gray or black."""
+    Image.effect_noise((64, 64), 100).save(tmp_path / f"x.{suffix}")
+    whole = (tmp_path / f"x.{suffix}").read_bytes()
+    (tmp_path / f"x.{suffix}").write_bytes(whole[: len(whole) // 2])
+    assert utils.read_image(tmp_path / f"x.{suffix}", (8, 8))[0] is None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks on what it finds
+def test_no_damage_ends_the_reading(suffix, tmp_path):
+    """Decoders raise errors of many types; none may end a run."""
+    whole, random = saved(tmp_path, suffix), np.random.default_rng(3)
+    for _ in range(60):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
+        (tmp_path / f"x.{suffix}").write_bytes(data.tobytes())
+        pixels, _ = utils.read_image(tmp_path / f"x.{suffix}", (6, 10))
+        assert pixels is None or pixels.shape == (3, 6, 10)
+
+
+DECODER_ERRORS = [OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError]
+DECODER_ERRORS += [RuntimeError, MemoryError, OverflowError, ZeroDivisionError, struct.error, zlib.error]
+DECODER_ERRORS += [Image.UnidentifiedImageError, Image.DecompressionBombError]
+
+
+@pytest.mark.parametrize("error", DECODER_ERRORS)
+def test_whatever_a_decoder_raises_is_the_reason(error, tmp_path, monkeypatch):
+    def fail(_) -> None:
+        raise error("so it is")
+
+    Image.fromarray(UPRIGHT).save(tmp_path / "x.png")
+    monkeypatch.setattr(utils, "to_rgb", fail)
+    pixels, reason = utils.read_image(tmp_path / "x.png", (6, 10))
+    assert pixels is None
+    assert "x.png" in reason and "so it is" in reason
+
+
+@pytest.mark.parametrize("size", [(12, 10), (30, 20)], ids=["Pillow warns", "Pillow refuses"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_above_the_limit_is_not_decoded(size, tmp_path, monkeypatch):
+    """Below twice the limit Pillow only warns, and takes gigabytes."""
+    Image.new("RGB", size).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(Image.Image, "load", forbid)
+    pixels, reason = utils.read_image(tmp_path / "x.png", (8, 8))
+    assert pixels is None
+    assert "pixels" in reason
+
+
+def break_files(folder, *numbers: int) -> None:
+    """Turn pictures that `paint` made into text."""
+    for number in numbers:
+        (folder / f"picture_{number:04d}.png").write_text("no picture")
+
+
+def test_unreadable_pictures_are_left_out_counted_and_three_are_named(place):
+    bad, good = (9, 1, 7, 4, 10), (0, 2, 3, 5, 6, 8)
+    break_files(paint(place / "x", count=11), *bad)
+    data = utils.load_dataset(place / "x", (8, 8))
+    expected = [utils.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good]
+    assert np.array_equal(data.images, expected)
+    [remark] = data.remarks
+    assert remark.startswith("5 unreadable")
+    names = [remark.find(f"picture_{number:04d}.png (") for number in (1, 4, 7)]
+    assert -1 < names[0] < names[1] < names[2]
+    assert "0009" not in remark
+
+
+def test_remarks_count_what_they_tell_of(place):
+    paint(place / "x", count=2, size=(20, 20))
+    paint(place / "x", count=3, size=(20, 7), first_seed=2)
+    for name in "ab":
+        with_palette().save(place / "x" / f"{name}.gif", **FRAMES)
+    remarks = utils.load_dataset(place / "x", (8, 8)).remarks
+    assert len(remarks) == 2
+    assert any(remark.startswith("3 ") and "enlarged" in remark for remark in remarks)
+    assert any(remark.startswith("2 ") and "first frame" in remark for remark in remarks)
+
+
+def test_half_of_the_pictures_may_be_bad_but_no_more(place):
+    break_files(paint(place / "x", count=4), 0, 1)
+    assert len(utils.load_dataset(place / "x", (8, 8)).images) == 2
+    break_files(paint(place / "y", count=5), 1, 2, 3)
+    before = set(place.rglob("*.bytes")) | set(place.rglob("*.json"))
+    with pytest.raises(UserError, match=r"3 of 5 images cannot be read, for instance picture_0001\.png"):
+        utils.load_dataset(place / "y", (8, 8))
+    assert set(place.rglob("*.bytes")) | set(place.rglob("*.json")) == before
+    assert not list(place.rglob("*.unfinished"))
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_decoded_once(place, monkeypatch):
+    break_files(paint(place / "x", count=5), 3)
+    first = utils.load_dataset(place / "x", (8, 8))
+    monkeypatch.setattr(utils, "decode", forbid)
+    second = utils.load_dataset(place / "x", (8, 8))
+    assert np.array_equal(first.images, second.images)
+    assert first[1:] == second[1:]
+
+
+def touch_one(folder) -> None:
+    time = (folder / "picture_0001.png").stat().st_mtime_ns + 1_000_000_000
+    os.utime(folder / "picture_0001.png", ns=(time, time))
+
+
+def repaint_one(folder) -> None:
+    paint(folder, count=1, size=(14, 14), first_seed=1)
+
+
+def add_one(folder) -> None:
+    paint(folder, count=1, first_seed=9)
+
+
+def remove_one(folder) -> None:
+    (folder / "picture_0001.png").unlink()
+
+
+def rename_one(folder) -> None:
+    (folder / "picture_0001.png").rename(folder / "other.png")
+
+
+@pytest.mark.parametrize(
+    "change, same_fingerprint",
+    [(touch_one, True), (repaint_one, False), (add_one, False), (remove_one, False), (rename_one, False)],
+)
+def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
+    """The fingerprint tells by names and sizes whether a run goes on with its own pictures; the cache, by times too."""
+    paint(place / "x", count=3)
+    before = utils.load_dataset(place / "x", (8, 8))
+    change(place / "x")
+    after = utils.load_dataset(place / "x", (8, 8))
+    expected = [utils.read_image(path, (8, 8))[0] for path in utils.find_images(place / "x")]
+    assert np.array_equal(after.images, expected)
+    assert (after.fingerprint == before.fingerprint) == same_fingerprint
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (4, 4)])
+def test_another_size_is_decoded_again(size, place):
+    paint(place / "x", count=3)
+    before = utils.load_dataset(place / "x", (8, 8))
+    after = utils.load_dataset(place / "x", size)
+    assert after.images.shape == (3, 3, *size)
+    assert after.fingerprint == before.fingerprint
+
+
+def test_new_pixels_under_an_old_name_and_size_are_seen(place):
+    """A bitmap is as large as its number of pixels says, whatever they show: only its time gives it away."""
+    (place / "x").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(place / "x" / "a.bmp")
+        time = 10**18 if colour == "red" else 10**18 + 1_000_000_000
+        os.utime(place / "x" / "a.bmp", ns=(time, time))
+        images = utils.load_dataset(place / "x", (8, 8)).images
+        assert (images[0].transpose(1, 2, 0) == np.asarray(Image.new("RGB", (1, 1), colour))[0, 0]).all()
+
+
+def test_two_folders_of_the_same_times_are_two_data_sets(place):
+    """Archives and version control give all files one time."""
+    for seed, name in enumerate(("x", "y")):
+        paint(place / name, count=2, size=(10 + seed, 10), first_seed=2 * seed)
+        for path in (place / name).iterdir():
+            os.utime(path, ns=(10**18, 10**18))
+        expected = [utils.read_image(path, (8, 8))[0] for path in utils.find_images(place / name)]
+        assert np.array_equal(utils.load_dataset(place / name, (8, 8)).images, expected)
+
+
+def test_a_copied_folder_is_the_same_data_set(place):
+    """A run can move to another machine: neither the folder's own name nor the times count."""
+    paint(place / "x", count=3)
+    paint(place / "x" / "deeper", count=2)
+    shutil.copytree(place / "x", place / "elsewhere" / "y", copy_function=shutil.copyfile)
+    first, second = (utils.load_dataset(place / name, (8, 8)) for name in ("x", "elsewhere/y"))
+    assert first.fingerprint == second.fingerprint
+    assert np.array_equal(first.images, second.images)
+
+
+def test_half_a_cache_is_not_used(place):
+    """Without its facts, which are written last, the bytes may be of anything."""
+    paint(place / "x", count=3)
+    whole = np.array(utils.load_dataset(place / "x", (8, 8)).images)
+    [cache], [facts] = (list((place / utils.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
+    facts.unlink()
+    cache.write_bytes(b"half")
+    assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
+    cache.unlink()
+    assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
+
+
+def test_a_decoding_that_was_stopped_leaves_nothing_to_be_used(place, monkeypatch):
+    paint(place / "x", count=6)
+    read_image = utils.read_image
+
+    def stop_at_the_third(path, size):
+        if path.name == "picture_0002.png":
+            raise KeyboardInterrupt
+        return read_image(path, size)
+
+    monkeypatch.setattr(utils, "read_image", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        utils.load_dataset(place / "x", (8, 8))
+    assert not [name for name in files_below(place / utils.CACHE) if not name.endswith(".lock")]
+    monkeypatch.setattr(utils, "read_image", read_image)
+    assert len(utils.load_dataset(place / "x", (8, 8)).images) == 6
+
+
+# ---- the order of an epoch -------------------------------------------------------------------------------------------
+
+
+def orders(count: int, batch_size: int, seed: int = 0, epochs: int = 3) -> torch.Tensor:
+    """What is shown in every epoch (epochs, count), laid together from batches."""
+    steps = range(math.ceil(epochs * count / batch_size))
+    batches = [utils.batch_indices(count, batch_size, step, seed) for step in steps]
+    assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
+    return torch.cat(batches)[: epochs * count].view(epochs, count)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**64))
+@settings(deadline=None)
+def test_every_image_is_shown_exactly_once_per_epoch(count, batch_size, seed):
+    shown = orders(count, batch_size, seed)
+    assert torch.equal(shown.sort(dim=1).values, torch.arange(count).expand(3, -1))
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**64))
+@settings(deadline=None)
+def test_the_order_hangs_on_seed_and_epoch_alone(count, batch_size, seed):
+    """Not on the batch size, nor on what was asked before: a run that goes on starts in the middle."""
+    shown = orders(count, 1, seed)
+    utils.shuffled.cache_clear()
+    last = utils.batch_indices(count, batch_size, 2 * count // batch_size, seed)
+    start = 2 * count // batch_size * batch_size
+    known = shown.flatten()[start : start + batch_size]
+    assert torch.equal(last[: len(known)], known)
+    assert torch.equal(orders(count, batch_size, seed), shown)
+
+
+def test_every_epoch_and_every_seed_has_its_own_order():
+    shown = [tuple(order.tolist()) for seed in range(5) for order in orders(50, 7, seed)]
+    assert len(set(shown)) == 15
+    assert tuple(range(50)) not in shown
+
+
+def test_about_half_are_mirrored_and_nothing_else_is_done():
+    torch.manual_seed(0)
+    images = torch.rand(4000, 3, 2, 5)
+    seen = utils.mirror_half(images)
+    as_it_was = (seen == images).flatten(1).all(dim=1)
+    mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
+    assert (as_it_was ^ mirrored).all()
+    assert abs(mirrored.sum() - 2000) < 5 * math.sqrt(4000) / 2  # five standard deviations of 4,000 coins
+
+
+# ---- levels and files ------------------------------------------------------------------------------------------------
+
+
+def test_to_bytes_undoes_from_bytes_at_every_level():
+    levels = torch.arange(256, dtype=torch.uint8)
+    values = utils.from_bytes(levels)
+    assert values.dtype == torch.float32
+    assert (values[0], values[-1]) == (-1, 1)
+    assert torch.equal(utils.to_bytes(values), levels)
+
+
+@pytest.mark.parametrize("share", [-0.49, 0.49])
+def test_to_bytes_takes_the_nearest_level(share):
+    """Cutting the fraction off would make every picture half a level darker."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(utils.to_bytes(utils.from_bytes(levels) + share / 127.5), levels)
+
+
+def test_to_bytes_clips_what_is_out_of_range():
+    """A level of 256 would wrap round to black."""
+    assert utils.to_bytes(torch.tensor([-9.0, -1.01, 1.01, 9.0])).tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (9, 3, 3)])
+def test_images_stand_side_by_side_in_reading_order(count, columns, rows, tmp_path):
+    images = torch.randint(0, 256, (count, 3, 4, 6), dtype=torch.uint8)
+    utils.save_png(images, tmp_path / "new" / "x.png", run="a", step=7)
+    with Image.open(tmp_path / "new" / "x.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.size == (6 * columns, 4 * rows)
+        assert picture.text == {"run": "a", "step": "7"}
+        sheet = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        assert torch.equal(sheet[:, row * 4 : row * 4 + 4, column * 6 : column * 6 + 6], image)
+    assert files_below(tmp_path) == {"new", "new/x.png"}
+
+
+def test_a_claimed_folder_is_none_that_existed(tmp_path):
+    (tmp_path / "x_3").write_text("a file takes the name too")
+    made = [utils.claim_folder(tmp_path / "x") for _ in range(4)]
+    assert all(path.is_dir() for path in made)
+    assert [path.name for path in made] == ["x", "x_2", "x_4", "x_5"]
+
+
+def test_a_file_appears_whole_and_the_one_before_is_kept(tmp_path):
+    path, keep = tmp_path / "deep" / "er" / "x", tmp_path / "deep" / "er" / "x.previous"
+    for content in (b"one", b"two", b"three"):
+        before = files_below(tmp_path) - {"deep/er/x.unfinished"}
+        utils.write_whole(path, lambda file, content=content: file.write(content), keep=keep)
+        assert path.read_bytes() == content
+        assert before <= files_below(tmp_path)
+    assert keep.read_bytes() == b"two"
+    assert files_below(tmp_path) == {"deep", "deep/er", "deep/er/x", "deep/er/x.previous"}
+
+
+@pytest.mark.parametrize("error", [OSError, UserError, KeyboardInterrupt])
+def test_a_file_whose_writing_fails_is_as_it_was(error, tmp_path):
+    path, keep = tmp_path / "x", tmp_path / "x.previous"
+
+    def fail(file) -> None:
+        file.write(b"half")
+        assert path.read_bytes() == b"old"  # while the new one is written, too
+        raise error
+
+    path.write_bytes(b"old")
+    keep.write_bytes(b"older")
+    with pytest.raises(error):
+        utils.write_whole(path, fail, keep=keep)
+    assert (path.read_bytes(), keep.read_bytes()) == (b"old", b"older")
+    assert files_below(tmp_path) == {"x", "x.previous"}
+
+
+# ---- training on any folder ------------------------------------------------------------------------------------------
+
+
+def steps_done(result) -> int:
+    assert (result.status, result.err) == (0, "")
+    return utils.load_checkpoint("untitled")["step"]
+
+
+@pytest.mark.parametrize("count, steps", [(1, 2), (2, 2), (10, 5)])
+def test_it_trains_on_a_few_images(count, steps, run, place):
+    """Where there are fewer than a batch (4 here), a batch is all there are."""
+    paint(place / "x", count=count)
+    assert steps_done(run("train", "--dataset=x", *TINY, "--epochs=2")) == steps
+
+
+def test_it_trains_on_300_images_of_every_kind_in_nested_folders(run, place):
+    modes = {"RGB": "png", "L": "jpg", "RGBA": "webp", "P": "gif", "1": "bmp", "CMYK": "jpg", "I;16": "png", "F": "tif"}
+    for number in range(300):
+        mode, suffix = list(modes.items())[number % len(modes)]
+        folder = place / "\u00fcber all" / f"\u65e5\u672c_{number % 3}" / f"\u00e9t\u00e9 {number % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.effect_noise((5 + number % 20, 5 + number % 13), 80)
+        picture.convert(mode).save(folder / f"\u00f1 {number}.{suffix}")
+    (folder / "broken.jpg").write_text("no picture")
+    result = run("train", "--dataset=\u00fcber all", *TINY, "--epochs=1")
+    assert steps_done(result) == 300 // 4
+    assert "300 images of 8x8" in result.out
+    assert "1 unreadable, left out: broken.jpg" in result.out

@@ -1,0 +1,325 @@
+"""What `sample` promises: an image hangs on its seed alone, nothing is overwritten, the averaged weights are used."""
+
+import itertools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, files_below, paint
+from PIL import Image
+
+import command_line
+import ddpm
+import utils
+
+NOISE_STEPS = 30
+RUN = Path("results/tiny")
+CHECKPOINT, PREVIOUS = Path("models/tiny/checkpoint.pt"), Path("models/tiny/checkpoint.previous.pt")
+TRAIN = ("train", "--dataset=pictures", "--run_name=tiny", f"--noise_steps={NOISE_STEPS}")
+# A high rate: after 20 steps the network has to have a say in the pictures.
+TRAIN += (*(word for word in TINY if not word.startswith("--lr=")), "--lr=0.01")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A place with a trained run, its checkpoint and the one before: made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        paint(Path("pictures"))
+        for epochs in (7, 8):
+            command_line.plan("ddpm.py", {"train": ddpm.train}, [*TRAIN, f"--epochs={epochs}"])()
+        return Path.cwd()
+
+
+@pytest.fixture
+def sample(run, trained, place):
+    """Sample from that run, in a place that holds its models/ and nothing else."""
+    shutil.copytree(trained / "models", place / "models")
+
+    def sample_words(*words: str):
+        return run("sample", "--run_name=tiny", "--device=cpu", *words)
+
+    return sample_words
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """What any processor computes, with or without bfloat16."""
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture, dtype=int)  # (H, W, 3)
+
+
+def images(folder: str = "samples") -> np.ndarray:
+    """The single images in a folder, in the order of their numbers."""
+    return np.stack([pixels(path) for path in sorted((RUN / folder).glob("sample_*.png"))])  # (N, H, W, 3)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_below(folder) if (folder / name).is_file()}
+
+
+# ---- an image hangs on its seed alone --------------------------------------------------------------------------------
+
+LAYOUTS = ((1, 1), (5, 3), (20, 3), (20, 1))  # n_img, batch_size; each against 20 images in batches of 16
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_an_image_does_not_depend_on_the_others(sample, float32, sampler):
+    """One level of 255: the kernels add in another order where a batch has another size."""
+    assert sample("--n_img=20", "--batch_size=16", f"--sampler={sampler}", "--steps=5").status == 0
+    for number, (n_img, batch_size) in enumerate(LAYOUTS, 2):
+        words = (f"--n_img={n_img}", f"--batch_size={batch_size}", f"--sampler={sampler}", "--steps=5")
+        assert sample(*words).status == 0
+        assert abs(images(f"samples_{number}") - images()[:n_img]).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_an_image_hardly_depends_on_the_others_in_bfloat16(sample, sampler):
+    """35 dB: an error of 4.5 levels, hardly seen; bfloat16 has 3 digits, and the order of additions costs the last."""
+    if not utils.has_bfloat16(torch.device("cpu")):
+        pytest.skip("this processor has no bfloat16")
+    assert sample("--n_img=20", "--batch_size=16", f"--sampler={sampler}", "--steps=5").status == 0
+    for number, (n_img, batch_size) in enumerate(LAYOUTS, 2):
+        words = (f"--n_img={n_img}", f"--batch_size={batch_size}", f"--sampler={sampler}", "--steps=5")
+        assert sample(*words).status == 0
+        errors = ((images(f"samples_{number}") - images()[:n_img]) ** 2).mean(axis=(1, 2, 3))
+        assert errors.max() < 255**2 / 10**3.5
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_all_noise_is_drawn_from_the_seed_of_its_image(sample, monkeypatch, sampler):
+    """The starting noise, and the fresh noise of ddpm, to the bit: image i is told by NumPy's generator of seed + i."""
+    drawn, denoise = [], ddpm.Diffusion.denoise
+
+    def listen(self, predict_clean, x_t, path, sampler, draw_noise):
+        batch = [x_t]
+        drawn.append(batch)
+        return denoise(self, predict_clean, x_t, path, sampler, lambda: batch.append(draw_noise()) or batch[-1])
+
+    monkeypatch.setattr(ddpm.Diffusion, "denoise", listen)
+    draws = 4 if sampler == "ddpm" else 1  # none is added in the last of the 4 steps
+    for n_img, batch_size, seed in ((7, 16, 0), (7, 3, 0), (5, 1, 2)):
+        drawn.clear()
+        words = (f"--n_img={n_img}", f"--batch_size={batch_size}", f"--seed={seed}", f"--sampler={sampler}")
+        assert sample(*words, "--steps=4").status == 0
+        noise = torch.cat([torch.stack(batch, dim=1) for batch in drawn])  # (N, draws, 3, H, W)
+        generators = [np.random.default_rng(seed + number) for number in range(n_img)]
+        expected = [rng.standard_normal((draws, 3, 8, 8), dtype=np.float32) for rng in generators]
+        assert torch.equal(noise, torch.from_numpy(np.stack(expected)))
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_seeds_count_on(sample, sampler):
+    """Image 4 of seed 0 is image 2 of seed 2, and image 1 of seed 3: the same file, in batches of the same size."""
+    for seed in (0, 2, 3):
+        words = (f"--n_img={4 - seed}", f"--seed={seed}", f"--name=from_{seed}", f"--sampler={sampler}", "--steps=5")
+        assert sample(*words, "--batch_size=1").status == 0
+    files = [contents(RUN / f"from_{seed}")[f"sample_{4 - seed:04d}.png"] for seed in (0, 2, 3)]
+    assert files[0] == files[1] == files[2]
+    assert len({image.tobytes() for image in images("from_0")}) == 4
+
+
+# ---- what is asked for counts ----------------------------------------------------------------------------------------
+
+
+def test_samplers_and_steps_change_the_pictures(sample, float32):
+    shown = []
+    for number, (sampler, steps) in enumerate(itertools.product(ddpm.SAMPLERS, (5, 10))):
+        words = (f"--name=way_{number}", f"--sampler={sampler}", f"--steps={steps}", "--n_img=2")
+        assert sample(*words).status == 0
+        shown.append(images(f"way_{number}"))
+    for one, two in itertools.combinations(shown, 2):
+        assert abs(one - two).max() > 1  # more than rounding
+
+
+@pytest.mark.parametrize("part, is_used", [("average", True), ("network", False), ("optimizer", False)])
+def test_the_averaged_weights_make_the_images(sample, part, is_used):
+    assert sample("--n_img=2").status == 0
+    state = torch.load(CHECKPOINT, weights_only=True)
+    weights = state["optimizer"]["state"][0] if part == "optimizer" else state[part]
+    for weight in weights.values():
+        weight.zero_()
+    torch.save(state, CHECKPOINT)
+    assert sample("--n_img=2").status == 0
+    assert (abs(images("samples_2") - images()).max() > 1) == is_used
+
+
+def test_all_steps_of_the_paper_can_be_walked_and_no_more(sample):
+    assert sample("--sampler=ddpm", f"--steps={NOISE_STEPS}", "--n_img=1").status == 0
+    refused = sample(f"--steps={NOISE_STEPS + 1}", "--name=refused")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert f"--steps=31 is more than the {NOISE_STEPS} noising steps" in refused.err
+    assert not (RUN / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "img_size, shape, is_other", [("16", (16, 16), True), ("6x10", (6, 10), True), ("8x8", (8, 8), False)]
+)
+def test_another_size_is_made_with_a_remark(sample, img_size, shape, is_other):
+    result = sample(f"--img_size={img_size}", "--n_img=2", "--steps=2")
+    assert result.status == 0
+    assert ("tiny was trained at 8x8; this may look worse" in result.out) == is_other
+    assert images().shape == (2, *shape, 3)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_img, rows, columns", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (5, 2, 3), (11, 3, 4)])
+def test_the_grid_shows_the_single_images_in_their_order(sample, n_img, rows, columns):
+    assert sample(f"--n_img={n_img}", "--img_size=4x8", "--batch_size=3", "--steps=3").status == 0
+    singles = [f"sample_{number:04d}.png" for number in range(1, n_img + 1)]
+    assert files_below(RUN / "samples") == {*singles, "samples.png"}
+    grid = pixels(RUN / "samples/samples.png")
+    assert grid.shape == (4 * rows, 8 * columns, 3)
+    cells = grid.reshape(rows, 4, columns, 8, 3).swapaxes(1, 2).reshape(-1, 4, 8, 3)
+    assert np.array_equal(cells[:n_img], images())
+    assert not cells[n_img:].any()
+
+
+@pytest.mark.parametrize("words", [("--save_grid=no",), ("--nosave_grid",), ("--save_grid", "false")])
+def test_the_grid_can_be_left_out(sample, words):
+    assert sample("--n_img=2", "--steps=1", *words).status == 0
+    assert files_below(RUN / "samples") == {"sample_0001.png", "sample_0002.png"}
+
+
+def test_the_grid_holds_the_first_images_only(sample, monkeypatch):
+    monkeypatch.setattr(ddpm, "GRID_IMAGES", 4)
+    result = sample("--n_img=7", "--batch_size=3", "--steps=1")
+    assert "4 of them in one" in result.out
+    assert pixels(RUN / "samples/samples.png").shape == (16, 16, 3)
+    assert len(images()) == 7
+
+
+@pytest.mark.parametrize("n_img, first, last", [(9_999, "0001", "9999"), (10_000, "00001", "10000")])
+def test_numbers_grow_with_the_number_of_images(sample, monkeypatch, n_img, first, last):
+    """So that names are in order; pictures of this number are neither made nor written here."""
+    names = []
+    monkeypatch.setattr(ddpm, "walk", lambda net, diffusion, seeds, *rest: [(torch.zeros(len(seeds), 3, 1, 1), None)])
+    monkeypatch.setattr(utils, "save_png", lambda image, path, **facts: names.append(path.stem))
+    assert sample(f"--n_img={n_img}", "--batch_size=1000").status == 0
+    *singles, grid = names
+    assert (singles[0], singles[-1], grid) == (f"sample_{first}", f"sample_{last}", "samples")
+    assert singles == sorted(singles)
+    assert len(set(singles)) == n_img
+
+
+def test_every_picture_tells_how_it_was_made(sample):
+    assert sample("--n_img=3", "--seed=40", "--sampler=ddim", "--steps=5", "--batch_size=2", "--name=told").status == 0
+    facts = {"run": "tiny", "step": "20", "sampler": "ddim", "steps": "5"}  # 8 epochs of 10 pictures, 4 at a time
+    for name, seed in (("sample_0001", "40"), ("sample_0003", "42"), ("samples", "40")):
+        with Image.open(RUN / f"told/{name}.png") as picture:
+            assert picture.text == facts | {"seed": seed}
+
+
+def test_the_same_command_makes_the_same_files_beside_the_first(sample):
+    for _ in range(3):
+        assert sample("--n_img=3", "--sampler=ddpm", "--steps=5").status == 0
+    assert {path.name for path in RUN.iterdir()} == {"samples", "samples_2", "samples_3"}
+    first, second, third = (contents(RUN / name) for name in ("samples", "samples_2", "samples_3"))
+    assert len(first) == 4
+    assert first == second == third
+
+
+def test_nothing_in_the_way_is_overwritten(sample):
+    RUN.mkdir(parents=True)
+    (RUN / "samples").write_text("a file")
+    (RUN / "samples_2").mkdir()
+    result = sample("--n_img=1", "--steps=1")
+    assert result.status == 0
+    assert str(RUN / "samples_3") in result.out
+    assert (RUN / "samples").read_text() == "a file"
+    assert not files_below(RUN / "samples_2")
+    assert files_below(RUN / "samples_3") == {"sample_0001.png", "samples.png"}
+
+
+def test_two_at_the_same_time_do_not_share_a_folder(sample, monkeypatch):
+    """The second begins when the first has not written anything."""
+    walk = ddpm.walk
+
+    def let_another_go_first(*inputs):
+        monkeypatch.setattr(ddpm, "walk", walk)
+        ddpm.sample(run_name="tiny", n_img=2, seed=7, steps=1, device="cpu")
+        return walk(*inputs)
+
+    monkeypatch.setattr(ddpm, "walk", let_another_go_first)
+    assert sample("--n_img=2", "--steps=1").status == 0
+    seeds = {}
+    for path in RUN.glob("*/sample_*.png"):
+        with Image.open(path) as picture:
+            seeds.setdefault(path.parent.name, set()).add(picture.text["seed"])
+    assert seeds == {"samples": {"0", "1"}, "samples_2": {"7", "8"}}
+
+
+def test_nothing_is_written_outside_results(sample, place):
+    before = contents(place)
+    assert sample("--n_img=2", "--steps=1", "--name=here").status == 0
+    written = {f"results/tiny/here/{name}.png" for name in ("sample_0001", "sample_0002", "samples")}
+    after = contents(place)
+    assert after.keys() - before.keys() == written
+    assert {name: after[name] for name in before} == before
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [(), ("--run_name=tniy",)])
+def test_without_a_run_those_there_are_get_listed(sample, run, place, words):
+    shutil.copytree("models/tiny", "models/another")
+    (place / "models/empty").mkdir()
+    result = run("sample", *words)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert result.err.endswith("runs there are: another, tiny\n")
+    assert not Path("results").exists()
+
+
+def test_without_any_run_none_is_listed(run):
+    assert run("sample", "--run_name=tiny").err.endswith("runs there are: none yet\n")
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)])
+def test_the_checkpoint_before_is_used_where_the_newest_cannot(sample, spoil):
+    spoil(CHECKPOINT)
+    result = sample("--n_img=1", "--steps=1")
+    assert result.status == 0
+    assert f"{CHECKPOINT} cannot be read" in result.out
+    assert f"{PREVIOUS.name}, the one before it, is used" in result.out
+    with Image.open(RUN / "samples/sample_0001.png") as picture:
+        assert picture.text["step"] == "18"  # of 7 epochs
+
+
+def test_without_a_readable_checkpoint_nothing_is_made(sample):
+    for path in (CHECKPOINT, PREVIOUS):
+        os.truncate(path, 1000)
+    result = sample()
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"{PREVIOUS} cannot be read" in result.err
+    assert not Path("results").exists()
+
+
+def test_a_run_can_be_sampled_while_it_is_trained_and_after_a_stop(sample, run, place, monkeypatch):
+    paint(place / "pictures")
+    shutil.rmtree("models")
+    loss, sampled = ddpm.Diffusion.loss, []
+
+    def stop_in_step_3(*inputs):
+        sampled.append(CHECKPOINT.exists())
+        if len(sampled) == 3:
+            ddpm.sample(run_name="tiny", n_img=1, steps=1, name="during", device="cpu")
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*inputs)
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", stop_in_step_3)
+    assert run(*TRAIN, "--epochs=8", "--save_every=0").status == 143
+    assert sample("--n_img=1", "--steps=1", "--name=after").status == 0
+    for folder, step in (("during", "2"), ("after", "3")):
+        with Image.open(RUN / folder / "sample_0001.png") as picture:
+            assert picture.text["step"] == step
