@@ -374,7 +374,7 @@ def train(
     if stopping:
         print(f"stopped and saved at step {step:,} of {last_step:,}; the same command goes on from there")
         raise SystemExit(stopping)
-    print(f"trained for {epochs:,} epochs; to make images: python ddpm.py sample --run_name={run_name} --n_img=16")
+    print(f"trained for {epochs:,} epochs; to make images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")
 
 
 def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:

@@ -17,6 +17,7 @@ import torch
 from conftest import TINY, files_below, paint
 from hypothesis import strategies
 from storm import same
+from torch import Tensor
 
 import command_line
 import ddpm
@@ -183,6 +184,9 @@ def edited(data, whole: bytes) -> bytes:
 # ---- strangers' checkpoints ------------------------------------------------------------------------------------------
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight, beside the number of its steps
+
+
 class Bomb:
     """What would make a folder if it were unpickled the careless way."""
 
@@ -199,23 +203,31 @@ def with_settings(**settings) -> Callable[[dict], dict]:
     return lambda state: {**state, "settings": state["settings"] | settings}
 
 
+def giant_everywhere(state: dict) -> dict:
+    """A network of terabytes with all its weights, in a few kilobytes: no shape contradicts another."""
+    settings = state["settings"] | {"width": 4096, "multipliers": (64, 64)}
+    with torch.device("meta"):
+        network = ddpm.build(settings, "meta")[0]
+    weights = {name: torch.zeros(1).expand(weight.shape) for name, weight in network.state_dict().items()}
+    shapes = [weight.shape for weight in network.parameters()]
+    moments = [{"step": torch.ones(()), **{name: torch.zeros(1).expand(shape) for name in MOMENTS}} for shape in shapes]
+    optimizer = state["optimizer"] | {"state": dict(enumerate(moments))}
+    return state | {"settings": settings, "network": weights, "average": weights, "optimizer": optimizer}
+
+
 def of_other_weights(state: dict) -> dict:
     network = ddpm.build(state["settings"] | {"width": 32}, "cpu")[0].state_dict()
     return state | {"network": network, "average": network}
 
 
-def other_moments(state: dict, change: Callable) -> dict:
-    moments = state["optimizer"]["state"]
-    changed = {key: {name: change(name, value) for name, value in facts.items()} for key, facts in moments.items()}
-    return state | {"optimizer": state["optimizer"] | {"state": changed}}
+def with_moments(**changed: Tensor) -> Callable[[dict], dict]:
+    """The same tensors for the moments of every weight."""
 
+    def change(state: dict) -> dict:
+        moments = {number: facts | changed for number, facts in state["optimizer"]["state"].items()}
+        return state | {"optimizer": state["optimizer"] | {"state": moments}}
 
-def giant_moments(state: dict) -> dict:
-    return other_moments(state, lambda name, value: value if name == "step" else torch.zeros(1).expand(10**6, 10**6))
-
-
-def short_moments(state: dict) -> dict:
-    return other_moments(state, lambda name, value: value if name == "step" else torch.zeros(1))
+    return change
 
 
 STRANGE = {
@@ -224,6 +236,7 @@ STRANGE = {
     "giant weights": lambda state: state | {kind: giant(state[kind]) for kind in ("network", "average")},
     "a giant average": lambda state: state | {"average": giant(state["average"])},
     "a giant network": with_settings(width=4096, multipliers=(64, 64), blocks=16),
+    "a giant network with giant weights": giant_everywhere,
     "a large network": with_settings(width=512, multipliers=(1, 4, 4)),
     "settings out of range": with_settings(noise_steps=10**9),
     "settings of other types": with_settings(img_size=8, multipliers="12"),
@@ -243,8 +256,10 @@ STRANGE = {
     "one number": lambda state: 7,
 }
 STRANGE_TO_TRAIN = {
-    "giant moments": giant_moments,
-    "short moments": short_moments,
+    "giant moments": with_moments(exp_avg=torch.zeros(1).expand(10**6, 10**6)),
+    "short moments": with_moments(exp_avg=torch.zeros(1), exp_avg_sq=torch.zeros(1)),
+    "moments without a count": with_moments(step=torch.zeros(0)),
+    "no moments": lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}},
     "no optimizer": lambda state: state | {"optimizer": {}},
     "other sums": lambda state: state | {"sums": torch.zeros(7)},
     "a step that is text": lambda state: state | {"step": "many"},
@@ -260,7 +275,8 @@ def peak_memory() -> int:
 
 
 @pytest.mark.parametrize("words, name", CASES, ids=[f"{words[0]}: {name}" for words, name in CASES])
-def test_a_strange_checkpoint_is_refused_in_one_line(run, state, words, name):
+def test_a_strange_checkpoint_is_refused_in_one_line(run, state, monkeypatch, words, name):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: pytest.fail("it trains on with what it was given"))
     torch.save((STRANGE | STRANGE_TO_TRAIN)[name](state), CHECKPOINT)
     before, memory = files_below(Path()), peak_memory()
     result = run(*words)
@@ -268,6 +284,30 @@ def test_a_strange_checkpoint_is_refused_in_one_line(run, state, words, name):
     assert "models/run" in result.err.replace(os.sep, "/") or "--run_name=run" in result.err
     assert files_below(Path()) == before
     assert peak_memory() - memory < 300e6  # the large network would take a gigabyte, the giant ones more than there is
+
+
+def scattered(moment: Tensor) -> Tensor:
+    """The same numbers, but the last of them lies at the end of the memory they are in, the first far before it."""
+    return torch.zeros(moment.numel() + 1)[-1:].expand(moment.shape)
+
+
+def test_only_dense_moments_and_options_of_its_own_reach_the_optimizer(run, state, monkeypatch):
+    """It trusts both blindly: others would have it write where no moment is."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], weight_decay=0.0, fused=True)
+    own = {name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "lr")}
+    moments = state["optimizer"]["state"]
+    for facts in moments.values():
+        facts |= {"exp_avg": scattered(facts["exp_avg"]), "max_exp_avg_sq": torch.zeros(1)}
+    state["optimizer"]["param_groups"][0] |= {"amsgrad": True, "fused": False, "weight_decay": 9.0}
+    torch.save(state, CHECKPOINT)
+
+    def look(optimizer) -> None:
+        assert {name: optimizer.param_groups[0][name] for name in own} == own
+        assert all(optimizer.state[weight][name].is_contiguous() for weight in optimizer.state for name in MOMENTS)
+        raise UserError("looked")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    assert run(*TRAIN).status == 2
 
 
 @pytest.mark.parametrize("words", [SAMPLE, TRAIN], ids=lambda words: words[0])
