@@ -179,6 +179,33 @@ def check_size(img_size: tuple[int, ...], stride: int) -> tuple[int, int]:
     return img_size[0], img_size[-1]
 
 
+def check_network(settings: dict) -> tuple[int, int]:
+    """Refuse a network that cannot be: the size (height, width) of the images it is for."""
+    multipliers, width = settings["multipliers"], settings["width"]
+    if not 1 <= len(multipliers) <= 8 or not all(1 <= multiplier <= 64 for multiplier in multipliers):
+        raise UserError(f"--multipliers={','.join(map(str, multipliers))} is not 1 to 8 numbers from 1 to 64")
+    if width % (4 if width <= 128 else 32):
+        raise UserError(f"--width={width} is not a multiple of 4 up to 128, or of 32 above")
+    return check_size(settings["img_size"], stride=2 ** (len(multipliers) - 1))
+
+
+def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: tuple[str, ...]) -> None:
+    """Refuse to go on with a run of other settings or other images; say when its learning rate is stretched."""
+    was = stored["settings"]
+    differences = [
+        f"--{name} was {as_typed(name, was[name])}, is now {as_typed(name, value)}"
+        for name, value in settings.items()
+        if name not in may_change and value != was[name]
+    ]
+    if stored["data"] != fingerprint:
+        differences.append(f"the images in {settings['dataset']} are not those it was trained on ({was['dataset']})")
+    if differences:
+        ways_out = "repeat its settings to continue it, or begin a new run with another --run_name"
+        raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
+    if settings["epochs"] > was["epochs"] and settings["lr_decay"] != "none":
+        print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
+
+
 class SteadyStream:
     """A standard stream that outlives its reader: after `| head` has left, a training goes on, in silence."""
 
@@ -196,11 +223,22 @@ class SteadyStream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def run_command_line(program: str, commands: dict[str, Callable], limits: dict) -> None:
-    """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C."""
+def steady_streams() -> None:
+    """Have standard output and error always there, and take every text."""
+    for number in range(3):  # started without one of them (`>&-`), a checkpoint would get its number, and its text
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file's name need not be text in the terminal's encoding
     sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
+
+
+def run_command_line(program: str, commands: dict[str, Callable], limits: dict) -> None:
+    """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C."""
+    steady_streams()
     words, status = sys.argv[1:], 2
     try:
         if not words or {"--help", "-h", "help"} & set(words):

@@ -276,11 +276,7 @@ def train(
     command_line.check_name("run_name", run_name)
     if not dataset:
         raise UserError("--dataset= is empty; it takes any folder of images")
-    if not 1 <= len(multipliers) <= 8 or not all(1 <= multiplier <= 64 for multiplier in multipliers):
-        raise UserError(f"--multipliers={','.join(map(str, multipliers))} is not 1 to 8 numbers from 1 to 64")
-    if width % (4 if width <= 128 else 32):
-        raise UserError(f"--width={width} is not a multiple of 4 up to 128, or of 32 above")
-    size = settings["img_size"] = command_line.check_size(img_size, stride=2 ** (len(multipliers) - 1))
+    size = settings["img_size"] = command_line.check_network(settings)
     device = utils.pick_device(device)
     if not resume and utils.has_checkpoint(run_name):
         raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
@@ -296,10 +292,13 @@ def train(
     if utils.has_checkpoint(run_name):
         stored = utils.load_checkpoint(run_name)
         check_weights(run_name, stored)
-        check_same_run(stored, settings, data)
+        command_line.check_same_run(stored, settings, data.fingerprint, MAY_CHANGE)
         network.load_state_dict(stored["network"])
         average.load_state_dict(stored["average"])
-        optimizer.load_state_dict(stored["optimizer"])
+        options = optimizer.state_dict()["param_groups"]  # a stranger's could ask for moments that are not there
+        optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": options})
+        for weight, moments in optimizer.state.items():  # AdamW trusts their layout blindly
+            moments |= {kind: torch.empty_like(weight).copy_(moments[kind]) for kind in ("exp_avg", "exp_avg_sq")}
         step, log, sums = stored["step"], stored["log"], stored["sums"]
     images, sums = utils.on_device(data.images, device), sums.to(device)
     count, batch_size = len(images), min(batch_size, len(images))
@@ -385,31 +384,22 @@ def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     return network, Diffusion(**{name: settings[name] for name in noising}, device=device)
 
 
-def check_same_run(stored: dict, settings: dict, data: utils.Dataset) -> None:
-    """Refuse to go on with a run of other settings or other images; say when its learning rate is stretched."""
-    was = stored["settings"]
-    differences = [
-        f"--{name} was {command_line.as_typed(name, was[name])}, is now {command_line.as_typed(name, value)}"
-        for name, value in settings.items()
-        if name not in MAY_CHANGE and value != was[name]
-    ]
-    if stored["data"] != data.fingerprint:
-        differences.append(f"the images in {settings['dataset']} are not those it was trained on ({was['dataset']})")
-    if differences:
-        ways_out = "repeat its settings to continue it, or begin a new run with another --run_name"
-        raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
-    if settings["epochs"] > was["epochs"] and settings["lr_decay"] != "none":
-        print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
-
-
 def check_weights(run_name: str, stored: dict) -> None:
     """Refuse weights that are not of the network that the settings beside them describe, before it takes any memory."""
     try:
-        command_line.check_limits(stored["settings"], LIMITS)
+        settings, step = stored["settings"], stored["step"]
+        command_line.check_limits(settings, LIMITS)
+        command_line.check_network(settings)
         with torch.device("meta"):
-            shapes = {name: weight.shape for name, weight in build(stored["settings"], "meta")[0].state_dict().items()}
+            network = build(settings, "meta")[0]
+        shapes = {name: weight.shape for name, weight in network.state_dict().items()}
         claimed = [{name: weight.shape for name, weight in stored[kind].items()} for kind in ("network", "average")]
-        fits = claimed == [shapes, shapes]
+        moments = [{"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape} for weight in network.parameters()]
+        states = stored["optimizer"]["state"].items()
+        found = {index: {kind: value.shape for kind, value in state.items()} for index, state in states}
+        fits = claimed == [shapes, shapes] and found == dict(enumerate(moments)) and stored["sums"].shape == (3,)
+        fits = fits and isinstance(step, int) and step > 0
+        fits = fits and all(len(row) == len(utils.LOG_COLUMNS) for row in stored["log"])
     except (*utils.BROKEN_FILE, UserError):
         fits = False
     if not fits:

@@ -40,8 +40,8 @@ class UserError(Exception):
 
 # What decoders of pictures and archives raise when a file is damaged or hostile.
 BROKEN_FILE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError)
-BROKEN_FILE += (RuntimeError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
-BROKEN_FILE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+BROKEN_FILE += (RuntimeError, MemoryError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile)
+BROKEN_FILE += (pickle.UnpicklingError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -340,6 +340,8 @@ def is_whole(path: Path) -> bool:
     """Whether a checkpoint is there and its check sums are right: only then may it become the one before."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):  # a megabyte could become a thousand
+                return False
             return archive.testzip() is None
     except BROKEN_FILE:
         return False
@@ -369,22 +371,23 @@ def read_checkpoint(path: Path) -> dict:
         UserError: naming the file, if it is missing, damaged, or written by a newer version of this program.
     """
     try:
-        if path.is_file() and not is_whole(
-            path
-        ):  # torch.load compares no check sums: a flipped bit would be a wrong weight
-            raise ValueError("a check sum is wrong")
+        if path.is_file() and not is_whole(path):  # torch.load compares no check sums: a flip would be a wrong weight
+            raise ValueError("a check sum is wrong, or it is compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
         version = int(state["format"])
+        if version > CHECKPOINT_FORMAT:
+            raise UserError(f"{path} has format {version}; this program knows {CHECKPOINT_FORMAT}: get a newer one")
         if missing := {"settings", "data", "step", "network", "average", "optimizer", "log", "sums"} - state.keys():
             raise ValueError(f"without {', '.join(sorted(missing))}")
         tensors = [*state["network"].values(), *state["average"].values()]
-        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors):
+        tensors += [value for facts in state["optimizer"]["state"].values() for value in facts.values()]
+        if any(tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors):
             raise ValueError("a tensor claims to be larger than the file")
     except BROKEN_FILE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]})") from error
-    if version > CHECKPOINT_FORMAT:
-        raise UserError(f"{path} has format {version}; this program knows {CHECKPOINT_FORMAT}, a newer one is needed")
     return state
 
 

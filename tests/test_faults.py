@@ -37,7 +37,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals"
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux may a process that has used PyTorch fork")
 def test_a_storm_of_kills_loses_nothing(place):
     """No finished save is lost, and whoever finishes has learnt what a run without kills learns, to the bit."""
-    command = [sys.executable, str(ROOT / "tests" / "storm.py"), "--minutes=0.6"]
+    command = [sys.executable, str(ROOT / "tests" / "storm.py"), "--minutes=0.45"]
     end = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert end.returncode == 0, end.stdout + end.stderr
     for name in ("kill -9", "named point", "signal", "finished runs"):
