@@ -249,7 +249,8 @@ def run_command_line(program: str, commands: dict[str, Callable], limits: dict) 
     except OSError as error:  # a folder that may not be written to, a full disk
         message = f"{error.filename or 'disk'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:  # PyTorch's own errors of this kind are RuntimeErrors
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        words_for_it = "out of memory|allocate memory|not enough memory"
+        if isinstance(error, RuntimeError) and not re.search(words_for_it, str(error)):
             raise
         message = "out of memory; a smaller --batch_size, --img_size or --width takes less"
     except KeyboardInterrupt:
