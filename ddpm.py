@@ -354,10 +354,10 @@ def train(
                 sums.zero_()
             try:
                 if is_save:
+                    saved_at = time.monotonic()  # also of a save that fails: not every step may try again
                     learnt = {"network": network.state_dict(), "average": average.state_dict()}
                     course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
                     utils.save_checkpoint(run_name, settings=settings, data=data.fingerprint, **learnt, **course)
-                    saved_at = time.monotonic()
                 if is_row:
                     utils.write_log(results / "log.csv", log[-1:], mode="a")
                 if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):

@@ -632,9 +632,15 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
         (math.inf, [10, 20, 30]),  # the ends of the epochs
     ],
 )
-def test_saves_come_by_the_clock(train, monkeypatch, save_every, steps):
-    """A step takes 0.4 minutes here, and an epoch 10 steps."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_saves_come_by_the_clock(train, monkeypatch, save_every, steps, fails):
+    """A step takes 0.4 minutes here, and an epoch 10 steps. On a full disk, not every step tries again."""
     clock, saved, batch_indices = SimpleNamespace(seconds=0), [], utils.batch_indices
+
+    def save(run_name: str, **state) -> None:
+        saved.append(state["step"])
+        if fails and state["step"] < 30:
+            raise OSError("disk full")
 
     def take_time(*numbers: int) -> Tensor:
         clock.seconds += 24
@@ -642,7 +648,7 @@ def test_saves_come_by_the_clock(train, monkeypatch, save_every, steps):
 
     monkeypatch.setattr(ddpm, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     monkeypatch.setattr(utils, "batch_indices", take_time)
-    monkeypatch.setattr(utils, "save_checkpoint", lambda run_name, **state: saved.append(state["step"]))
+    monkeypatch.setattr(utils, "save_checkpoint", save)
     assert train(batch_size=1, width=4, multipliers=1, save_every=save_every).status == 0
     assert saved == steps
 
