@@ -193,9 +193,9 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: t
     """Refuse to go on with a run of other settings or other images; say when its learning rate is stretched."""
     was = stored["settings"]
     differences = [
-        f"--{name} was {as_typed(name, was[name])}, is now {as_typed(name, value)}"
+        f"--{name} was {as_typed(name, was.get(name))}, is now {as_typed(name, value)}"
         for name, value in settings.items()
-        if name not in may_change and value != was[name]
+        if name not in was or (name not in may_change and value != was[name])
     ]
     if stored["data"] != fingerprint:
         differences.append(f"the images in {settings['dataset']} are not those it was trained on ({was['dataset']})")

@@ -399,6 +399,7 @@ def check_weights(run_name: str, stored: dict) -> None:
         found = {index: {kind: value.shape for kind, value in state.items()} for index, state in states}
         fits = claimed == [shapes, shapes] and found == dict(enumerate(moments)) and stored["sums"].shape == (3,)
         fits = fits and isinstance(step, int) and step > 0
+        fits = fits and all(isinstance(value, int | float | str | tuple) for value in settings.values())
         fits = fits and all(len(row) == len(utils.LOG_COLUMNS) for row in stored["log"])
     except (*utils.BROKEN_FILE, UserError):
         fits = False

@@ -194,6 +194,10 @@ def giant(tensors: dict) -> dict:
     return {name: torch.zeros(1).expand(10**6, 10**6) for name in tensors}
 
 
+def without_setting(name: str) -> Callable[[dict], dict]:
+    return lambda state: state | {"settings": {key: value for key, value in state["settings"].items() if key != name}}
+
+
 def with_settings(**settings) -> Callable[[dict], dict]:
     return lambda state: {**state, "settings": state["settings"] | settings}
 
@@ -256,6 +260,9 @@ STRANGE_TO_TRAIN = {
     "moments without a count": with_moments(step=torch.zeros(0)),
     "no moments": lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}},
     "no optimizer": lambda state: state | {"optimizer": {}},
+    "a setting left out": without_setting("lr"),
+    "no number of epochs": without_setting("epochs"),
+    "a setting that is a tensor": with_settings(flip=torch.ones(2)),
     "other sums": lambda state: state | {"sums": torch.zeros(7)},
     "a step that is text": lambda state: state | {"step": "many"},
     "a log that is a number": lambda state: state | {"log": 5},
