@@ -255,5 +255,5 @@ def run_command_line(program: str, commands: dict[str, Callable], limits: dict) 
         message = "out of memory; a smaller --batch_size, --img_size or --width takes less"
     except KeyboardInterrupt:
         message, status = "stopped", 130
-    print(f"{program}: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    print(f"{program.removeprefix('-m ')}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(status)

@@ -5,10 +5,11 @@
     python ddpm.py --help
 
 Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; files
-and pictures are in utils.py, the command line's manners in command_line.py.
+and pictures are in utils.py, what a training tells in journal.py, the command line's manners in command_line.py.
 """
 
 import copy
+import inspect
 import itertools
 import math
 import os
@@ -20,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import checkpoints
 import command_line
 import utils
+from journal import COLUMNS, SUMS, Course, Log, gflop_per_image, runs_table
 from modules import UNet, update_average
 from utils import UserError
 
@@ -195,21 +198,28 @@ LR_DECAYS = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "none": 
 # What a flag may be: its choices, or its smallest and largest value. Checks and help read it here.
 LIMITS = {"schedule": NOISE_SCHEDULES, "objective": OBJECTIVES, "sampler": SAMPLERS, "lr_decay": LR_DECAYS}
 LIMITS |= dict.fromkeys(("epochs", "batch_size", "n_img", "steps"), (1, 10**9))
-LIMITS |= dict.fromkeys(("seed", "warmup", "attention_size", "min_snr", "sample_every", "save_every"), (0, math.inf))
+LIMITS |= dict.fromkeys(
+    ("seed", "warmup", "attention_size", "min_snr", "sample_every", "save_every", "max_minutes"), (0, math.inf)
+)
 LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_steps": (2, 100_000)}
 LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999)}
-MAY_CHANGE = ("dataset", "epochs", "resume", "device", "sample_every", "save_every")  # when a run goes on
-LOG_EVERY = 20  # steps between two rows of the log: reading the loss makes a GPU wait
+MAY_CHANGE = ("dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every")  # as a run goes on
+MAY_CHANGE += ("tensorboard", "dry_run")
+NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
+NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 GRID_IMAGES = 256  # nobody looks at a larger grid
+FILM_IMAGES, FILM_FRAMES = 16, 50
 
 
 def train(
     # what and where
     dataset: str = "datasets/landscapes",
     run_name: str = "untitled",
+    init_from: str = "",
     flip: bool = True,
     # length
     epochs: int = 500,
+    max_minutes: float = 0.0,
     resume: bool = True,
     seed: int = 0,
     # network
@@ -234,6 +244,8 @@ def train(
     device: str = "auto",
     sample_every: int = 10,
     save_every: float = 10.0,
+    tensorboard: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Learn to make images like those in a folder.
 
@@ -245,8 +257,10 @@ def train(
     Args:
         dataset: a folder of images, flat or nested (jpg, png, webp, bmp, gif, tif).
         run_name: names models/RUN and results/RUN.
+        init_from: another run, from whose averaged weights this one begins: fine-tuning.
         flip: also learn from mirror images; turn it off where left and right matter, as in writing.
         epochs: how many times every image is shown, in all.
+        max_minutes: a budget of time, in all; the learning rate falls within it, the last preview is in it; 0 for none.
         resume: continue the run if it exists; --resume=no refuses to touch it.
         seed: fixes the network's start, the order of the images and the noise.
         img_size: size of the images, one number or height x width (48x96); a multiple of 2 to the power of levels - 1.
@@ -267,6 +281,8 @@ def train(
         device: auto, cpu, cuda, cuda:N or mps.
         sample_every: epochs between two previews; 0 for none.
         save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
+        tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
+        dry_run: only say what would be done, show the data, and time a step.
 
     Raises:
         UserError: a flag, folder or checkpoint that does not fit.
@@ -278,20 +294,27 @@ def train(
         raise UserError("--dataset= is empty; it takes any folder of images")
     size = settings["img_size"] = command_line.check_network(settings)
     device = utils.pick_device(device)
-    if not resume and utils.has_checkpoint(run_name):
+    is_new = not checkpoints.exists(run_name)
+    if not resume and not is_new:
         raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
+    source = load_source(init_from, settings) if init_from and is_new else None
 
     data = utils.load_dataset(Path(dataset), size)
-    path, results = utils.checkpoint_paths(run_name)[0], Path("results", run_name)
+    path, results = checkpoints.paths_of(run_name)[0], Path("results", run_name)
     lock = utils.lock_run(path.parent)  # held until this function ends
     torch.manual_seed(utils.seed_of(seed))
     network, diffusion = build(settings, device)
+    network.to(memory_format=torch.channels_last)
+    if source:
+        network.load_state_dict(source["average"])
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
-    step, log, sums = 0, [], torch.zeros(3)  # since the last row of the log: loss, gradient norm, clipped gradients
-    if utils.has_checkpoint(run_name):
-        stored = utils.load_checkpoint(run_name)
-        check_weights(run_name, stored)
+    stored = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
+    if not is_new:
+        stored = load_run(run_name)
+        if "network" not in stored:
+            ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
+            raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
         command_line.check_same_run(stored, settings, data.fingerprint, MAY_CHANGE)
         network.load_state_dict(stored["network"])
         average.load_state_dict(stored["average"])
@@ -299,112 +322,132 @@ def train(
         optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": options})
         for weight, moments in optimizer.state.items():  # AdamW trusts their layout blindly
             moments |= {kind: torch.empty_like(weight).copy_(moments[kind]) for kind in ("exp_avg", "exp_avg_sq")}
-        step, log, sums = stored["step"], stored["log"], stored["sums"]
-    images, sums = utils.on_device(data.images, device), sums.to(device)
+
+    images, step = utils.on_device(data.images, device), stored["step"]
     count, batch_size = len(images), min(batch_size, len(images))
-    last_step = math.ceil(epochs * count / batch_size)
+    course = Course(count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"])
+    board = Path("runs", run_name) if tensorboard else None
+    log = Log(results, course, noise_steps, device, stored["log"], stored["sums"], board)
+
+    def load(indices: Tensor) -> Tensor:
+        """The images of a batch, (B, C, H, W) in [-1, 1], each mirrored or not, as the generator has it."""
+        x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
+        return utils.mirror_half(x_0) if flip else x_0
 
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    precision = "bfloat16" if utils.has_bfloat16(device) else "float32"
+    gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
+    length = f"{epochs:,} epochs, {course.last_step:,} steps of {batch_size} images"
+    length += f", or {max_minutes:g} minutes" if max_minutes else ""
     print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, sep="\n         ")
-    print(f"network  {millions:.1f} million weights, on {device} in {precision}")
-    print(f"length   {epochs:,} epochs, {last_step:,} steps of {batch_size} images; {step:,} steps are done")
-    print(f"files    {path}, {results}{os.sep}", flush=True)
-    utils.write_log(results / "log.csv", log)
-    if step >= last_step:
+    print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {device} in {precision}")
+    print(f"length   {length}; {step:,} steps are done")
+    print(f"files    {path}, {results}{os.sep}; data.png there shows what the network sees", flush=True)
+    torch.manual_seed(utils.seed_of(seed, 0))
+    first_images = torch.from_numpy(utils.shuffled(count, seed, epoch=0)[:64])
+    utils.save_png(utils.to_bytes(load(first_images)).cpu(), results / "data.png")
+    if not dry_run:
+        log.write()
+    stopping, done, second_at = 0, course.done(step), 0.0
+    if done >= 1:
         lock.release()
-        return print("nothing to do: this run has all its steps; a larger --epochs adds some")
-    saved_at = logged_at = time.monotonic()
-    stopping = 0
-    with utils.StopSignals() as stop, utils.progress_bar(last_step * batch_size, step * batch_size) as bar:
-        while step < last_step and not stopping:
+        return print("nothing to do: this run has come to its end; a larger --epochs or --max_minutes takes it further")
+    with utils.StopSignals() as stop, log:
+        while done < 1 and not stopping:
             # Algorithm 1. All that is random in a step hangs on (seed, step) alone: a run that was stopped and goes on
             # is, to the bit, the run that was not, and no generator's state has to be kept.
             torch.manual_seed(utils.seed_of(seed, step))
-            indices = utils.batch_indices(count, batch_size, step, seed)
-            x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))  # (B, C, H, W) in [-1, 1]
-            x_0 = utils.mirror_half(x_0) if flip else x_0
+            x_0 = load(utils.batch_indices(count, batch_size, step, seed))  # (B, C, H, W)
             t, eps = diffusion.draw(x_0)
             with utils.autocast(device):
-                loss = diffusion.loss(network, x_0, t, eps).mean()
-            loss.backward()
+                losses = diffusion.loss(network, x_0, t, eps)  # (B,)
+            losses.mean().backward()
             norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
-            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](step / last_step)
+            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](done)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             update_average(average, network, step, ema_decay)
-            sums += torch.stack([loss.detach(), norm, norm > 1])
-            bar.update(batch_size)
 
-            stopping, minutes = stop.status, (time.monotonic() - saved_at) / 60
-            seen, epoch = step * batch_size, step * batch_size // count
-            is_epoch_end, is_row = seen % count < batch_size, step % LOG_EVERY == 0
-            is_save = stopping or step == last_step or minutes >= (min(1, save_every) if is_epoch_end else save_every)
-            if (is_save or is_row) and not sums.isfinite().all():
-                advice = "begin another run with a lower --lr or a longer --warmup"
-                raise UserError(f"the loss is infinite or NaN at step {step:,}, learning rate {rate:.1e}; {advice}")
-            if is_row:
-                loss_sum, norm_sum, clipped = sums.tolist()
-                mean_loss, mean_norm = loss_sum / LOG_EVERY, norm_sum / LOG_EVERY
-                speed, logged_at = LOG_EVERY * batch_size / (time.monotonic() - logged_at), time.monotonic()
-                log.append([step, seen / count, seen, mean_loss, rate, mean_norm, int(clipped), speed])
-                bar.set_postfix_str(f"epoch {min(epoch + 1, epochs)}/{epochs}, loss {mean_loss:.4f}", refresh=False)
-                sums.zero_()
+            if dry_run:
+                losses.tolist()  # waits for a GPU
+                if step == course.first_step + 2:
+                    lock.release()
+                    return print(course.forecast(time.monotonic() - second_at))
+                second_at = time.monotonic()  # the first step takes longer than those that follow
+                continue
+            log.add(step, losses.detach(), t, norm, rate)
+            stopping, done = stop.status, course.done(step)
+            is_last = stopping or done >= 1
             try:
-                if is_save:
-                    saved_at = time.monotonic()  # also of a save that fails: not every step may try again
+                if is_last or course.is_save_due(step):
+                    course.saved_at = time.monotonic()  # also of a save that fails: not every step may try again
                     learnt = {"network": network.state_dict(), "average": average.state_dict()}
-                    course = {"optimizer": optimizer.state_dict(), "step": step, "log": log, "sums": sums}
-                    utils.save_checkpoint(run_name, settings=settings, data=data.fingerprint, **learnt, **course)
-                if is_row:
-                    utils.write_log(results / "log.csv", log[-1:], mode="a")
-                if step == last_step or (is_epoch_end and sample_every and epoch % sample_every == 0):
+                    progress = {"optimizer": optimizer.state_dict(), "step": step, **log.state()}
+                    checkpoints.save(run_name, settings=settings, data=data.fingerprint, **learnt, **progress)
+                log.write()
+                if done >= 1 or course.is_preview_due(step):
                     *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
-                    preview_path = results / "training_progress" / f"epoch_{epoch:04d}.png"
-                    utils.save_png(utils.to_bytes(previews).cpu(), preview_path, run=run_name, step=step)
-                    utils.plot_loss(log, results / "loss.png")
+                    previews = utils.to_bytes(previews).cpu()
+                    preview_path = results / "training_progress" / f"epoch_{course.epoch(step):04d}.png"
+                    utils.save_png(previews, preview_path, run=run_name, step=step)
+                    log.illustrate(previews)
             except OSError as error:  # a full disk must not end a training
-                if stopping or step == last_step:
+                if is_last:
                     raise
-                bar.write(f"not written: {error.filename or path}: {error.strerror or error}; training goes on")
+                log.bar.write(f"not written: {error.filename or path}: {error.strerror or error}; training goes on")
     lock.release()
     if stopping:
-        print(f"stopped and saved at step {step:,} of {last_step:,}; the same command goes on from there")
+        print(f"stopped and saved at step {step:,} of {course.last_step:,}; the same command goes on from there")
         raise SystemExit(stopping)
-    print(f"trained for {epochs:,} epochs; to make images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")
+    print(log.report(run_name))
 
 
 def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """The network, untrained, and the noising process that a run's settings describe."""
-    shape = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
-    noising = ("noise_steps", "schedule", "objective", "min_snr")
-    network = UNet(**{name: settings[name] for name in shape}).to(device)
-    return network, Diffusion(**{name: settings[name] for name in noising}, device=device)
+    network = UNet(**{name: settings[name] for name in NETWORK}).to(device)
+    return network, Diffusion(**{name: settings[name] for name in NOISING}, device=device)
 
 
-def check_weights(run_name: str, stored: dict) -> None:
-    """Refuse weights that are not of the network that the settings beside them describe, before it takes any memory."""
+def load_run(run_name: str) -> dict:
+    """A run's checkpoint, whose weights are those of the network its settings describe: checked in no memory.
+
+    Raises:
+        UserError: there is no such run, it cannot be read, or it is another program's.
+    """
+    stored = checkpoints.load(run_name)
     try:
-        settings, step = stored["settings"], stored["step"]
+        defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+        settings = stored["settings"] = defaults | stored["settings"]  # an option newer than the run
         command_line.check_limits(settings, LIMITS)
         command_line.check_network(settings)
         with torch.device("meta"):
             network = build(settings, "meta")[0]
-        shapes = {name: weight.shape for name, weight in network.state_dict().items()}
-        claimed = [{name: weight.shape for name, weight in stored[kind].items()} for kind in ("network", "average")]
-        moments = [{"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape} for weight in network.parameters()]
-        states = stored["optimizer"]["state"].items()
-        found = {index: {kind: value.shape for kind, value in state.items()} for index, state in states}
-        fits = claimed == [shapes, shapes] and found == dict(enumerate(moments)) and stored["sums"].shape == (3,)
-        fits = fits and isinstance(step, int) and step > 0
-        fits = fits and all(isinstance(value, int | float | str | tuple) for value in settings.values())
-        fits = fits and all(len(row) == len(utils.LOG_COLUMNS) for row in stored["log"])
+        fits = checkpoints.fits(stored, network, len(COLUMNS), SUMS)
     except (*utils.BROKEN_FILE, UserError):
         fits = False
     if not fits:
         raise UserError(f"models/{run_name} holds weights that do not fit its settings: another program's, or damaged")
+    return stored
+
+
+def load_source(init_from: str, settings: dict) -> dict:
+    """The checkpoint of the run to begin from.
+
+    Raises:
+        UserError: there is none, or its network is not the one that `settings` describe; it names the flags that would.
+    """
+    command_line.check_name("init_from", init_from)
+    source = load_run(init_from)
+    was, size = source["settings"], settings["img_size"]
+    needed = {name: was[name] for name in ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective")}
+    needed["attention_size"] = was["attention_size"] * min(size) // min(was["img_size"])  # on the same levels
+    flags = [
+        f"--{name}={command_line.as_typed(name, value)}" for name, value in needed.items() if settings[name] != value
+    ]
+    if flags:
+        raise UserError(f"--init_from={init_from} has another network; to fit it, add {' '.join(flags)}")
+    return source
 
 
 def walk(
@@ -436,6 +479,7 @@ def sample(
     n_img: int = 16,
     name: str = "samples",
     save_grid: bool = True,
+    gif: bool = False,
     seed: int = 0,
     img_size: tuple = (),
     # how
@@ -452,10 +496,11 @@ def sample(
     call writes to NAME_2.
 
     Args:
-        run_name: the run to sample from, a folder in models/.
+        run_name: the run to sample from, a folder in models/; left out, those there are get listed.
         n_img: how many images.
         name: the folder to write to, below results/RUN/.
         save_grid: also save samples.png, the first 256 images side by side.
+        gif: also film how the first 16 come out of the noise: left the images, right what the network takes them for.
         seed: image number i is made from seed + i alone, whatever the other options.
         img_size: another size than the run was trained at; it may not look as good.
         sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer and add no noise on the way.
@@ -469,11 +514,11 @@ def sample(
     command_line.check_limits(locals(), LIMITS)
     command_line.check_name("name", name)
     if not run_name:
-        raise UserError(f"--run_name is missing; runs there are: {utils.list_runs()}")
+        print(runs_table())
+        raise UserError("--run_name is missing; it takes one of the runs above, or train one first")
     command_line.check_name("run_name", run_name)
     device = utils.pick_device(device)
-    stored = utils.load_checkpoint(run_name)
-    check_weights(run_name, stored)
+    stored = load_run(run_name)
     settings = stored["settings"]
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
@@ -487,23 +532,37 @@ def sample(
         at_64_pixels = 16 if device.type == "cpu" else 256
         batch_size = max(1, min(at_64_pixels, at_64_pixels * 64 * 64 // (size[0] * size[1])))
 
+    def command(first: int, number: int) -> str:
+        """What makes `number` images from the seed `first` on again, the same to the bit: in batches as here."""
+        what = f"--run_name={run_name} --n_img={number} --seed={first} --img_size={size[0]}x{size[1]}"
+        how = f"--sampler={sampler} --steps={steps} --batch_size={min(number, batch_size)}"
+        return f"python ddpm.py sample {what} {how}"
+
     folder = utils.claim_folder(Path("results", run_name, name))
-    digits, grid = max(4, len(str(n_img))), []
-    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
+    digits, grid, film = max(4, len(str(n_img))), [], []
+    facts = {"run": run_name, "step": stored["step"], "weights": checkpoints.fingerprint_of(stored["average"])}
+    facts |= {"sampler": sampler, "steps": steps, "device": device.type}
     with utils.progress_bar(steps * math.ceil(n_img / batch_size), unit="step") as bar:
         for start in range(0, n_img, batch_size):
             seeds = range(seed + start, seed + min(n_img, start + batch_size))
-            for x_t, _ in walk(network, diffusion, seeds, size, sampler, steps):
+            for count, (x_t, guess) in enumerate(walk(network, diffusion, seeds, size, sampler, steps), 1):
                 bar.update()
+                if gif and start == 0 and count * FILM_FRAMES // steps > (count - 1) * FILM_FRAMES // steps:
+                    sides = [utils.tile(utils.to_bytes(side[:FILM_IMAGES]).cpu()) for side in (x_t, guess)]
+                    film.append(torch.cat(sides, dim=2))  # (3, H, 2 W): what there is, and what it is taken for
             images = utils.to_bytes(x_t).cpu()  # (B, 3, H, W)
-            for number, image in enumerate(images, start + 1):
-                facts["seed"] = seed + number - 1
-                utils.save_png(image[None], folder / f"sample_{number:0{digits}d}.png", **facts)
+            for number, (image, image_seed) in enumerate(zip(images, seeds, strict=True), 1):
+                again = f"{command(seeds[0], len(seeds))}  # this is sample_{number:04d}.png there"
+                path = folder / f"sample_{start + number:0{digits}d}.png"
+                utils.save_png(image[None], path, **facts, seed=image_seed, command=again)
             grid += images[: max(0, GRID_IMAGES - start)]
     print(f"{n_img:,} images: {folder / 'sample_*.png'}")
     if save_grid:
-        utils.save_png(torch.stack(grid), folder / "samples.png", **facts | {"seed": seed})
+        utils.save_png(torch.stack(grid), folder / "samples.png", **facts, seed=seed, command=command(seed, n_img))
         print(f"{len(grid)} of them in one: {folder / 'samples.png'}")
+    if gif:
+        utils.save_gif(film, folder / "samples.gif", comment=f"{command(seed, n_img)} --gif")
+        print(f"how they came to be: {folder / 'samples.gif'}")
 
 
 def main() -> None:

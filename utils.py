@@ -1,10 +1,9 @@
 """What touches the world: signals, devices, pictures, files. No mathematics of diffusion.
 
-Sections, in reading order: errors; processes; reading images; writing images; checkpoints; progress and log.
+Sections, in reading order: errors; processes; reading images; writing files.
 """
 
 import contextlib
-import csv
 import functools
 import hashlib
 import itertools
@@ -110,6 +109,23 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def seed_of(*numbers: int) -> int:
     """One seed mixed of several numbers; PyTorch's CPU generator looks at 32 bits only: mere sums would collide."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def progress_bar(
+    total: int, done: int = 0, unit: str = "img", title: str | None = None, budget: float = math.inf
+) -> tqdm:
+    """A bar with the time left; without a terminal, a plain line at most every 15 seconds and every hundredth.
+
+    The hundredth is of `total`, or of `budget` in seconds if that is given: then nobody knows yet what total comes out.
+    """
+    bar = functools.partial(tqdm, total=total, initial=done, unit=unit, unit_scale=True, desc=title)
+    if sys.stderr.isatty():
+        return bar(dynamic_ncols=True)
+    line = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    pace = {"mininterval": 15, "miniters": total / 100}
+    if budget < math.inf:
+        pace = {"mininterval": max(15, budget / 100), "miniters": 1}
+    return bar(delay=15, maxinterval=math.inf, bar_format=line, **pace)
 
 
 # ---- reading images --------------------------------------------------------------------------------------------------
@@ -260,43 +276,7 @@ def mirror_half(images: Tensor) -> Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
 
 
-# ---- writing images --------------------------------------------------------------------------------------------------
-
-
-def from_bytes(images: Tensor) -> Tensor:
-    """0..255 to [-1, 1], float32; the inverse of `to_bytes`."""
-    return images.float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, uint8, rounded to the nearest level."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_png(images: Tensor, path: Path, **facts) -> None:
-    """Write images (N, 3, H, W) in 0..255 as one PNG, side by side in a square, with `facts` as its text chunks."""
-    from torchvision.utils import make_grid  # two seconds to import: not before it is needed
-
-    sheet = make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=0)  # (3, rows * H, columns * W)
-    chunks = PngImagePlugin.PngInfo()
-    for name, value in facts.items():
-        chunks.add_text(name, str(value))
-    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-    write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
-
-
-def claim_folder(folder: Path) -> Path:
-    """Make `folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
-    for number in itertools.count(1):
-        free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        with contextlib.suppress(FileExistsError):
-            free.mkdir(parents=True)
-            return free
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-CHECKPOINT_FORMAT = 1
+# ---- writing files ---------------------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, write: Callable, keep: Path | None = None) -> None:
@@ -322,124 +302,43 @@ def write_whole(path: Path, write: Callable, keep: Path | None = None) -> None:
         os.close(folder)
 
 
-def checkpoint_paths(run_name: str) -> tuple[Path, Path]:
-    """Where a run's newest checkpoint is, and the one before it."""
-    return Path("models", run_name, "checkpoint.pt"), Path("models", run_name, "checkpoint.previous.pt")
+def from_bytes(images: Tensor) -> Tensor:
+    """0..255 to [-1, 1], float32; the inverse of `to_bytes`."""
+    return images.float() / 127.5 - 1
 
 
-def has_checkpoint(run_name: str) -> bool:
-    return any(path.exists() for path in checkpoint_paths(run_name))
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, uint8, rounded to the nearest level."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def list_runs() -> str:
-    runs = {path.parent.name for path in Path("models").glob("*/checkpoint*.pt")}
-    return ", ".join(sorted(runs)) or "none yet"
+def tile(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) side by side in a square: (3, rows * H, columns * W)."""
+    from torchvision.utils import make_grid  # two seconds to import: not before it is needed
+
+    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=0)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there and its check sums are right: only then may it become the one before."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type for entry in archive.infolist()):  # a megabyte could become a thousand
-                return False
-            return archive.testzip() is None
-    except BROKEN_FILE:
-        return False
+def save_png(images: Tensor, path: Path, **facts) -> None:
+    """Write images (N, 3, H, W) in 0..255 as one PNG, side by side in a square, with `facts` as its text chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in facts.items():
+        chunks.add_text(name, str(value))
+    picture = Image.fromarray(tile(images).permute(1, 2, 0).numpy())
+    write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
 
 
-def save_checkpoint(run_name: str, **state) -> None:
-    """Put a new checkpoint in the place of the newest, which becomes the one before.
-
-    Raises:
-        OSError: the disk is full or not writable; what was there is untouched.
-    """
-    path, previous = checkpoint_paths(run_name)
-
-    def write(file) -> None:
-        try:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-        except RuntimeError as error:  # PyTorch's words for a full disk are "unexpected pos 704 vs 598"
-            raise OSError(f"disk full? ({error})") from error
-
-    write_whole(path, write, keep=previous if is_whole(path) else None)
+def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
+    """Write frames (3, H, W) in 0..255 as a film of 12 frames a second, which rests on its last one and begins anew."""
+    first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    film = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [3000], "loop": 0}
+    write_whole(path, lambda file: first.save(file, "gif", comment=comment.encode(), **film))
 
 
-def read_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote, on the CPU; opening it cannot run code.
-
-    Raises:
-        UserError: naming the file, if it is missing, damaged, or written by a newer version of this program.
-    """
-    try:
-        if path.is_file() and not is_whole(path):  # torch.load compares no check sums: a flip would be a wrong weight
-            raise ValueError("a check sum is wrong, or it is compressed")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        version = int(state["format"])
-        if version > CHECKPOINT_FORMAT:
-            raise UserError(f"{path} has format {version}; this program knows {CHECKPOINT_FORMAT}: get a newer one")
-        if missing := {"settings", "data", "step", "network", "average", "optimizer", "log", "sums"} - state.keys():
-            raise ValueError(f"without {', '.join(sorted(missing))}")
-        tensors = [*state["network"].values(), *state["average"].values()]
-        tensors += [value for facts in state["optimizer"]["state"].values() for value in facts.values()]
-        if any(tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors):
-            raise ValueError("a tensor claims to be larger than the file")
-    except BROKEN_FILE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:100]})") from error
-    return state
-
-
-def load_checkpoint(run_name: str) -> dict:
-    """The newest checkpoint of a run; where it is damaged, the one before it, and it says so.
-
-    Raises:
-        UserError: there is no such run (those there are get listed), or no readable checkpoint.
-    """
-    path, previous = checkpoint_paths(run_name)
-    if not has_checkpoint(run_name):
-        raise UserError(f"--run_name={run_name} is not a trained run; runs there are: {list_runs()}")
-    try:
-        return read_checkpoint(path)
-    except UserError as error:
-        if not previous.exists():
-            raise
-        print(f"{error}; {previous.name}, the one before it, is used instead")
-        return read_checkpoint(previous)
-
-
-# ---- progress and log ------------------------------------------------------------------------------------------------
-
-LOG_COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped", "img_per_s")
-
-
-def progress_bar(total: int, done: int = 0, unit: str = "img", title: str | None = None) -> tqdm:
-    """A bar with the time left; without a terminal, a plain line at most every percent and every 15 seconds."""
-    bar = functools.partial(tqdm, total=total, initial=done, unit=unit, unit_scale=True, desc=title)
-    if sys.stderr.isatty():
-        return bar(dynamic_ncols=True)
-    line = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-    return bar(delay=15, mininterval=15, maxinterval=math.inf, miniters=total / 100, bar_format=line)
-
-
-def write_log(path: Path, rows: list[list[float]], mode: str = "w") -> None:
-    """results/RUN/log.csv: written anew from what the checkpoint remembers, then added to with mode "a"."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, mode, newline="") as file:
-        csv.writer(file).writerows([*([LOG_COLUMNS] if mode == "w" else []), *rows])
-
-
-def plot_loss(rows: list[list[float]], path: Path) -> None:
-    """The training loss over the images seen, both on logarithmic axes."""
-    import matplotlib  # half a second to import: not before it is needed
-
-    matplotlib.use("agg")  # draws without a display
-    from matplotlib import pyplot
-
-    images, losses = ([row[LOG_COLUMNS.index(name)] for row in rows] for name in ("images", "loss"))
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.loglog(images, losses)
-    axes.set(xlabel="images seen", ylabel="training loss")
-    write_whole(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
-    pyplot.close(figure)
+def claim_folder(folder: Path) -> Path:
+    """Make `folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
+    for number in itertools.count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        with contextlib.suppress(FileExistsError):
+            free.mkdir(parents=True)
+            return free

@@ -29,7 +29,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoints
 import ddpm
+import journal
 import utils
 
 # Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within batches.
@@ -47,16 +49,17 @@ def train(save_every: float, prepare: Callable[[], None] = lambda: None) -> int:
     status = 1
     try:
         sys.stdout = sys.stderr = open(OUTPUT, "w", buffering=1)
-        save = utils.save_checkpoint
+        save = checkpoints.save
 
         def save_and_note(run_name: str, **state) -> None:
             save(run_name, **state)
             with open(SAVES, "a") as file:
                 file.write(f"{state['step']}\n")
 
-        utils.save_checkpoint = save_and_note
-        utils.plot_loss = lambda rows, path: None  # it takes as long as the whole training
-        ddpm.LOG_EVERY = 5
+        checkpoints.save = save_and_note
+        journal.plot_curves = lambda rows, path: None  # it takes as long as the whole training
+        journal.ROW_EVERY = 5
+        ddpm.gflop_per_image = lambda network, size: 0.0
         prepare()
         sys.argv = ["ddpm.py", *WORDS.split(), f"--save_every={save_every}"]
         ddpm.main()
@@ -134,9 +137,10 @@ def same(a, b) -> bool:
 def result() -> dict:
     """All that a finished run has learnt and told, without the speeds."""
     with contextlib.redirect_stdout(io.StringIO()):
-        state = utils.load_checkpoint("run")
+        state = checkpoints.load("run")
     table = [line.split(",")[:-1] for line in (RESULTS / "log.csv").read_text().splitlines()]
-    return {**state, "settings": None, "log": [row[:-1] for row in state["log"]], "table": table}
+    of_the_clock = {"settings": None, "minutes": None}
+    return state | of_the_clock | {"log": [row[:-1] for row in state["log"]], "table": table}
 
 
 def last_save() -> int:
@@ -148,11 +152,11 @@ def fault_after_a_death(status: int) -> str:
     known = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT, AT_A_POINT}
     if status not in known:
         return f"the training ended with status {status}"
-    if not SAVES.exists() and not utils.has_checkpoint("run"):
+    if not SAVES.exists() and not checkpoints.exists("run"):
         return ""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            step = utils.load_checkpoint("run")["step"]
+            step = checkpoints.load("run")["step"]
     except utils.UserError as error:
         return f"lost: {error}"
     return "" if step >= last_save() else f"lost: step {last_save()} was saved, the checkpoint is of step {step}"

@@ -19,6 +19,7 @@ from hypothesis import strategies
 from storm import same
 from torch import Tensor
 
+import checkpoints
 import command_line
 import ddpm
 import utils
@@ -44,7 +45,7 @@ def trained(tmp_path_factory) -> Path:
 def state(trained, place) -> dict:
     """The state in the checkpoint that lies in the test's place."""
     shutil.copytree(trained, place, dirs_exist_ok=True)
-    return utils.read_checkpoint(CHECKPOINT)
+    return checkpoints.read(CHECKPOINT)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_damage_is_named_or_harmless(state, damage):
     for seed in range(60):
         CHECKPOINT.write_bytes(damage(random.Random(seed), whole))
         try:
-            assert same(utils.load_checkpoint("run"), state), f"seed {seed} loads something else"
+            assert same(checkpoints.load("run"), state), f"seed {seed} loads something else"
             harmless += 1
         except UserError as error:
             assert str(error).startswith(f"{CHECKPOINT} cannot be read as a checkpoint ("), f"seed {seed}"
@@ -173,7 +174,7 @@ def test_no_bytes_do_more_than_be_refused(trained, data):
                 changed.writestr(name, edited(data, contents) if name.endswith("data.pkl") else contents)
     before = files_below(trained)
     with contextlib.suppress(UserError):
-        utils.read_checkpoint(path)
+        checkpoints.read(path)
     assert files_below(trained) == before
 
 
@@ -241,8 +242,8 @@ STRANGE = {
     "settings of other types": with_settings(img_size=8, multipliers="12"),
     "no settings": lambda state: state | {"settings": {}},
     "settings that are a list": lambda state: state | {"settings": [1, 2]},
-    "a newer format": lambda state: state | {"format": utils.CHECKPOINT_FORMAT + 1},
-    "a newer format with other parts": lambda state: {"format": utils.CHECKPOINT_FORMAT + 1, "weights": {}},
+    "a newer format": lambda state: state | {"format": checkpoints.FORMAT + 1},
+    "a newer format with other parts": lambda state: {"format": checkpoints.FORMAT + 1, "weights": {}},
     "no format": lambda state: {name: value for name, value in state.items() if name != "format"},
     "weights of another width": of_other_weights,
     "weights that are numbers": lambda state: state | {"average": dict.fromkeys(state["average"], 1.0)},
@@ -261,7 +262,6 @@ STRANGE_TO_TRAIN = {
     "no moments": lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}},
     "no optimizer": lambda state: state | {"optimizer": {}},
     "a setting left out": without_setting("lr"),
-    "no number of epochs": without_setting("epochs"),
     "a setting that is a tensor": with_settings(flip=torch.ones(2)),
     "other sums": lambda state: state | {"sums": torch.zeros(7)},
     "a step that is text": lambda state: state | {"step": "many"},
@@ -315,7 +315,7 @@ def test_only_dense_moments_and_options_of_its_own_reach_the_optimizer(run, stat
 @pytest.mark.parametrize("name", ["a newer format", "a newer format with other parts"])
 def test_a_newer_format_is_called_newer(run, state, name):
     torch.save(STRANGE[name](state), CHECKPOINT)
-    assert f"{CHECKPOINT} has format {utils.CHECKPOINT_FORMAT + 1}" in run(*SAMPLE).err
+    assert f"{CHECKPOINT} has format {checkpoints.FORMAT + 1}" in run(*SAMPLE).err
 
 
 IMPOSSIBLE = [{"multipliers": (1,) * 2_000}, {"multipliers": (10**9,)}, {"blocks": 10**6}, {"width": 10**6}]

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, files_below, paint, start
 from hypothesis import strategies
 from PIL import Image
 
+import checkpoints
 import command_line
 import ddpm
 import utils
@@ -60,7 +61,7 @@ def wait_for_a_save(process: subprocess.Popen, step: int) -> int:
     while True:
         assert process.poll() is None, process.communicate()
         with contextlib.suppress(UserError), contextlib.redirect_stdout(io.StringIO()):
-            if (found := utils.load_checkpoint("run")["step"]) > step:
+            if (found := checkpoints.load("run")["step"]) > step:
                 return found
         time.sleep(0.05)
 
@@ -77,14 +78,14 @@ def test_a_training_outlives_its_terminal_until_it_is_told_to_stop(training):
     training.send_signal(signal.SIGHUP)
     step = wait_for_a_save(training, wait_for_a_save(training, -1) + 1)
     training.send_signal(signal.SIGTERM)
-    assert stopped_at(training, 143) == utils.load_checkpoint("run")["step"] >= step
+    assert stopped_at(training, 143) == checkpoints.load("run")["step"] >= step
 
 
 @posix
 def test_ctrl_c_saves(training):
     step = wait_for_a_save(training, -1)
     training.send_signal(signal.SIGINT)
-    assert stopped_at(training, 130) == utils.load_checkpoint("run")["step"] >= step
+    assert stopped_at(training, 130) == checkpoints.load("run")["step"] >= step
 
 
 @posix
@@ -97,7 +98,7 @@ def test_ctrl_c_again_and_again_harms_nothing(training):
     out, _ = training.communicate()
     assert training.returncode in (130, -signal.SIGINT)  # the latter if one more comes while it is leaving
     assert "stopped and saved" not in out
-    assert utils.load_checkpoint("run")["step"] >= step
+    assert checkpoints.load("run")["step"] >= step
     assert not list(CHECKPOINT.parent.glob("*.unfinished"))
 
 
@@ -108,7 +109,7 @@ def test_the_lock_of_a_killed_training_dies_with_it(training, run):
         utils.lock_run(CHECKPOINT.parent)
     training.kill()
     training.communicate()
-    step = utils.load_checkpoint("run")["step"]
+    step = checkpoints.load("run")["step"]
     result = run(*TRAIN, f"--epochs={step}")
     assert result.status == 0, result.err
     assert f"{step:,} steps are done" in result.out
@@ -127,7 +128,7 @@ def test_a_training_outlives_its_readers(place, gone):
         getattr(process, name).close()
     err = "" if process.stderr.closed else process.stderr.read()
     assert (process.wait(), err) == (0, "")
-    assert utils.load_checkpoint("run")["step"] == 10
+    assert checkpoints.load("run")["step"] == 10
     process.stderr.close()
 
 
@@ -139,7 +140,7 @@ def test_a_training_needs_no_streams_at_all(place):
     command = [sys.executable, str(ROOT / "ddpm.py"), *TRAIN, "--epochs=4"]
     end = subprocess.run(["sh", "-c", script, *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place)
     assert end.returncode == 0
-    assert utils.load_checkpoint("run")["step"] == 10
+    assert checkpoints.load("run")["step"] == 10
 
 
 # ---- a full disk, too little memory ----------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def test_a_training_needs_no_streams_at_all(place):
 def full_disk(monkeypatch, first: int, last: int):
     """Within this block, the saves of these steps find no room: no file may grow beyond 20 kB."""
     resource = pytest.importorskip("resource", reason="this system has no limits on the size of a file")
-    save, limits = utils.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_on_a_full_disk(run_name: str, **state) -> None:
         room = 20_000 if first <= state["step"] <= last else limits[0]
@@ -159,9 +160,9 @@ def full_disk(monkeypatch, first: int, last: int):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(utils, "save_checkpoint", save_on_a_full_disk)
+    monkeypatch.setattr(checkpoints, "save", save_on_a_full_disk)
     yield
-    monkeypatch.setattr(utils, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoints, "save", save)
 
 
 def test_a_training_goes_on_where_the_disk_is_full_for_a_while(place, run, monkeypatch):
@@ -169,7 +170,7 @@ def test_a_training_goes_on_where_the_disk_is_full_for_a_while(place, run, monke
     found, batch_indices = [], utils.batch_indices
 
     def look(*inputs):
-        found.append(utils.load_checkpoint("run")["step"] if utils.has_checkpoint("run") else 0)
+        found.append(checkpoints.load("run")["step"] if checkpoints.exists("run") else 0)
         return batch_indices(*inputs)
 
     monkeypatch.setattr(utils, "batch_indices", look)
@@ -187,10 +188,10 @@ def test_a_disk_that_is_full_at_the_last_save_is_an_error_of_one_line(place, run
         result = run(*TRAIN, "--epochs=3")
     assert (result.status, result.err.count("\n")) == (2, 1), result.err
     assert re.search("disk full|File too large", result.err)
-    assert utils.load_checkpoint("run")["step"] == 7
+    assert checkpoints.load("run")["step"] == 7
     assert files_below(CHECKPOINT.parent) == {".lock", "checkpoint.pt", "checkpoint.previous.pt"}
     assert run(*TRAIN, "--epochs=3").status == 0
-    assert utils.load_checkpoint("run")["step"] == 8
+    assert checkpoints.load("run")["step"] == 8
 
 
 MEMORY = [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")]

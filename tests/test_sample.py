@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import TINY, files_below, paint
 from PIL import Image
 
+import checkpoints
 import command_line
 import ddpm
 import utils
@@ -214,10 +216,67 @@ def test_numbers_grow_with_the_number_of_images(sample, monkeypatch, n_img, firs
 
 def test_every_picture_tells_how_it_was_made(sample):
     assert sample("--n_img=3", "--seed=40", "--sampler=ddim", "--steps=5", "--batch_size=2", "--name=told").status == 0
-    facts = {"run": "tiny", "step": "20", "sampler": "ddim", "steps": "5"}  # 8 epochs of 10 pictures, 4 at a time
+    facts = {"run": "tiny", "step": "20", "sampler": "ddim", "steps": "5", "device": "cpu"}  # 8 epochs of 10, 4 a step
+    facts["weights"] = checkpoints.fingerprint_of(checkpoints.load("tiny")["average"])
     for name, seed in (("sample_0001", "40"), ("sample_0003", "42"), ("samples", "40")):
         with Image.open(RUN / f"told/{name}.png") as picture:
+            assert picture.text.pop("command").startswith("python ddpm.py sample --run_name=tiny ")
             assert picture.text == facts | {"seed": seed}
+
+
+@pytest.mark.parametrize("how", [("--sampler=ddpm", "--steps=5"), ("--img_size=16", "--steps=3", "--seed=1000")])
+def test_the_command_in_a_picture_makes_it_again_to_the_pixel(sample, run, how):
+    assert sample("--n_img=5", "--batch_size=3", *how).status == 0
+    for name in ("sample_0001", "sample_0003", "sample_0005", "samples"):
+        with Image.open(RUN / f"samples/{name}.png") as picture:
+            command, _, comment = picture.text["command"].partition("  # this is ")
+        _, _, *words = shlex.split(command)
+        assert run(*words, "--name=again", "--device=cpu").status == 0
+        again = comment.split()[0] if comment else "samples.png"
+        assert np.array_equal(pixels(RUN / "again" / again), pixels(RUN / f"samples/{name}.png"))
+        shutil.rmtree(RUN / "again")
+
+
+def test_other_weights_have_another_fingerprint():
+    weights = {"one": torch.zeros(3), "two": torch.zeros(2, 2)}
+    known = {checkpoints.fingerprint_of(weights)}
+    known.add(checkpoints.fingerprint_of(weights | {"two": torch.tensor([[0.0, 0.0], [0.0, 1e-30]])}))
+    known.add(checkpoints.fingerprint_of({"one": torch.zeros(3), "too": torch.zeros(2, 2)}))
+    assert len(known) == 3
+    strided = weights | {"two": torch.zeros(2, 2).t()}
+    assert checkpoints.fingerprint_of(strided) in known
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_film_ends_with_the_images(sample, steps):
+    """Left what there is, right what it is taken for, of the first 16 images; at last both are the image."""
+    assert sample("--n_img=20", f"--steps={steps}", "--gif").status == 0
+    with Image.open(RUN / "samples/samples.gif") as film:
+        assert film.n_frames == steps
+        assert film.size == (2 * 32, 32)
+        film.seek(film.n_frames - 1)
+        assert film.info["duration"] >= 3000
+        left, right = np.split(np.asarray(film.convert("RGB"), dtype=int), 2, axis=1)
+    assert abs(left - right).max() == 0
+    shown = images()[:16].reshape(4, 4, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
+    assert abs(left - shown).mean() < 8  # 256 colours have to do
+
+
+def test_a_long_walk_is_filmed_in_fifty_frames(sample, monkeypatch):
+    """Evenly: the brightness of these images says which of 1,000 steps a frame shows."""
+    walk = [(torch.full((1, 3, 8, 8), step / 500 - 1), torch.zeros(1, 3, 8, 8)) for step in range(1, 1001)]
+    stored = ddpm.load_run("tiny")
+    stored["settings"]["noise_steps"] = 1000
+    monkeypatch.setattr(ddpm, "load_run", lambda name: stored)
+    monkeypatch.setattr(ddpm, "walk", lambda *inputs: walk)
+    assert sample("--n_img=1", "--steps=1000", "--gif").status == 0
+    with Image.open(RUN / "samples/samples.gif") as film:
+        assert film.n_frames == ddpm.FILM_FRAMES
+        levels = []
+        for frame in range(film.n_frames):
+            film.seek(frame)
+            levels.append(film.convert("RGB").getpixel((0, 0))[0])
+    assert np.abs(np.diff(levels) - 255 / 50).max() <= 1
 
 
 def test_the_same_command_makes_the_same_files_beside_the_first(sample):
@@ -271,11 +330,10 @@ def test_nothing_is_written_outside_results(sample, place):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [(), ("--run_name=tniy",)])
-def test_without_a_run_those_there_are_get_listed(sample, run, place, words):
+def test_with_a_wrong_run_those_there_are_get_listed(sample, run, place):
     shutil.copytree("models/tiny", "models/another")
     (place / "models/empty").mkdir()
-    result = run("sample", *words)
+    result = run("sample", "--run_name=tniy")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert result.err.endswith("runs there are: another, tiny\n")
     assert not Path("results").exists()

@@ -22,10 +22,12 @@ from hypothesis import strategies
 from PIL import Image
 from torch import Tensor
 
+import checkpoints
 import command_line
 import ddpm
+import journal
 import utils
-from utils import plot_loss
+from journal import plot_curves
 
 LAST_STEP = 8  # of 3 epochs of 10 pictures, 4 a step: no epoch but the second ends with a batch
 CHECKPOINT, PREVIOUS = Path("models/run/checkpoint.pt"), Path("models/run/checkpoint.previous.pt")
@@ -45,13 +47,14 @@ def words(**options) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_curve() -> Iterator[None]:
-    """Drawing takes longer than a tiny run: loss.png holds the curve's numbers here, but for the test that draws it."""
+    """Drawing and counting take longer than a tiny run: loss.png holds numbers here, but for the test that draws it."""
 
     def write_rows(rows: list[list[float]], path: Path) -> None:
         path.write_text(repr([row[:-1] for row in rows]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "plot_loss", write_rows)
+        patch.setattr(journal, "plot_curves", write_rows)
+        patch.setattr(ddpm, "gflop_per_image", lambda network, size: 0.0)
         yield
 
 
@@ -128,7 +131,7 @@ def at_save(number: int, moment: str, event: Callable[[], None]) -> Iterator[Non
 
     The moments of a save: begun, written, then a file's name: as that file is about to be replaced; at last, done.
     """
-    save_checkpoint, save, replace = utils.save_checkpoint, torch.save, os.replace
+    save_whole, save, replace = checkpoints.save, torch.save, os.replace
 
     def reach(here: str) -> None:
         if here == moment:
@@ -140,12 +143,12 @@ def at_save(number: int, moment: str, event: Callable[[], None]) -> Iterator[Non
                 patch.setattr(torch, "save", lambda *whats: (save(*whats), reach("written")))
                 patch.setattr(os, "replace", lambda old, new: (reach(Path(new).name), replace(old, new)))
                 reach("begun")
-            save_checkpoint(run_name, **state)
+            save_whole(run_name, **state)
             if state["step"] == number:
                 reach("done")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "save_checkpoint", save_with_events)
+        patch.setattr(checkpoints, "save", save_with_events)
         yield
 
 
@@ -158,8 +161,9 @@ STATUS = {"SIGTERM": 143, "SIGINT": 130}
 
 
 def stored() -> dict:
-    """The newest checkpoint, its log without the column that holds the clock's."""
+    """The newest checkpoint without what the clock says: the minutes, and the last column of the log."""
     state = torch.load(CHECKPOINT, weights_only=True)
+    del state["minutes"]
     return {**state, "log": [row[:-1] for row in state["log"]]}
 
 
@@ -167,7 +171,8 @@ def outcome() -> dict:
     """All that a run has left behind but for the clock; its log on the disk must be the one in the checkpoint."""
     state = torch.load(CHECKPOINT, weights_only=True)
     rows = list(csv.reader(LOG.read_text().splitlines()))
-    assert rows == [list(utils.LOG_COLUMNS), *([str(value) for value in row] for row in state["log"])]
+    as_text = [["" if value is None else str(value) for value in row] for row in state["log"]]
+    assert rows == [list(journal.COLUMNS), *as_text]
     return {**stored(), "pictures": {path.name: path.read_bytes() for path in Path("results/run").rglob("*.png")}}
 
 
@@ -210,7 +215,7 @@ def files(*folders: str) -> dict[Path, tuple[bytes, int]]:
 
 def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
     """Signals and deaths at any step, in any number: weights, average, optimizer, log, previews are the same bits."""
-    monkeypatch.setattr(ddpm, "LOG_EVERY", 3)
+    monkeypatch.setattr(journal, "ROW_EVERY", 3)
     options = {"dropout": 0.2, "sample_every": 2}
     assert train(**options).status == 0
     expected = outcome()
@@ -395,7 +400,7 @@ def test_a_second_trainer_is_refused_while_the_first_lives(train, place):
 
 def flip_a_bit_of_a_weight(path: Path) -> None:
     contents = bytearray(path.read_bytes())
-    weight = torch.load(path, weights_only=True)["network"]["conv_in.weight"]
+    weight = torch.load(path, weights_only=True)["network"]["conv_in.bias"]
     contents[contents.index(weight.numpy().tobytes())] ^= 1
     path.write_bytes(contents)
 
@@ -464,7 +469,7 @@ INFINITIES = {
 )
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(train, monkeypatch, kind, save_every, noticed, rate):
     """It is noticed at the next save or row of the log; rates: cos^2(pi/2 * 4/8) and cos^2(pi/2 * 5/8) of 1e-3."""
-    monkeypatch.setattr(ddpm, "LOG_EVERY", 3)
+    monkeypatch.setattr(journal, "ROW_EVERY", 3)
     with STOPS["SIGTERM"](4):
         train(save_every=0)
     before = files("models")
@@ -492,7 +497,7 @@ def trouble(kind: str) -> Callable[[], None]:
 @pytest.mark.parametrize("moment, kind", PLACES)
 def test_a_save_that_fails_does_not_end_the_training(train, uninterrupted, moment, kind):
     found = []
-    with at_save(5, moment, trouble(kind)), at_step(6, lambda: found.append(utils.load_checkpoint("run")["step"])):
+    with at_save(5, moment, trouble(kind)), at_step(6, lambda: found.append(checkpoints.load("run")["step"])):
         result = train(save_every=0)
     assert result.status == 0
     assert str(CHECKPOINT) in result.out.partition("not written")[2]
@@ -509,25 +514,25 @@ def test_a_last_save_that_fails_is_an_error(train, moment, kind, step):
         result = train(save_every=0)
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert ("No space left" if kind == "disk" else "disk full") in result.err
-    assert utils.load_checkpoint("run")["step"] == step - 1
+    assert checkpoints.load("run")["step"] == step - 1
 
 
-@pytest.mark.parametrize("writer", ["save_png", "write_log"])
-def test_trouble_beside_the_checkpoint_costs_none_of_the_training(train, uninterrupted, monkeypatch, writer):
+@pytest.mark.parametrize("owner, writer", [(utils, "save_png"), (journal.Log, "write")], ids=["preview", "log"])
+def test_trouble_beside_the_checkpoint_costs_none_of_the_training(train, uninterrupted, monkeypatch, owner, writer):
     """A preview or a row of the log that cannot be written, in the last step too, when the checkpoint still can be."""
-    monkeypatch.setattr(ddpm, "LOG_EVERY", 4)
-    write = getattr(utils, writer)
+    monkeypatch.setattr(journal, "ROW_EVERY", 4)
+    write, calls = getattr(owner, writer), itertools.count()
 
     def fail(*inputs, **options) -> None:
-        if "mode" in options or writer == "save_png":
+        if next(calls) > 0:  # the first call is before the training: the data, and the log as it was
             trouble("disk")()
         write(*inputs, **options)
 
-    monkeypatch.setattr(utils, writer, fail)
+    monkeypatch.setattr(owner, writer, fail)
     train(sample_every=1)
     assert stored()["step"] == LAST_STEP
     assert differences(stored()["average"], uninterrupted["average"]) == []
-    monkeypatch.setattr(utils, writer, write)
+    monkeypatch.setattr(owner, writer, write)
     assert train().status == 0
     outcome()
 
@@ -544,7 +549,10 @@ def test_a_training_outlives_its_terminal(train, uninterrupted):
 
 def test_every_option_is_tried():
     """A new option of train belongs to OTHER, or to those that may change."""
-    assert OTHER.keys() | set(ddpm.MAY_CHANGE) | {"run_name"} == inspect.signature(ddpm.train).parameters.keys()
+    assert (
+        OTHER.keys() | set(ddpm.MAY_CHANGE) | {"run_name", "init_from"}
+        == inspect.signature(ddpm.train).parameters.keys()
+    )
 
 
 @pytest.mark.parametrize("flag", OTHER)
@@ -600,7 +608,7 @@ def test_a_run_writes_only_where_it_should(finished, place):
     written = {name for name in files_below(place) if not name.endswith(".lock") and (place / name).is_file()}
     pictures = {f"pictures/picture_{number:04d}.png" for number in range(10)}
     outside = {name for name in written - pictures if not name.startswith("datasets/.cache/")}
-    results = {LOG.as_posix(), "results/run/loss.png", f"{PREVIEWS.as_posix()}/epoch_0001.png"}
+    results = {LOG.as_posix(), "results/run/loss.png", "results/run/data.png", f"{PREVIEWS.as_posix()}/epoch_0001.png"}
     assert outside == {CHECKPOINT.as_posix()} | results
 
 
@@ -646,16 +654,17 @@ def test_saves_come_by_the_clock(train, monkeypatch, save_every, steps, fails):
         clock.seconds += 24
         return batch_indices(*numbers)
 
-    monkeypatch.setattr(ddpm, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    for place in (ddpm, journal):
+        monkeypatch.setattr(place, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     monkeypatch.setattr(utils, "batch_indices", take_time)
-    monkeypatch.setattr(utils, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoints, "save", save)
     assert train(batch_size=1, width=4, multipliers=1, save_every=save_every).status == 0
     assert saved == steps
 
 
 def test_the_log_tells_what_happened(train, monkeypatch):
     """Every row against what was seen: the mean loss since the row before, and the closed form of the rate."""
-    monkeypatch.setattr(ddpm, "LOG_EVERY", 3)
+    monkeypatch.setattr(journal, "ROW_EVERY", 3)
     losses, loss = [], ddpm.Diffusion.loss
 
     def listen(*inputs) -> Tensor:
@@ -663,17 +672,18 @@ def test_the_log_tells_what_happened(train, monkeypatch):
         return losses[-1]
 
     monkeypatch.setattr(ddpm.Diffusion, "loss", listen)
-    monkeypatch.setattr(utils, "plot_loss", plot_loss)
+    monkeypatch.setattr(journal, "plot_curves", plot_curves)
     assert train().status == 0
     first, *rows = csv.reader(LOG.read_text().splitlines())
-    assert first == ["step", "epoch", "images", "loss", "lr", "grad_norm", "clipped", "img_per_s"]
+    quarters = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]
+    assert first == ["step", "epoch", "images", "loss", "lr", "grad_norm", "clipped", *quarters, "img_per_s"]
     assert [row[:3] for row in rows] == [["3", "1.2", "12"], ["6", "2.4", "24"]]
     for row, seen in zip(rows, (losses[:3], losses[3:6]), strict=True):
         # float32 has 7 digits
         assert float(row[3]) == pytest.approx(torch.cat(seen).mean().item(), rel=1e-6)
         assert 0 < float(row[5]) < math.inf
         assert int(row[6]) in range(4)
-        assert float(row[7]) > 0
+        assert float(row[-1]) > 0
     rates = [1e-3 * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / LAST_STEP)) / 2 for step in (2, 5)]
     assert [float(row[4]) for row in rows] == pytest.approx(rates)
     with Image.open("results/run/loss.png") as curve:
@@ -686,7 +696,7 @@ def test_the_loss_falls(train, place):
         (place / "colours").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), colour).save(place / f"colours/{number}.png")
     assert train(dataset="colours", epochs=200, width=8, multipliers=1, lr=3e-3).status == 0
-    losses = [row[utils.LOG_COLUMNS.index("loss")] for row in stored()["log"]]
+    losses = [row[journal.COLUMNS.index("loss")] for row in stored()["log"]]
     assert len(losses) == 10
     assert losses[-1] < 0.5 * losses[0]
 

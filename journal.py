@@ -1,0 +1,288 @@
+"""What a training tells: how far it is, what is due, the log, the curves; and a table of all runs.
+
+Nothing here is about diffusion, and nothing changes what is learnt - but for a time budget, by which the learning rate
+falls as the clock moves.
+
+Reading order: Course, Log, plot_curves, runs_table.
+"""
+
+import copy
+import csv
+import datetime
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoints
+import utils
+from utils import UserError
+
+ROW_EVERY = 20  # steps between two rows of the log: reading the sums makes a GPU wait
+QUARTERS = 4  # of the noising steps: the early ones (t small) make details, the late ones the composition
+COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
+COLUMNS += (*(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), "img_per_s")
+SUMS = 3 + 2 * QUARTERS  # loss, gradient norm, clipped gradients; loss and number of images in each quarter
+
+
+class Course:
+    """How far a training is, in steps and by the clock, and what is due after a step.
+
+    Args:
+        count: images in the data set; an epoch is so many images.
+        batch_size: images per step.
+        epochs: when the training ends, at the latest.
+        max_minutes: when it ends by the clock, earlier sessions included; 0 for never.
+        save_every: minutes between saves; the end of an epoch is a good moment once a minute has passed.
+        sample_every: epochs between previews, 0 for none but the last.
+        step, minutes: where the run stood when it was saved.
+    """
+
+    PREVIEW_COST = 200  # images that could be trained on while 16 are sampled in 25 steps, and a little more
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        epochs: int,
+        max_minutes: float,
+        save_every: float,
+        sample_every: int,
+        step: int,
+        minutes: float,
+    ):
+        self.count, self.batch_size, self.max_minutes = count, batch_size, max_minutes
+        self.save_every, self.sample_every = save_every, sample_every
+        self.last_step, self.first_step = math.ceil(epochs * count / batch_size), step
+        self.minutes_before, self.began = minutes, time.monotonic()
+        self.saved_at = self.began
+
+    def minutes(self, step: int) -> float:
+        """Minutes of training after `step` steps, in all; under a budget also those the last preview will take."""
+        seconds, images = time.monotonic() - self.began, (step - self.first_step) * self.batch_size
+        if self.max_minutes and images:
+            seconds += min(self.PREVIEW_COST / images * seconds, 15 * self.max_minutes)
+        return self.minutes_before + seconds / 60
+
+    def done(self, step: int) -> float:
+        """The share of the training that is done, in [0, 1]: of its steps or of its minutes, the larger one."""
+        by_clock = self.minutes(step) / self.max_minutes if self.max_minutes else 0.0
+        return min(1.0, max(step / self.last_step, by_clock))
+
+    def forecast(self, seconds: float) -> str:
+        """What a step of so many seconds means for the whole training."""
+        left = datetime.timedelta(seconds=round(seconds * (self.last_step - self.first_step)))
+        speed = f"{seconds:.2f} s a step, {self.batch_size / seconds:.1f} images per second"
+        return f"time     {speed}: {left} for the {self.last_step - self.first_step:,} steps to go"
+
+    def epoch(self, step: int) -> int:
+        """How many epochs are finished."""
+        return step * self.batch_size // self.count
+
+    def ends_epoch(self, step: int) -> bool:
+        return step * self.batch_size % self.count < self.batch_size
+
+    def is_save_due(self, step: int) -> bool:
+        wait = min(1, self.save_every) if self.ends_epoch(step) else self.save_every
+        return time.monotonic() - self.saved_at >= 60 * wait
+
+    def is_preview_due(self, step: int) -> bool:
+        return self.ends_epoch(step) and self.sample_every > 0 and self.epoch(step) % self.sample_every == 0
+
+
+class Log:
+    """What a training tells while it runs: on the terminal, in log.csv, in loss.png, in TensorBoard.
+
+    Steps are added up on the device. These sums and the rows so far go into the checkpoint, so that the log of a run
+    that was stopped is, to the bit, that of the run that was not.
+
+    Args:
+        folder: results/RUN.
+        course: the training this is the log of.
+        noise_steps: T, whose quarters are told apart.
+        rows, sums: what the checkpoint holds; nothing yet for a new run.
+        board: where TensorBoard's files go, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        course: Course,
+        noise_steps: int,
+        device: torch.device,
+        rows: list[list] = (),
+        sums: Tensor | None = None,
+        board: Path | None = None,
+    ):
+        self.path, self.course, self.noise_steps = folder / "log.csv", course, noise_steps
+        self.rows, self.written = list(rows), 0
+        self.sums = torch.zeros(SUMS) if sums is None else sums
+        self.sums, self.quarters = self.sums.to(device), torch.arange(QUARTERS, device=device)[:, None]
+        self.row_at, self.has_told_speed = time.monotonic(), False
+        self.board = board and tensorboard_writer(board, course.first_step)
+
+    def __enter__(self) -> "Log":
+        course = self.course
+        total, done = course.last_step * course.batch_size, course.first_step * course.batch_size
+        self.bar = utils.progress_bar(total, done, budget=60 * course.max_minutes)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+    def add(self, step: int, losses: Tensor, t: Tensor, norm: Tensor, rate: float) -> None:
+        """Note what step `step` (1, 2, ...) came to.
+
+        Args:
+            losses, t: of each image, its loss and its noising step (B,).
+            norm: of the gradient, before it was clipped to 1.
+            rate: the learning rate.
+
+        Raises:
+            UserError: a sum is no longer finite (noticed with a row, and before a save).
+        """
+        in_quarter = (t - 1) * QUARTERS // self.noise_steps == self.quarters  # (4, B)
+        whole = torch.stack([losses.mean(), norm, norm > 1])
+        self.sums += torch.cat([whole, (in_quarter * losses).sum(1), in_quarter.sum(1)])
+        self.step, self.rate = step, rate
+        self.bar.update(self.course.batch_size)
+        if step % ROW_EVERY == 0:
+            self.add_row()
+
+    def add_row(self) -> None:
+        course, images = self.course, self.step * self.course.batch_size
+        self.check()
+        loss, norm, clipped, *quarters = self.sums.tolist()
+        by_quarter = [sum_ / n if n else None for sum_, n in zip(quarters[:QUARTERS], quarters[QUARTERS:], strict=True)]
+        speed, self.row_at = ROW_EVERY * course.batch_size / (time.monotonic() - self.row_at), time.monotonic()
+        row = [self.step, images / course.count, images, loss / ROW_EVERY, self.rate, norm / ROW_EVERY, int(clipped)]
+        self.rows.append([*row, *by_quarter, speed])
+        self.sums.zero_()
+        if self.board:
+            for name, value in zip(COLUMNS[3:], self.rows[-1][3:], strict=True):
+                if value is not None:
+                    self.board.add_scalar(name, value, self.step)
+        self.tell()
+
+    def tell(self) -> None:
+        """Bring the bar up to date; once, say how long it will take."""
+        course, step, row = self.course, self.step, dict(zip(COLUMNS, self.rows[-1], strict=True))
+        self.bar.total = round(min(course.last_step, step / course.done(step)) * course.batch_size)
+        if not self.has_told_speed:
+            self.has_told_speed = True
+            left = datetime.timedelta(seconds=round((self.bar.total - row["images"]) / row["img_per_s"]))
+            self.bar.write(f"time     {row['img_per_s']:.1f} images per second: about {left} to go")
+        wait = max(0, course.save_every - (time.monotonic() - course.saved_at) / 60)
+        words = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4f}, next save in {wait:.0f} min"
+        self.bar.set_postfix_str(words, refresh=False)
+
+    def check(self) -> None:
+        if not self.sums.isfinite().all():
+            advice = "begin another run with a lower --lr or a longer --warmup"
+            where = f"at step {self.step:,}, learning rate {self.rate:.1e}"
+            raise UserError(f"the loss is infinite or NaN {where}; {advice}")
+
+    def state(self) -> dict:
+        """What the checkpoint keeps; refused where a good one would be replaced by one that has learnt NaN."""
+        self.check()
+        return {"log": self.rows, "sums": self.sums, "minutes": self.course.minutes(self.step)}
+
+    def write(self) -> None:
+        """Bring log.csv up to date: written anew when a session begins, then added to."""
+        if self.written > len(self.rows):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a" if self.written else "w", newline="") as file:
+            csv.writer(file).writerows([*([] if self.written else [COLUMNS]), *self.rows[max(0, self.written - 1) :]])
+        self.written = 1 + len(self.rows)
+
+    def report(self, run_name: str) -> str:
+        """What came out, and what to do with it."""
+        course, losses = self.course, [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
+        mean = (
+            f"; loss {sum(losses) / len(losses):.4f} over the last {len(losses) * ROW_EVERY:,} steps" if losses else ""
+        )
+        time_taken = datetime.timedelta(seconds=round(60 * course.minutes(self.step)))
+        epochs = self.step * course.batch_size / course.count
+        return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
+the weights are in {checkpoints.paths_of(run_name)[0]}; previews, log.csv and loss.png in {self.path.parent}
+to make images:
+  python ddpm.py sample --run_name={run_name} --n_img=16"""
+
+    def illustrate(self, previews: Tensor) -> None:
+        """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""
+        plot_curves(self.rows, self.path.with_name("loss.png"))
+        if self.board:
+            self.board.add_images("previews", previews, self.step)
+
+
+def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
+    """Billions of additions and multiplications of one forward pass; a training step takes three times as many."""
+    network = copy.deepcopy(network).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        network(torch.empty(1, 3, *size), torch.empty(1))
+    return counter.get_total_flops() / 1e9
+
+
+def tensorboard_writer(folder: Path, first_step: int):
+    """Where TensorBoard's scalars and pictures go; what an earlier session wrote beyond `first_step` is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package of that name: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=first_step + 1)
+
+
+def plot_curves(rows: list[list], path: Path) -> None:
+    """The loss, smoothed, the loss by quarter of the noising steps, and the learning rate, over the images seen."""
+    import matplotlib  # half a second to import: not before it is needed
+
+    matplotlib.use("agg")  # draws without a display
+    from matplotlib import pyplot
+
+    table = np.array(rows, dtype=float).reshape(-1, len(COLUMNS))  # a quarter that met no image is NaN
+    column = dict(zip(COLUMNS, table.T, strict=True))
+    window = 1 + len(rows) // 50
+
+    def smooth(values: np.ndarray) -> np.ndarray:
+        """Means of as many rows as there are in a fiftieth of the run; near the start, of those there are."""
+        known = np.nan_to_num(values).cumsum(), np.isfinite(values).cumsum()
+        total, number = (sums - np.concatenate([np.zeros(window), sums])[: len(sums)] for sums in known)
+        return total / np.maximum(number, 1)
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    axes[0].loglog(column["images"], column["loss"], color="0.8", label="rows of the log")
+    axes[0].loglog(column["images"], smooth(column["loss"]), label="smoothed")
+    for quarter, label in enumerate(("first (details)", "second", "third", "last (composition)"), 1):
+        axes[1].loglog(column["images"], smooth(column[f"loss_q{quarter}"]), label=label)
+    axes[2].plot(column["images"], column["lr"])
+    for plot, title in zip(axes, ("training loss", "loss by quarter of t", "learning rate"), strict=True):
+        plot.set(title=title, xlabel="images seen")
+    for plot in axes[:2]:
+        plot.legend()
+        plot.xaxis.set_minor_formatter("")  # within one decade they would be written over one another
+    utils.write_whole(path, lambda file: figure.savefig(file, format="png"))
+    pyplot.close(figure)
+
+
+def runs_table() -> str:
+    """All runs there are, a line each: where they stand, and when they were saved."""
+    lines = [("run", "trained on", "size", "epochs", "loss", "saved")]
+    for name in checkpoints.run_names():
+        try:
+            stored = checkpoints.load(name, peek=True)
+            settings, row = stored["settings"], dict(zip(COLUMNS, (stored["log"] or [[]])[-1], strict=False))
+            size = "x".join(str(side) for side in settings["img_size"])
+            facts = [settings["dataset"], size, f"{row.get('epoch', 0):.1f}", f"{row.get('loss', math.nan):.4f}"]
+        except (UserError, *utils.BROKEN_FILE):
+            facts = ["cannot be read", "", "", ""]
+        saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())
+        lines.append((name, *facts, f"{datetime.datetime.fromtimestamp(saved):%Y-%m-%d %H:%M}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

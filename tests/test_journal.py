@@ -1,0 +1,270 @@
+"""What a training tells, and when it ends: clock and epochs, the log, curves, TensorBoard, the table of runs."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, files_below, paint
+from PIL import Image
+from torch import Tensor
+
+import checkpoints
+import ddpm
+import journal
+import utils
+from journal import Course, Log
+from modules import UNet
+
+TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """A clock that moves only when told to."""
+    clock = SimpleNamespace(seconds=1000.0, monotonic=lambda: clock.seconds)
+    for module in (ddpm, journal):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def slow_steps(clock, monkeypatch) -> SimpleNamespace:
+    """A step takes 6 seconds of that clock, a preview 30."""
+    batch_indices, walk = utils.batch_indices, ddpm.walk
+
+    def take_step(*numbers: int) -> Tensor:
+        clock.seconds += 6
+        return batch_indices(*numbers)
+
+    def take_preview(*inputs):
+        clock.seconds += 30
+        return walk(*inputs)
+
+    monkeypatch.setattr(utils, "batch_indices", take_step)
+    monkeypatch.setattr(ddpm, "walk", take_preview)
+    return clock
+
+
+def course(**changed) -> Course:
+    """A training of 10 epochs of 100 images, 10 a step."""
+    facts = {"count": 100, "batch_size": 10, "epochs": 10, "max_minutes": 0, "save_every": 10, "sample_every": 0}
+    return Course(**facts | {"step": 0, "minutes": 0.0} | changed)
+
+
+# ---- how far a training is ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_minutes", [0, 10])
+def test_steps_and_clock_both_count_and_the_larger_share_holds(clock, max_minutes):
+    """A step a second: without a budget only the steps count; with one, a preview's worth of time is laid aside."""
+    training = course(max_minutes=max_minutes)
+    assert training.last_step == 100
+    assert training.done(0) == 0
+    for step in (1, 50, 99, 100):
+        clock.seconds = 1000 + 9 * step
+        laid_aside = min(Course.PREVIEW_COST / (10 * step) * 9 * step, 150)
+        by_clock = (9 * step + laid_aside) / 600 if max_minutes else 0
+        assert training.done(step) == pytest.approx(min(1, max(step / 100, by_clock)))
+
+
+def test_minutes_of_earlier_sessions_count(clock):
+    assert course(max_minutes=10, step=50, minutes=8.0).done(50) == pytest.approx(0.8)
+    assert course(max_minutes=10, step=50, minutes=12.0).done(50) == 1
+
+
+@pytest.mark.parametrize("batch_size, ends", [(10, [10, 20, 30]), (30, [4, 7, 10]), (100, [1, 2, 3])])
+def test_an_epoch_ends_with_the_step_that_completes_it(batch_size, ends):
+    training = course(batch_size=batch_size)
+    found = [step for step in range(1, ends[-1] + 1) if training.ends_epoch(step)]
+    assert found == ends
+    assert [training.epoch(step) for step in ends] == [1, 2, 3]
+
+
+# ---- a budget of time -----------------------------------------------------------------------------------------------
+
+
+def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(run, place, slow_steps, monkeypatch):
+    """5 minutes of steps of 6 seconds and one preview of 30 that is estimated; the rate is cos^2 of the time gone."""
+    paint(place / "pictures")
+    monkeypatch.setattr(Course, "PREVIEW_COST", 5 * 4)  # five steps of four images: 30 seconds
+    monkeypatch.setattr(journal, "ROW_EVERY", 5)
+    assert run(*TRAIN, "--max_minutes=5").status == 0
+    assert slow_steps.seconds - 1000 == pytest.approx(300, abs=6)
+    step = checkpoints.load("run")["step"]
+    assert step == 45  # 270 seconds
+    rates = [float(row["lr"]) for row in csv.DictReader(Path("results/run/log.csv").open())]
+    assert len(rates) == 9
+    for row, rate in enumerate(rates, 1):
+        done = (6 * (5 * row - 1) + 30) / 300
+        assert rate == pytest.approx(1e-3 * math.cos(math.pi / 2 * done) ** 2)
+    assert {path.suffix for path in Path("results/run/training_progress").iterdir()} == {".png"}
+
+
+def test_a_budget_that_is_used_up_is_used_up_and_a_larger_one_goes_on(run, place, slow_steps):
+    paint(place / "pictures")
+    assert run(*TRAIN, "--max_minutes=1").status == 0
+    step = checkpoints.load("run")["step"]
+    result = run(*TRAIN, "--max_minutes=1")
+    assert (result.status, checkpoints.load("run")["step"]) == (0, step)
+    assert "nothing to do" in result.out
+    assert run(*TRAIN, "--max_minutes=2").status == 0
+    assert checkpoints.load("run")["step"] > step
+
+
+def test_the_epochs_may_be_over_before_the_budget(run, place, slow_steps):
+    paint(place / "pictures")
+    assert run(*TRAIN, "--max_minutes=60", "--epochs=2").status == 0
+    assert checkpoints.load("run")["step"] == 5
+
+
+# ---- before the first step ------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_learns_and_keeps_nothing(run, place, slow_steps):
+    paint(place / "pictures")
+    result = run(*TRAIN, "--dry_run", "--epochs=100")
+    assert result.status == 0
+    assert "time     6.00 s a step, 0.7 images per second: 0:25:00 for the 250 steps to go" in result.out
+    assert files_below(place / "results") == {"run", "run/data.png"}
+    assert not checkpoints.exists("run")
+
+
+def test_a_dry_run_of_a_run_that_exists_leaves_it_alone(run, place):
+    paint(place / "pictures")
+    assert run(*TRAIN, "--epochs=2").status == 0
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    result = run(*TRAIN, "--epochs=4", "--dry_run")
+    assert result.status == 0
+    assert "5 steps to go" in result.out
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_the_sheet_of_the_data_shows_the_images_of_the_first_steps(run, place, flip):
+    paint(place / "pictures", count=16)
+    assert run(*TRAIN, "--dry_run", f"--flip={flip}").status == 0
+    with Image.open("results/run/data.png") as picture:
+        sheet = np.asarray(picture).reshape(4, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3).reshape(16, 3, 8, 8)
+    images = utils.load_dataset(Path("pictures"), (8, 8)).images
+    order = torch.cat([utils.batch_indices(16, 4, step, seed=0) for step in range(4)])
+    as_it_is = [np.array_equal(shown, images[index]) for shown, index in zip(sheet, order, strict=True)]
+    mirrored = [np.array_equal(shown[..., ::-1], images[index]) for shown, index in zip(sheet, order, strict=True)]
+    assert all(np.logical_or(as_it_is, mirrored))
+    assert any(mirrored) == flip
+
+
+def test_the_summary_tells_what_will_happen(run, place):
+    paint(place / "pictures")
+    (place / "pictures/broken.jpg").write_text("not a picture")
+    result = run(*TRAIN, "--epochs=20", "--max_minutes=7")
+    for words in (
+        "10 images of 8x8 from pictures",
+        "1 unreadable, left out: broken.jpg",
+        "million weights",
+        "on cpu in ",
+        "20 epochs, 50 steps of 4 images, or 7 minutes; 0 steps are done",
+        "images per second: about 0:00:0",
+        "python ddpm.py sample --run_name=run",
+        f"the weights are in {checkpoints.paths_of('run')[0]}",
+    ):
+        assert words in result.out
+    loss = checkpoints.load("run")["log"][-1][journal.COLUMNS.index("loss")]
+    assert "trained for 20.0 epochs in 0:0" in result.out
+    assert "loss " in result.out.partition("trained")[2]
+    assert loss > 0
+
+
+def test_operations_are_those_of_convolutions_and_products():
+    """Against the closed form for a network of known layers: one level, no attention but the middle's."""
+    network = UNet(8, width=4, multipliers=(1,), blocks=1, attention_size=0)
+    sides = 8 * 8
+    convolutions = [(3, 4, 9), (4, 3, 9), *[(4, 4, 9)] * 6, *[(8, 4, 9), (4, 4, 9)] * 2, *[(8, 4, 1)] * 2]
+    # in and out; a block down and two in the middle; two blocks up with their shortcuts
+    linear = [(4, 16, 1), (16, 16, 1), *[(16, 4, 1)] * 5, *[(4, 4, sides)] * 4]
+    products = sum(i * o * k * sides for i, o, k in convolutions) + sum(i * o * n for i, o, n in linear)
+    products += 2 * sides * sides * 4  # of the attention: weights, and the mixture
+    assert journal.gflop_per_image(network, (8, 8)) * 1e9 == pytest.approx(2 * products, rel=1e-12)
+
+
+# ---- the log --------------------------------------------------------------------------------------------------------
+
+
+def logged(losses: Tensor, t: Tensor, tmp_path: Path, board: Path | None = None) -> dict:
+    """The row that a log writes of steps of four images each."""
+    log = Log(tmp_path, course(batch_size=4), noise_steps=8, device=torch.device("cpu"), board=board)
+    with log:
+        for step in range(len(losses)):
+            log.add(step + 1, losses[step], t[step], norm=torch.tensor(float(step)), rate=0.5)
+        log.write()
+    return next(csv.DictReader((tmp_path / "log.csv").open()))
+
+
+def test_a_row_tells_the_means_and_the_loss_of_each_quarter(tmp_path, monkeypatch):
+    """Steps 1, 2 of 8 are the first quarter, 7 and 8 the last; where no image fell, nothing is said."""
+    monkeypatch.setattr(journal, "ROW_EVERY", 3)
+    losses = torch.rand(3, 4)
+    t = torch.tensor([[1, 2, 3, 4], [8, 7, 1, 2], [3, 3, 1, 8]])
+    row = logged(losses, t, tmp_path)
+    assert float(row["loss"]) == pytest.approx(losses.mean().item())
+    assert float(row["grad_norm"]) == pytest.approx(1)
+    assert row["clipped"] == "1"
+    for name, members in (("loss_q1", t <= 2), ("loss_q2", (t > 2) & (t <= 4)), ("loss_q4", t > 6)):
+        assert float(row[name]) == pytest.approx(losses[members].mean().item())
+    assert row["loss_q3"] == ""
+
+
+def test_the_curves_are_drawn_of_a_log_with_gaps(tmp_path):
+    rows = [
+        [step, step / 10, step, 1 / step, 1e-3, 1.0, 0, None, 1 / step, 2 / step, 3.0, 9.0] for step in range(1, 60)
+    ]
+    for count in (0, 1, 59):
+        journal.plot_curves(rows[:count], tmp_path / "loss.png")
+        with Image.open(tmp_path / "loss.png") as picture:
+            assert picture.width > 3 * picture.height
+
+
+def test_tensorboard_is_told_what_the_log_is(run, place, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr(journal, "ROW_EVERY", 3)
+    paint(place / "pictures")
+    assert run(*TRAIN, "--epochs=3", "--tensorboard").status == 0
+    events = accumulator.EventAccumulator("runs/run")
+    events.Reload()
+    rows = list(csv.DictReader(Path("results/run/log.csv").open()))
+    for name in journal.COLUMNS[3:]:
+        expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert np.allclose(found, expected, rtol=1e-6)  # TensorBoard keeps float32
+    assert events.Tags()["images"] == ["previews"]
+
+
+def test_without_tensorboard_the_flag_is_refused_before_anything_is_learnt(run, place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    paint(place / "pictures")
+    result = run(*TRAIN, "--tensorboard")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "pip install tensorboard" in result.err
+    assert not checkpoints.exists("run")
+    assert not Path("runs").exists()
+
+
+# ---- the table of runs ----------------------------------------------------------------------------------------------
+
+
+def test_the_table_tells_where_every_run_stands(run, place):
+    paint(place / "pictures")
+    assert run(*TRAIN, "--epochs=20").status == 0
+    Path("models/broken").mkdir()
+    Path("models/broken/checkpoint.pt").write_text("text")
+    result = run("sample")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    head, broken, trained = (line.split() for line in result.out.splitlines())
+    assert head == ["run", "trained", "on", "size", "epochs", "loss", "saved"]
+    assert broken[:4] == ["broken", "cannot", "be", "read"]
+    row = checkpoints.load("run")["log"][-1]
+    assert trained[:5] == ["run", "pictures", "8x8", f"{row[1]:.1f}", f"{row[3]:.4f}"]
