@@ -128,7 +128,7 @@ def plan(program: str, commands: dict[str, Callable], words: list[str]) -> Calla
 
 def help_text(program: str, commands: dict[str, Callable], limits: dict, words: list[str]) -> str:
     """The whole help of a command, made of its signature, its docstring and `limits`; or the list of commands."""
-    name = next((word for word in words if word in commands), None)
+    name = next((word for word in words if word in commands), None if len(commands) > 1 else next(iter(commands)))
     if name is None:
         about = [f"  {name:9}{inspect.getdoc(command).splitlines()[0]}" for name, command in commands.items()]
         examples = [re.search("  python .*", inspect.getdoc(command)).group() for command in commands.values()]
@@ -136,7 +136,8 @@ def help_text(program: str, commands: dict[str, Callable], limits: dict, words: 
         return "\n".join([*lines, "", f"all options: python {program} COMMAND --help"])
     about, _, arguments = inspect.getdoc(commands[name]).partition("\nArgs:\n")
     sentences = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, flags=re.MULTILINE))
-    lines = [f"usage: python {program} {name} [--option=value ...]", ""]
+    named = f"{program} {name}" if len(commands) > 1 else program
+    lines = [f"usage: python {named} [--option=value ...]", ""]
     lines += [(part if part[0] == " " else textwrap.fill(part, 80)) + "\n" for part in about.strip().split("\n\n")]
     for flag, parameter in inspect.signature(commands[name]).parameters.items():
         limit, kind = limits.get(flag), FLAG_TYPES[parameter.annotation][1]
@@ -240,6 +241,8 @@ def run_command_line(program: str, commands: dict[str, Callable], limits: dict) 
     """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C."""
     steady_streams()
     words, status = sys.argv[1:], 2
+    if len(commands) == 1 and words[:1] != [*commands]:  # the only command need not be named
+        words = [*commands, *words]
     try:
         if not words or {"--help", "-h", "help"} & set(words):
             return print(help_text(program, commands, limits, words))

@@ -302,6 +302,7 @@ def train(
     data = utils.load_dataset(Path(dataset), size)
     path, results = checkpoints.paths_of(run_name)[0], Path("results", run_name)
     lock = utils.lock_run(path.parent)  # held until this function ends
+    utils.keep_memory()
     torch.manual_seed(utils.seed_of(seed))
     network, diffusion = build(settings, device)
     network.to(memory_format=torch.channels_last)
@@ -338,10 +339,11 @@ def train(
     gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
     length = f"{epochs:,} epochs, {course.last_step:,} steps of {batch_size} images"
     length += f", or {max_minutes:g} minutes" if max_minutes else ""
-    print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, sep="\n         ")
+    look = f"a look at what is learnt: {results / 'data.png'}"
+    print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, look, sep="\n         ")
     print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {device} in {precision}")
     print(f"length   {length}; {step:,} steps are done")
-    print(f"files    {path}, {results}{os.sep}; data.png there shows what the network sees", flush=True)
+    print(f"files    {path}, {results}{os.sep}", flush=True)
     torch.manual_seed(utils.seed_of(seed, 0))
     first_images = torch.from_numpy(utils.shuffled(count, seed, epoch=0)[:64])
     utils.save_png(utils.to_bytes(load(first_images)).cpu(), results / "data.png")
@@ -373,7 +375,7 @@ def train(
                 losses.tolist()  # waits for a GPU
                 if step == course.first_step + 2:
                     lock.release()
-                    return print(course.forecast(time.monotonic() - second_at))
+                    return print(course.forecast(course.first_step, batch_size / (time.monotonic() - second_at)))
                 second_at = time.monotonic()  # the first step takes longer than those that follow
                 continue
             log.add(step, losses.detach(), t, norm, rate)
@@ -407,6 +409,13 @@ def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """The network, untrained, and the noising process that a run's settings describe."""
     network = UNet(**{name: settings[name] for name in NETWORK}).to(device)
     return network, Diffusion(**{name: settings[name] for name in NOISING}, device=device)
+
+
+def build_trained(stored: dict, device: torch.device) -> tuple[UNet, Diffusion]:
+    """What makes a run's images: the network with its averaged weights, and the noising process."""
+    network, diffusion = build(stored["settings"], device)
+    network.load_state_dict(stored["average"])
+    return network.eval().to(memory_format=torch.channels_last), diffusion
 
 
 def load_run(run_name: str) -> dict:
@@ -525,9 +534,7 @@ def sample(
     size = command_line.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))
     if size != settings["img_size"]:
         print(f"{run_name} was trained at {settings['img_size'][0]}x{settings['img_size'][1]}; this may look worse")
-    network, diffusion = build(settings, device)
-    network.load_state_dict(stored["average"])
-    network.eval().to(memory_format=torch.channels_last)
+    network, diffusion = build_trained(stored, device)
     if batch_size == "auto":
         at_64_pixels = 16 if device.type == "cpu" else 256
         batch_size = max(1, min(at_64_pixels, at_64_pixels * 64 * 64 // (size[0] * size[1])))

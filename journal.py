@@ -73,11 +73,15 @@ class Course:
         by_clock = self.minutes(step) / self.max_minutes if self.max_minutes else 0.0
         return min(1.0, max(step / self.last_step, by_clock))
 
-    def forecast(self, seconds: float) -> str:
-        """What a step of so many seconds means for the whole training."""
-        left = datetime.timedelta(seconds=round(seconds * (self.last_step - self.first_step)))
-        speed = f"{seconds:.2f} s a step, {self.batch_size / seconds:.1f} images per second"
-        return f"time     {speed}: {left} for the {self.last_step - self.first_step:,} steps to go"
+    def seconds_left(self, step: int, speed: float) -> float:
+        """How long the rest takes at so many images per second."""
+        by_clock = 60 * (self.max_minutes - self.minutes(step)) if self.max_minutes else math.inf
+        return max(0.0, min(by_clock, (self.last_step - step) * self.batch_size / speed))
+
+    def forecast(self, step: int, speed: float) -> str:
+        """What so many images per second mean for the rest of the training."""
+        left = datetime.timedelta(seconds=round(self.seconds_left(step, speed)))
+        return f"time     {speed:.1f} images per second: about {left} to go"
 
     def epoch(self, step: int) -> int:
         """How many epochs are finished."""
@@ -151,6 +155,7 @@ class Log:
         whole = torch.stack([losses.mean(), norm, norm > 1])
         self.sums += torch.cat([whole, (in_quarter * losses).sum(1), in_quarter.sum(1)])
         self.step, self.rate = step, rate
+        self.bar.total = max(self.bar.total, step * self.course.batch_size)  # under a budget it is an estimate
         self.bar.update(self.course.batch_size)
         if step % ROW_EVERY == 0:
             self.add_row()
@@ -172,14 +177,14 @@ class Log:
 
     def tell(self) -> None:
         """Bring the bar up to date; once, say how long it will take."""
-        course, step, row = self.course, self.step, dict(zip(COLUMNS, self.rows[-1], strict=True))
-        self.bar.total = round(min(course.last_step, step / course.done(step)) * course.batch_size)
+        course, row = self.course, dict(zip(COLUMNS, self.rows[-1], strict=True))
+        speed = row["img_per_s"]
+        self.bar.total = row["images"] + round(course.seconds_left(self.step, speed) * speed)
         if not self.has_told_speed:
             self.has_told_speed = True
-            left = datetime.timedelta(seconds=round((self.bar.total - row["images"]) / row["img_per_s"]))
-            self.bar.write(f"time     {row['img_per_s']:.1f} images per second: about {left} to go")
+            self.bar.write(course.forecast(self.step, speed))
         wait = max(0, course.save_every - (time.monotonic() - course.saved_at) / 60)
-        words = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4f}, next save in {wait:.0f} min"
+        words = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4f}, save in {wait:.0f} min"
         self.bar.set_postfix_str(words, refresh=False)
 
     def check(self) -> None:
@@ -211,7 +216,8 @@ class Log:
         time_taken = datetime.timedelta(seconds=round(60 * course.minutes(self.step)))
         epochs = self.step * course.batch_size / course.count
         return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
-the weights are in {checkpoints.paths_of(run_name)[0]}; previews, log.csv and loss.png in {self.path.parent}
+the weights are in {checkpoints.paths_of(run_name)[0]},
+previews, log.csv and loss.png in {self.path.parent}
 to make images:
   python ddpm.py sample --run_name={run_name} --n_img=16"""
 

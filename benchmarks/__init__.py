@@ -1,0 +1,1 @@
+"""How fast training and sampling are, against others and against the machine; see README.md in this folder."""

@@ -1,0 +1,331 @@
+"""The networks that are compared, and what each project does with them in a step of training or of sampling.
+
+diffusers gets our network with our weights. denoising-diffusion-pytorch (lucidrains) has a network of its own.
+
+Reading order: networks, training steps, walks from noise to images, variants.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+import io
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm import Diffusion
+from modules import UNet, update_average
+
+# The command line's default network, and a small one for a quick look.
+REFERENCE = {"img_size": 64, "width": 64, "multipliers": (1, 2, 4, 4), "blocks": 2, "attention_size": 16}
+SMALL = {"img_size": 32, "width": 32, "multipliers": (1, 2, 2), "blocks": 1, "attention_size": 8}
+PIP_NAMES = {"diffusers": "diffusers", "denoising_diffusion_pytorch": "denoising-diffusion-pytorch"}
+
+
+def is_installed(module: str) -> bool:
+    """Whether a peer can be imported; says how to get it if not."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        print(f"left out: {PIP_NAMES[module]} is not installed here; pip install {PIP_NAMES[module]}")
+        return False
+    return True
+
+
+def autocast(device: torch.device, precision: str, **options) -> torch.autocast:
+    """fp32 or bf16, whatever the hardware would rather have."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", **options)
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+def our_network(shape: dict) -> UNet:
+    """Our network, from a fixed seed, on the CPU.
+
+    Its last convolution is not 0, as it is when a training begins: all networks would give the same answer.
+    """
+    torch.manual_seed(0)
+    network = UNet(**shape)
+    nn.init.normal_(network.conv_out.weight, std=0.02)
+    return network.eval()
+
+
+def diffusers_twin(network: UNet, shape: dict) -> nn.Module:
+    """diffusers' UNet2DModel of the same layers and weights, in which an answer like ours is made sure of."""
+    from diffusers import UNet2DModel
+
+    side, depths = shape["img_size"], range(len(shape["multipliers"]))
+    attended = [side // 2**depth <= shape["attention_size"] for depth in depths]
+    widths = [shape["width"] * multiplier for multiplier in shape["multipliers"]]
+    twin = UNet2DModel(
+        sample_size=side,
+        block_out_channels=widths,
+        layers_per_block=shape["blocks"],
+        norm_num_groups=min(32, shape["width"] // 4),
+        attention_head_dim=widths[-1] // network.mid_block.attentions[0].heads,
+        down_block_types=["AttnDownBlock2D" if there else "DownBlock2D" for there in attended],
+        up_block_types=["AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attended)],
+    ).eval()
+    twin.load_state_dict(network.state_dict(), strict=True)
+    check_same_answer(network, twin, side)
+    return twin
+
+
+def check_same_answer(network: UNet, twin: nn.Module, side: int) -> None:
+    """Both answers agree to 1e-3 of their size; float32's rounding is far below, another layer far above."""
+    x, t = torch.randn(2, 3, side, side), torch.tensor([1, 700])
+    with torch.no_grad():
+        ours, theirs = network(x, t), twin(x, t - 1).sample
+    apart = ((ours - theirs).abs().max() / ours.abs().max()).item()
+    assert apart < 1e-3, f"diffusers' network is not ours: answers are {apart:.1e} apart"
+
+
+def lucidrains_network(shape: dict) -> nn.Module:
+    """The Unet of its README, of the same first width."""
+    from denoising_diffusion_pytorch import Unet
+
+    torch.manual_seed(0)
+    return Unet(dim=shape["width"], dim_mults=(1, 2, 4, 8), flash_attn=True)
+
+
+def all_networks(shape: dict) -> dict[str, nn.Module]:
+    """Ours and those of the installed peers, by project, on the CPU."""
+    networks = {"ours": our_network(shape)}
+    if is_installed("diffusers"):
+        networks["diffusers"] = diffusers_twin(networks["ours"], shape)
+    if is_installed("denoising_diffusion_pytorch"):
+        networks["lucidrains"] = lucidrains_network(shape)
+    return networks
+
+
+# ---- training steps --------------------------------------------------------------------------------------------------
+# All begin with the same batch of images, (B, 3, H, W) in [-1, 1], on the device: reading files is another matter.
+
+
+def train_ours(
+    network: UNet,
+    precision: str,
+    images: Tensor,
+    memory_format: torch.memory_format = torch.channels_last,  # as in ddpm.train
+    fused: bool = True,
+    compiled: bool = False,
+) -> Callable[[], None]:
+    """The step of `ddpm.train`, from the draw of noise to the average of the weights."""
+    network = copy.deepcopy(network).train().to(images.device, memory_format=memory_format)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=0.0, fused=fused, foreach=not fused)
+    diffusion, numbers = Diffusion(device=images.device), itertools.count(1)
+    if compiled:
+        network.compile(dynamic=False)
+
+    def step() -> None:
+        t, eps = diffusion.draw(images)
+        with autocast(images.device, precision):
+            loss = diffusion.loss(network, images, t, eps).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, network, next(numbers), decay=0.9999)
+
+    return step
+
+
+def train_diffusers(network: nn.Module, precision: str, images: Tensor, compiled: bool = False) -> Callable[[], None]:
+    """The step of diffusers' examples/unconditional_image_generation/train_unconditional.py with --use_ema."""
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    network = copy.deepcopy(network).train().to(images.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+    noising = DDPMScheduler(num_train_timesteps=1000)
+    if compiled:
+        network.compile(dynamic=False)
+
+    def step() -> None:
+        noise = torch.randn_like(images)
+        t = torch.randint(0, 1000, (len(images),), device=images.device)
+        with autocast(images.device, precision):
+            answer = network(noising.add_noise(images, noise, t), t).sample
+        loss = F.mse_loss(answer.float(), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+        loss.item()  # its log asks for the loss of every step
+
+    return step
+
+
+def train_lucidrains(network: nn.Module, precision: str, images: Tensor) -> Callable[[], None]:
+    """The step of denoising-diffusion-pytorch's Trainer."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from ema_pytorch import EMA  # comes with it
+
+    diffusion = GaussianDiffusion(copy.deepcopy(network), image_size=images.shape[-1]).train().to(images.device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    average = EMA(diffusion, beta=0.995, update_every=10).to(images.device)
+    bright = (images + 1) / 2  # it takes [0, 1]
+
+    def step() -> None:
+        with autocast(images.device, precision):
+            loss = diffusion(bright)
+            loss.item()  # its progress bar asks for the loss of every step
+        loss.backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    return step
+
+
+# ---- walks from noise to images --------------------------------------------------------------------------------------
+# All are DDIM's: one answer of the network per step, and no fresh noise.
+
+
+def captured(network: nn.Module, precision: str, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A network's forward pass as a CUDA graph: one launch instead of hundreds, for inputs of this one shape."""
+    still_x, still_t = x.clone(), torch.ones(len(x), dtype=torch.long, device=x.device)
+
+    def forward() -> Tensor:
+        with torch.no_grad(), autocast(x.device, precision, cache_enabled=False):  # a cache would not outlive the graph
+            return network(still_x, still_t)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = forward()
+
+    def replay(x: Tensor, t: Tensor) -> Tensor:
+        still_x.copy_(x)
+        still_t.copy_(t)
+        graph.replay()
+        return answer
+
+    return replay
+
+
+def sample_ours(
+    network: UNet,
+    precision: str,
+    x: Tensor,
+    steps: int,
+    memory_format: torch.memory_format = torch.channels_last,  # as in ddpm.sample
+    compiled: bool = False,
+    graph: bool = False,
+) -> Callable[[], Tensor]:
+    """`Diffusion.denoise` from noise x (B, 3, H, W), with the network asked as `ddpm.sample` asks it."""
+    network = copy.deepcopy(network).to(x.device, memory_format=memory_format)
+    if compiled:
+        network.compile(dynamic=False)
+    diffusion = Diffusion(device=x.device)
+    answer_to = captured(network, precision, x) if graph else network
+
+    def predict_clean(x_t: Tensor, t: int) -> Tensor:
+        times = torch.full((len(x_t),), t, device=x_t.device)
+        with autocast(x_t.device, precision):
+            output = answer_to(x_t, times)
+        return diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
+
+    def walk() -> Tensor:
+        *_, (images, _) = diffusion.denoise(predict_clean, x, diffusion.path(steps), "ddim")
+        return images
+
+    return walk
+
+
+def sample_diffusers(
+    network: nn.Module, precision: str, x: Tensor, steps: int, compiled: bool = False
+) -> Callable[[], Tensor]:
+    """The loop of diffusers' DDIMPipeline, visiting the same steps as ours."""
+    from diffusers import DDIMScheduler
+
+    network = copy.deepcopy(network).to(x.device)
+    if compiled:
+        network.compile(dynamic=False)
+    noising = DDIMScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
+    noising.set_timesteps(steps)
+
+    @torch.no_grad()
+    def walk() -> Tensor:
+        x_t = x
+        for t in noising.timesteps:
+            with autocast(x.device, precision):
+                output = network(x_t, t).sample
+            x_t = noising.step(output.float(), t, x_t, eta=0.0).prev_sample
+        return x_t
+
+    return walk
+
+
+def sample_lucidrains(network: nn.Module, precision: str, x: Tensor, steps: int) -> Callable[[], Tensor]:
+    """`GaussianDiffusion.sample` with DDIM; it draws its own noise of the shape of x."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+
+    network = copy.deepcopy(network).eval()
+    diffusion = GaussianDiffusion(network, image_size=x.shape[-1], sampling_timesteps=steps).to(x.device)
+
+    def walk() -> Tensor:
+        with autocast(x.device, precision), contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            return diffusion.sample(batch_size=len(x))
+
+    return walk
+
+
+# ---- variants --------------------------------------------------------------------------------------------------------
+
+TRAINING = {"ours": train_ours, "diffusers": train_diffusers, "lucidrains": train_lucidrains}
+SAMPLING = {"ours": sample_ours, "diffusers": sample_diffusers, "lucidrains": sample_lucidrains}
+BASELINE = "diffusers, fp32"  # as it is shipped; the others are so many times faster
+
+
+class Variant(NamedTuple):
+    """One way to do a piece of work."""
+
+    precision: str
+    network: nn.Module
+    build: Callable[[], Callable]  # sets it up, and gives the call to be measured
+
+
+def variants(
+    networks: dict[str, nn.Module],
+    actions: dict[str, Callable],
+    arguments: tuple,
+    precisions: list[str],
+    compiled: bool,
+) -> dict[str, Variant]:
+    """Every network in every precision, and compiled in the last one if wanted; lucidrains' is not made for that.
+
+    Args:
+        networks: see `all_networks`.
+        actions: TRAINING or SAMPLING.
+        arguments: what an action is given after the network and the precision.
+        precisions: "fp32", "bf16" or both.
+        compiled: whether there are compiled variants too.
+    """
+    found = {}
+    for project, network in networks.items():
+        for precision in precisions:
+            build = functools.partial(actions[project], network, precision, *arguments)
+            found[f"{project}, {precision}"] = Variant(precision, network, build)
+        if compiled and project != "lucidrains":
+            compiling = functools.partial(build, compiled=True)
+            found[f"{project}, {precision}, compiled"] = Variant(precision, network, compiling)
+    return found

@@ -1,0 +1,314 @@
+"""The benchmarks: like is compared with like, the figures are rightly computed, the files can be read."""
+
+import contextlib
+import csv
+import inspect
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import command_line
+import ddpm
+import journal
+from benchmarks import levers, measuring, peers, sample_speed, train_speed
+from benchmarks.measuring import Timing
+from utils import UserError
+
+TINY = {"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that of the peers only the named ones are installed."""
+
+    def install(*modules: str) -> None:
+        for missing in peers.PIP_NAMES.keys() - set(modules):
+            monkeypatch.setitem(sys.modules, missing, None)
+
+    return install
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """One call a turn, in fp32: what a variant does is looked at, not how fast it is."""
+    monkeypatch.setattr(measuring, "TURN_SECONDS", 1e-9)
+    monkeypatch.setattr(measuring, "WARM_UP", 1)
+    monkeypatch.setattr(measuring, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(measuring, "peak_shape", lambda device, small: (1, 4, 8))
+
+
+def run(program: str, command, words: list[str], monkeypatch) -> tuple[int, str, str]:
+    """The status, the output and the errors of `python -m PROGRAM WORDS...`."""
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    monkeypatch.setattr(command_line, "steady_streams", lambda: None)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            command_line.run_command_line(f"-m {program}", {command.__name__: command}, measuring.LIMITS)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+# ---- like with like --------------------------------------------------------------------------------------------------
+
+
+def test_diffusers_network_has_our_weights_our_answer_and_our_operations():
+    network = peers.our_network(TINY)
+    twin = peers.diffusers_twin(network, TINY)
+    ours, theirs = network.state_dict(), twin.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
+    with torch.no_grad():
+        answer = network(x, t)
+        assert (answer - twin(x, t - 1).sample).abs().max() < 1e-4  # float32, and attention in another order
+    assert answer.std() > 0.1, "an answer of 0 would equal any other"
+    for training in (False, True):
+        assert measuring.count_flop(network, 8, training) == measuring.count_flop(twin, 8, training)
+
+
+def test_another_network_is_not_taken_for_ours():
+    network = peers.our_network(TINY)
+    twin = peers.diffusers_twin(network, TINY)
+    nn.init.normal_(twin.up_blocks[0].resnets[0].conv1.weight)
+    with pytest.raises(AssertionError, match="not ours"):
+        peers.check_same_answer(network, twin, TINY["img_size"])
+
+
+def test_reference_network_is_the_default_of_the_command_line():
+    defaults = {name: value.default for name, value in inspect.signature(ddpm.train).parameters.items()}
+    assert {name: defaults[name] for name in peers.REFERENCE} == peers.REFERENCE | {"img_size": (64,)}
+
+
+def test_ours_and_diffusers_make_the_same_image_in_one_step():
+    """More steps may differ: where x_0 is clipped, we correct the noise to fit and diffusers' pipeline does not."""
+    network, x = peers.our_network(TINY), torch.randn(2, 3, 8, 8)
+    ours = peers.sample_ours(network, "fp32", x, 1)()
+    theirs = peers.sample_diffusers(peers.diffusers_twin(network, TINY), "fp32", x, 1)()
+    assert (ours - theirs).abs().max() < 1e-2  # float32, divided by the signal left at T, which is 0.006
+
+
+@pytest.mark.parametrize("project", ["ours", "diffusers"])
+def test_training_step_moves_the_weights_of_its_own_copy_alone(project, monkeypatch):
+    network = peers.our_network(TINY)
+    network = peers.diffusers_twin(network, TINY) if project == "diffusers" else network
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    made, deepcopy = [], peers.copy.deepcopy
+    monkeypatch.setattr(peers.copy, "deepcopy", lambda thing: made.append(deepcopy(thing)) or made[-1])
+    step = peers.TRAINING[project](network, "fp32", torch.rand(2, 3, 8, 8) * 2 - 1)
+    step()
+    step()  # the first one of diffusers' warm-up has learning rate 0
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    moved = [not torch.equal(a, b) for a, b in zip(before, made[0].parameters(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)  # not the bias of attention's keys, which changes nothing
+    assert all(parameter.grad is None for parameter in made[0].parameters())
+
+
+@pytest.mark.parametrize("project", ["ours", "diffusers"])
+def test_walk_asks_the_network_once_per_step(project):
+    network = peers.our_network(TINY)
+    network = peers.diffusers_twin(network, TINY) if project == "diffusers" else network
+    asked = []
+    network.register_forward_hook(lambda *_: asked.append(1))  # copies of the network have it, too
+    images = peers.SAMPLING[project](network, "fp32", torch.randn(2, 3, 8, 8), 5)()
+    assert images.shape == (2, 3, 8, 8)
+    assert len(asked) == 5
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_rates_and_milliseconds_of_known_seconds():
+    timing = Timing([2.0, 0.5, 1.0], None)
+    assert measuring.rates(timing, 8) == (8, 4, 16)
+    assert measuring.milliseconds(timing, 10) == (100, 50, 200)
+
+
+def test_gain_compares_the_turns_of_one_round():
+    """The machine slows down fourfold meanwhile; the lever's gain is 2 in every round."""
+    assert measuring.gains(Timing([1.0, 2.0, 4.0], None), Timing([0.5, 1.0, 2.0], None)) == (2, 2, 2)
+
+
+def test_gain_of_a_larger_batch_is_per_image(monkeypatch):
+    """Four images in twice the time of one: twice as fast."""
+    timings = {"without": Timing([0.5], None), "with": Timing([1.0], None)}
+    monkeypatch.setattr(measuring, "take_turns", lambda *_: timings)
+    row = levers.measure(levers.Lever("a larger batch", "fp32", (1, 4), None, None), 1, CPU)
+    assert (row["without"], row["with"], row["gain"], row["batch_size"]) == (2, 4, 2, 4)
+
+
+def test_share_of_the_peak_is_of_the_better_format_in_its_best_round():
+    """On a CPU the convolution has 2 * 16 * 64^2 * 256^2 * 9 operations."""
+    flop = 2 * 16 * 64 * 64 * 256 * 256 * 9
+    timings = {"fp32 NCHW": Timing([4.0, 0.5], None), "fp32 NHWC": Timing([2.0, 1.0], None)}
+    timings |= {"bf16 NCHW": Timing([0.25], None)}
+    assert measuring.peaks_of(timings, CPU, small=False) == {"fp32": 2 * flop, "bf16": 4 * flop}
+    assert measuring.share_of_peak(flop=3e9, per_second=50, peak=600e9) == 0.25
+
+
+def test_operations_of_one_convolution_are_counted():
+    """3 to 5 channels, 3x3, 8x8 pixels; the way back has as many for the weights, and none for the image."""
+
+    class Answer(nn.Conv2d):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    network = Answer(3, 5, 3, padding=1)
+    forward = 2 * 8 * 8 * 3 * 5 * 9
+    assert measuring.count_flop(network, 8, training=False) == forward
+    assert measuring.count_flop(network, 8, training=True) == 2 * forward
+
+
+def test_variants_take_turns_and_every_second_round_goes_backwards(hurried):
+    calls = []
+    builders = {name: lambda name=name: lambda: calls.append(name) for name in "abc"}
+    timings = measuring.take_turns(builders, rounds=3, device=CPU)
+    assert "".join(calls) == "abc" + "abc" + "cba" + "abc"  # the first are the warm-up
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 3, 3]
+
+
+def test_a_turn_is_as_many_calls_as_fill_its_time_and_a_call_is_what_is_told(monkeypatch):
+    """A clock that moves 0.25 s a call: half a second is two calls."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+
+    def call() -> None:
+        calls.append(1)
+        now[0] += 0.25
+
+    timings = measuring.take_turns({"it": lambda: call}, rounds=2, device=CPU)
+    assert timings["it"].seconds == [0.25, 0.25]
+    assert len(calls) == measuring.WARM_UP + 2 * 2
+
+
+def test_overhead_is_told_against_the_bare_step_before_and_after():
+    rows = [{"variant": "ours, fp32", "img_per_s": 90.0}, {"variant": "ours, bf16", "img_per_s": 200.0}]
+    rows += [{"variant": "ours, bf16, again", "img_per_s": 220.0}]
+    rows += [{"variant": "ours, bf16, ddpm.train", "img_per_s": 189.0}]
+    assert "10.0% slower" in train_speed.overhead(rows)
+    assert "+10.0%" in train_speed.overhead(rows)
+
+
+# ---- tables and files ------------------------------------------------------------------------------------------------
+
+
+def test_table_lines_up_and_shows_what_is_not_known_as_a_dash():
+    rows = [{"who": "ours", "speed": 12.345, "memory": None}, {"who": "theirs", "speed": 1.0, "memory": 0.5}]
+    shown = {"who": ("who", ""), "speed": ("img/s", ".1f"), "memory": ("GB", ".2f")}
+    lines = measuring.table(rows, shown).splitlines()
+    assert lines == ["who     img/s    GB", "-" * 19, "ours     12.3     -", "theirs    1.0  0.50"]
+
+
+def test_file_keeps_what_was_measured_before_and_can_be_read(place):
+    path, columns = place / "results" / "speed.csv", ("name", "speed", "memory")
+    measuring.check_file(path, columns)
+    for speed in (1.5, 1 / 3):
+        measuring.add_rows(path, [{"name": "ours, fp32", "speed": speed, "memory": None}], columns)
+    measuring.check_file(path, columns)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["speed"]) for row in rows] == [1.5, 0.333333]
+    assert rows[0] == {"name": "ours, fp32", "speed": "1.5", "memory": ""}
+    with pytest.raises(UserError, match="other columns"):
+        measuring.check_file(path, ("name", "speed"))
+
+
+@pytest.mark.parametrize("benchmark", ["train_speed", "sample_speed", "levers"])
+def test_whole_benchmark_prints_a_table_and_writes_its_figures(benchmark, place, hurried, installed, monkeypatch):
+    installed("diffusers")
+    monkeypatch.setattr(peers, "SMALL", TINY)
+    monkeypatch.setattr(sample_speed, "BATCH_SIZES", (2, 1))
+    monkeypatch.setattr(train_speed, "end_to_end", lambda *_: measuring.Spread(1.0, 0.5, 2.0))
+    command = {"train_speed": train_speed.train_speed, "sample_speed": sample_speed.sample_speed}
+    command = (command | {"levers": levers.levers})[benchmark]
+    status, out, err = run(f"benchmarks.{benchmark}", command, ["--quick", "--rounds=2", "--device=cpu"], monkeypatch)
+    assert status == 0, err
+    assert "left out: bf16" in out
+    with open(measuring.RESULTS / f"{benchmark}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = out[out.index("---") :]
+    assert all(row["variant"] in table and row["torch"] == torch.__version__ for row in rows)
+    assert max(map(len, out.splitlines())) <= 120
+    if benchmark != "levers":
+        assert {row["variant"] for row in rows} >= {"ours, fp32", "diffusers, fp32"}
+        assert all(row["ratio"] == "1" for row in rows if row["variant"] == "diffusers, fp32")
+        assert "denoising-diffusion-pytorch is not installed here; pip install denoising-diffusion-pytorch" in out
+        for row in rows:  # share * peak = operations per image * images per second
+            per_second = float(row.get("img_per_s") or 1000 / float(row.get("ms") or 1))
+            reached = float(row["share_of_peak"]) * float(row["peak_tflop_per_s"]) * 1000
+            assert reached == pytest.approx(float(row["gflop_per_img"]) * per_second, rel=1e-4)  # six digits are kept
+
+
+def test_end_to_end_is_what_training_logs_after_its_first_row(place, monkeypatch):
+    """Stands in for `ddpm.train`: a log of known speeds, of the pictures, steps and settings that were asked for."""
+
+    def train(dataset: str, run_name: str, **settings) -> None:
+        told.update(settings, pictures=len(list(Path(dataset).iterdir())))
+        log = Path("results", run_name, "log.csv")
+        log.parent.mkdir(parents=True)
+        log.write_text("step,img_per_s\n20,1\n40,30\n60,10\n80,20\n100,1000\n")
+
+    told = {}
+    monkeypatch.setattr(ddpm, "train", train)
+    assert train_speed.end_to_end(TINY, batch_size=2, rows=3, device=CPU) == (20, 10, 30)
+    assert told["epochs"] * told["pictures"] / told["batch_size"] >= 4 * journal.ROW_EVERY
+    assert told["device"] == "cpu"
+    assert list(place.iterdir()) == [], "nothing is left behind"
+
+
+def test_end_to_end_goes_through_training_itself(place):
+    """Fails if `ddpm.train` no longer has the settings or the log that are made use of."""
+    assert train_speed.end_to_end(TINY, batch_size=1, rows=1, device=CPU).median > 0
+
+
+# ---- peers and flags -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", sorted(peers.PIP_NAMES))
+def test_missing_peer_is_left_out_and_named_with_its_pip_command(missing, installed, capsys):
+    installed()
+    assert list(peers.all_networks(TINY)) == ["ours"]
+    assert f"pip install {peers.PIP_NAMES[missing]}\n" in capsys.readouterr().out
+
+
+def test_compiled_variants_are_there_when_asked_for_alone():
+    networks = {"ours": nn.Identity(), "diffusers": nn.Identity(), "lucidrains": nn.Identity()}
+    plain = peers.variants(networks, peers.SAMPLING, (), ["fp32", "bf16"], compiled=False)
+    compiled = peers.variants(networks, peers.SAMPLING, (), ["fp32", "bf16"], compiled=True)
+    assert len(plain) == 6
+    assert compiled.keys() - plain.keys() == {"ours, bf16, compiled", "diffusers, bf16, compiled"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rouns=3"], "did you mean --rounds?"),
+        (["--rounds=0"], "--rounds=0 is out of range, which is 1 to 1000"),
+        (["--device=gpu"], "--device=gpu is not one of: auto, cpu, cuda, cuda:N, mps"),
+        (["quick"], "'quick' is not an option"),
+    ],
+)
+@pytest.mark.parametrize("command", [train_speed.train_speed, sample_speed.sample_speed, levers.levers])
+def test_wrong_flag_ends_in_one_line(command, words, message, place, monkeypatch):
+    status, out, err = run(f"benchmarks.{command.__name__}", command, words, monkeypatch)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [train_speed.train_speed, sample_speed.sample_speed, levers.levers])
+def test_help_names_the_command_to_type_and_every_flag(command, monkeypatch):
+    program = f"benchmarks.{command.__name__}"
+    status, out, _ = run(program, command, ["--help"], monkeypatch)
+    assert status == 0
+    assert out.startswith(f"usage: python -m {program} [--option=value ...]")
+    assert "--rounds=auto" in out

