@@ -121,6 +121,16 @@ def load(run_name: str, peek: bool = False) -> dict:
         return read(previous, peek)
 
 
+def restore(stored: dict, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have a training stand where it stood when `stored` was saved; the optimizer is AdamW and has not stepped yet."""
+    network.load_state_dict(stored["network"])
+    average.load_state_dict(stored["average"])
+    options = optimizer.state_dict()["param_groups"]  # a stranger's could ask for moments that are not there
+    optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": options})
+    for weight, moments in optimizer.state.items():  # AdamW trusts their layout blindly
+        moments |= {kind: torch.empty_like(weight).copy_(moments[kind]) for kind in ("exp_avg", "exp_avg_sq")}
+
+
 def fits(stored: dict, network: nn.Module, row_length: int, sums: int) -> bool:
     """Whether a checkpoint holds the weights of `network` (on "meta" it takes no memory), and what goes with them."""
     shapes = shapes_of(network.state_dict())

@@ -317,12 +317,7 @@ def train(
             ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
             raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
         command_line.check_same_run(stored, settings, data.fingerprint, MAY_CHANGE)
-        network.load_state_dict(stored["network"])
-        average.load_state_dict(stored["average"])
-        options = optimizer.state_dict()["param_groups"]  # a stranger's could ask for moments that are not there
-        optimizer.load_state_dict({"state": stored["optimizer"]["state"], "param_groups": options})
-        for weight, moments in optimizer.state.items():  # AdamW trusts their layout blindly
-            moments |= {kind: torch.empty_like(weight).copy_(moments[kind]) for kind in ("exp_avg", "exp_avg_sq")}
+        checkpoints.restore(stored, network, average, optimizer)
 
     images, step = utils.on_device(data.images, device), stored["step"]
     count, batch_size = len(images), min(batch_size, len(images))
@@ -335,18 +330,28 @@ def train(
         x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
         return utils.mirror_half(x_0) if flip else x_0
 
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
-    length = f"{epochs:,} epochs, {course.last_step:,} steps of {batch_size} images"
-    length += f", or {max_minutes:g} minutes" if max_minutes else ""
-    look = f"a look at what is learnt: {results / 'data.png'}"
-    print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, look, sep="\n         ")
-    print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {device} in {precision}")
-    print(f"length   {length}; {step:,} steps are done")
-    print(f"files    {path}, {results}{os.sep}", flush=True)
+    def save() -> None:
+        course.saved_at = time.monotonic()  # also of a save that fails: not every step may try again
+        learnt = {"network": network.state_dict(), "average": average.state_dict()}
+        progress = {"optimizer": optimizer.state_dict(), "step": step, **log.state()}
+        checkpoints.save(run_name, settings=settings, data=data.fingerprint, **learnt, **progress)
+
+    def preview() -> None:
+        *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
+        previews, number = utils.to_bytes(previews).cpu(), f"{course.epoch(step):04d}"
+        utils.save_png(previews, results / "training_progress" / f"epoch_{number}.png", run=run_name, step=step)
+        log.illustrate(previews)
+
     torch.manual_seed(utils.seed_of(seed, 0))
     first_images = torch.from_numpy(utils.shuffled(count, seed, epoch=0)[:64])
     utils.save_png(utils.to_bytes(load(first_images)).cpu(), results / "data.png")
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
+    look = f"a look at them: {results / 'data.png'}"
+    print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, look, sep="\n         ")
+    print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {device} in {precision}")
+    print(f"length   {course.summary(step)}")
+    print(f"files    {path}, {results}{os.sep}", flush=True)
     if not dry_run:
         log.write()
     stopping, done, second_at = 0, course.done(step), 0.0
@@ -383,17 +388,10 @@ def train(
             is_last = stopping or done >= 1
             try:
                 if is_last or course.is_save_due(step):
-                    course.saved_at = time.monotonic()  # also of a save that fails: not every step may try again
-                    learnt = {"network": network.state_dict(), "average": average.state_dict()}
-                    progress = {"optimizer": optimizer.state_dict(), "step": step, **log.state()}
-                    checkpoints.save(run_name, settings=settings, data=data.fingerprint, **learnt, **progress)
+                    save()
                 log.write()
                 if done >= 1 or course.is_preview_due(step):
-                    *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
-                    previews = utils.to_bytes(previews).cpu()
-                    preview_path = results / "training_progress" / f"epoch_{course.epoch(step):04d}.png"
-                    utils.save_png(previews, preview_path, run=run_name, step=step)
-                    log.illustrate(previews)
+                    preview()
             except OSError as error:  # a full disk must not end a training
                 if is_last:
                     raise

@@ -55,11 +55,17 @@ class Course:
         step: int,
         minutes: float,
     ):
-        self.count, self.batch_size, self.max_minutes = count, batch_size, max_minutes
+        self.count, self.batch_size, self.epochs, self.max_minutes = count, batch_size, epochs, max_minutes
         self.save_every, self.sample_every = save_every, sample_every
         self.last_step, self.first_step = math.ceil(epochs * count / batch_size), step
         self.minutes_before, self.began = minutes, time.monotonic()
         self.saved_at = self.began
+
+    def summary(self, step: int) -> str:
+        """How long the training is, and what of it is done."""
+        budget = f", or {self.max_minutes:g} minutes" if self.max_minutes else ""
+        length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images{budget}"
+        return f"{length}; {step:,} steps are done"
 
     def minutes(self, step: int) -> float:
         """Minutes of training after `step` steps, in all; under a budget also those the last preview will take."""
