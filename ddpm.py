@@ -287,7 +287,7 @@ def train(
     Raises:
         UserError: a flag, folder or checkpoint that does not fit.
     """
-    settings = dict(locals())
+    settings, began = dict(locals()), time.monotonic()
     command_line.check_limits(settings, LIMITS)
     command_line.check_name("run_name", run_name)
     if not dataset:
@@ -321,7 +321,7 @@ def train(
 
     images, step = utils.on_device(data.images, device), stored["step"]
     count, batch_size = len(images), min(batch_size, len(images))
-    course = Course(count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"])
+    course = Course(count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"], began)
     board = Path("runs", run_name) if tensorboard else None
     log = Log(results, course, noise_steps, device, stored["log"], stored["sums"], board)
 

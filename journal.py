@@ -40,9 +40,10 @@ class Course:
         save_every: minutes between saves; the end of an epoch is a good moment once a minute has passed.
         sample_every: epochs between previews, 0 for none but the last.
         step, minutes: where the run stood when it was saved.
+        began: when this session did (time.monotonic()): reading the images counts as well.
     """
 
-    PREVIEW_COST = 200  # images that could be trained on while 16 are sampled in 25 steps, and a little more
+    PREVIEW_COST = 300  # images that could be trained on while 16 are sampled in 25 steps: 130, and a start and an end
 
     def __init__(
         self,
@@ -54,12 +55,12 @@ class Course:
         sample_every: int,
         step: int,
         minutes: float,
+        began: float,
     ):
         self.count, self.batch_size, self.epochs, self.max_minutes = count, batch_size, epochs, max_minutes
         self.save_every, self.sample_every = save_every, sample_every
         self.last_step, self.first_step = math.ceil(epochs * count / batch_size), step
-        self.minutes_before, self.began = minutes, time.monotonic()
-        self.saved_at = self.began
+        self.minutes_before, self.began, self.saved_at = minutes, began, time.monotonic()
 
     def summary(self, step: int) -> str:
         """How long the training is, and what of it is done."""
@@ -68,11 +69,10 @@ class Course:
         return f"{length}; {step:,} steps are done"
 
     def minutes(self, step: int) -> float:
-        """Minutes of training after `step` steps, in all; under a budget also those the last preview will take."""
-        seconds, images = time.monotonic() - self.began, (step - self.first_step) * self.batch_size
-        if self.max_minutes and images:
-            seconds += min(self.PREVIEW_COST / images * seconds, 15 * self.max_minutes)
-        return self.minutes_before + seconds / 60
+        """Minutes of a budget that are used after `step` steps, with those that the last preview will take."""
+        minutes, images = (time.monotonic() - self.began) / 60, (step - self.first_step) * self.batch_size
+        preview = min(self.PREVIEW_COST / images * minutes, self.max_minutes / 4) if images else 0.0
+        return self.minutes_before + minutes + preview
 
     def done(self, step: int) -> float:
         """The share of the training that is done, in [0, 1]: of its steps or of its minutes, the larger one."""
@@ -219,7 +219,7 @@ class Log:
         mean = (
             f"; loss {sum(losses) / len(losses):.4f} over the last {len(losses) * ROW_EVERY:,} steps" if losses else ""
         )
-        time_taken = datetime.timedelta(seconds=round(60 * course.minutes(self.step)))
+        time_taken = datetime.timedelta(seconds=round(60 * course.minutes_before + time.monotonic() - course.began))
         epochs = self.step * course.batch_size / course.count
         return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
@@ -285,13 +285,16 @@ def plot_curves(rows: list[list], path: Path) -> None:
 
 def runs_table() -> str:
     """All runs there are, a line each: where they stand, and when they were saved."""
-    lines = [("run", "trained on", "size", "epochs", "loss", "saved")]
+    lines = [("run", "images", "size", "epochs", "loss", "saved")]
     for name in checkpoints.run_names():
         try:
             stored = checkpoints.load(name, peek=True)
-            settings, row = stored["settings"], dict(zip(COLUMNS, (stored["log"] or [[]])[-1], strict=False))
-            size = "x".join(str(side) for side in settings["img_size"])
-            facts = [settings["dataset"], size, f"{row.get('epoch', 0):.1f}", f"{row.get('loss', math.nan):.4f}"]
+            settings = stored["settings"]
+            facts = [settings["dataset"], "x".join(map(str, settings["img_size"])), "", ""]
+            if stored["log"]:  # a run of fewer steps than make a row has none
+                row = dict(zip(COLUMNS, stored["log"][-1], strict=True))
+                facts[0] = f"{row['images'] / row['epoch']:,.0f} from {facts[0]}"
+                facts[2:] = f"{row['epoch']:.1f}", f"{row['loss']:.4f}"
         except (UserError, *utils.BROKEN_FILE):
             facts = ["cannot be read", "", "", ""]
         saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())

@@ -53,7 +53,7 @@ def slow_steps(clock, monkeypatch) -> SimpleNamespace:
 def course(**changed) -> Course:
     """A training of 10 epochs of 100 images, 10 a step."""
     facts = {"count": 100, "batch_size": 10, "epochs": 10, "max_minutes": 0, "save_every": 10, "sample_every": 0}
-    return Course(**facts | {"step": 0, "minutes": 0.0} | changed)
+    return Course(**facts | {"step": 0, "minutes": 0.0, "began": journal.time.monotonic()} | changed)
 
 
 # ---- how far a training is ------------------------------------------------------------------------------------------
@@ -70,6 +70,20 @@ def test_steps_and_clock_both_count_and_the_larger_share_holds(clock, max_minute
         laid_aside = min(Course.PREVIEW_COST / (10 * step) * 9 * step, 150)
         by_clock = (9 * step + laid_aside) / 600 if max_minutes else 0
         assert training.done(step) == pytest.approx(min(1, max(step / 100, by_clock)))
+
+
+def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch):
+    paint(place / "pictures")
+    load_dataset = utils.load_dataset
+
+    def read_for_a_minute(*inputs) -> utils.Dataset:
+        clock.seconds += 60
+        return load_dataset(*inputs)
+
+    monkeypatch.setattr(utils, "load_dataset", read_for_a_minute)
+    result = run(*TRAIN, "--max_minutes=1")
+    assert (result.status, checkpoints.exists("run")) == (0, False)
+    assert "nothing to do" in result.out
 
 
 def test_minutes_of_earlier_sessions_count(clock):
@@ -265,7 +279,7 @@ def test_the_table_tells_where_every_run_stands(run, place):
     result = run("sample")
     assert (result.status, result.err.count("\n")) == (2, 1)
     head, broken, trained = (line.split() for line in result.out.splitlines())
-    assert head == ["run", "trained", "on", "size", "epochs", "loss", "saved"]
+    assert head == ["run", "images", "size", "epochs", "loss", "saved"]
     assert broken[:4] == ["broken", "cannot", "be", "read"]
     row = checkpoints.load("run")["log"][-1]
-    assert trained[:5] == ["run", "pictures", "8x8", f"{row[1]:.1f}", f"{row[3]:.4f}"]
+    assert trained[:7] == ["run", "10", "from", "pictures", "8x8", f"{row[1]:.1f}", f"{row[3]:.4f}"]
