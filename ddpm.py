@@ -205,7 +205,7 @@ LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_s
 LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999)}
 MAY_CHANGE = ("dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every")  # as a run goes on
 MAY_CHANGE += ("tensorboard", "dry_run")
-NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
+NETWORK = tuple(inspect.signature(UNet).parameters)  # of these a run's settings hold some, an imported run's more
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 GRID_IMAGES = 256  # nobody looks at a larger grid
 FILM_IMAGES, FILM_FRAMES = 16, 50
@@ -405,7 +405,7 @@ def train(
 
 def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """The network, untrained, and the noising process that a run's settings describe."""
-    network = UNet(**{name: settings[name] for name in NETWORK}).to(device)
+    network = UNet(**{name: settings[name] for name in NETWORK if name in settings}).to(device)
     return network, Diffusion(**{name: settings[name] for name in NOISING}, device=device)
 
 
@@ -430,6 +430,7 @@ def load_run(run_name: str) -> dict:
         command_line.check_network(settings)
         with torch.device("meta"):
             network = build(settings, "meta")[0]
+            network(torch.empty(1, 3, *settings["img_size"]), torch.ones(1))  # settings that no flag has checked, too
         fits = checkpoints.fits(stored, network, len(COLUMNS), SUMS)
     except (*utils.BROKEN_FILE, UserError):
         fits = False
@@ -448,7 +449,8 @@ def load_source(init_from: str, settings: dict) -> dict:
     source = load_run(init_from)
     was, size = source["settings"], settings["img_size"]
     needed = {name: was[name] for name in ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective")}
-    needed["attention_size"] = was["attention_size"] * min(size) // min(was["img_size"])  # on the same levels
+    if "attention_levels" not in was:
+        needed["attention_size"] = was["attention_size"] * min(size) // min(was["img_size"])  # on the same levels
     flags = [
         f"--{name}={command_line.as_typed(name, value)}" for name, value in needed.items() if settings[name] != value
     ]

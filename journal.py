@@ -138,7 +138,7 @@ class Log:
     def __enter__(self) -> "Log":
         course = self.course
         total, done = course.last_step * course.batch_size, course.first_step * course.batch_size
-        self.bar = utils.progress_bar(total, done, budget=60 * course.max_minutes)
+        self.bar = utils.progress_bar(total, done, budget=60 * course.max_minutes or math.inf)
         return self
 
     def __exit__(self, *_) -> None:
@@ -215,10 +215,8 @@ class Log:
 
     def report(self, run_name: str) -> str:
         """What came out, and what to do with it."""
-        course, losses = self.course, [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
-        mean = (
-            f"; loss {sum(losses) / len(losses):.4f} over the last {len(losses) * ROW_EVERY:,} steps" if losses else ""
-        )
+        course, last = self.course, [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
+        mean = f"; loss {np.mean(last):.4f} over the last {len(last) * ROW_EVERY:,} steps" if last else ""
         time_taken = datetime.timedelta(seconds=round(60 * course.minutes_before + time.monotonic() - course.began))
         epochs = self.step * course.batch_size / course.count
         return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}

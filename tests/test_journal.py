@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tqdm
 from conftest import TINY, files_below, paint
 from PIL import Image
 from torch import Tensor
@@ -266,6 +267,27 @@ def test_without_tensorboard_the_flag_is_refused_before_anything_is_learnt(run, 
     assert "pip install tensorboard" in result.err
     assert not checkpoints.exists("run")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("hours", [0.01, 1, 100])
+@pytest.mark.parametrize("max_minutes", [0, 45])
+def test_without_a_terminal_a_long_training_tells_itself_in_under_200_lines(
+    tmp_path, monkeypatch, capfd, hours, max_minutes
+):
+    """500 epochs of 100 steps, in so many hours of a clock of our own."""
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+    monkeypatch.setattr(journal, "time", clock)
+    monkeypatch.setattr(tqdm.std, "time", clock.monotonic)
+    training = course(batch_size=1, epochs=500, max_minutes=max_minutes)
+    with Log(tmp_path, training, noise_steps=8, device=torch.device("cpu")) as log:
+        step = 0
+        while training.done(step) < 1:
+            step += 1
+            clock.seconds += hours * 3600 / 50_000
+            log.bar.total = max(log.bar.total, step)
+            log.bar.update(1)
+    words = capfd.readouterr().err.split()
+    assert (1 if hours == 0.01 else 20) <= sum("<" in word for word in words) < 150  # times gone and left
 
 
 # ---- the table of runs ----------------------------------------------------------------------------------------------
