@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import paint
 from torch import nn
 
 import command_line
 import ddpm
 import journal
-from benchmarks import levers, measuring, peers, sample_speed, train_speed
+from benchmarks import levers, measuring, peers, quality, sample_speed, train_speed
 from benchmarks.measuring import Timing
+from tools.evaluate import Features
 from utils import UserError
 
 TINY = {"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
@@ -312,3 +314,58 @@ def test_help_names_the_command_to_type_and_every_flag(command, monkeypatch):
     assert status == 0
     assert out.startswith(f"usage: python -m {program} [--option=value ...]")
     assert "--rounds=auto" in out
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_experiment(place, monkeypatch):
+    """Two variants of the tiny network, judged by their pixels."""
+
+    def pixels(device: torch.device) -> Features:
+        return Features("FD (pixels)", "1", lambda images: images.float().flatten(1))
+
+    shape = {name: (value,) if name == "img_size" else value for name, value in TINY.items()}
+    variants = {"slow": {"lr": 1e-5}, "fast": {"lr": 1e-3}}
+    monkeypatch.setattr(quality, "BASE", shape | {"batch_size": 4, "noise_steps": 30})
+    monkeypatch.setitem(quality.EXPERIMENTS, "rate", variants)
+    monkeypatch.setattr(quality.evaluate, "load_efficientnet", pixels)
+    paint(place / "pictures", count=40)
+    paint(place / "unseen", count=40, first_seed=1000)
+
+
+def judged() -> list[dict]:
+    with open("results/benchmarks/quality.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_variant_and_seed_is_trained_and_judged_once(small_experiment, monkeypatch):
+    words = ["--experiment=rate", "--images=80", "--seeds=2", "--dataset=pictures", "--held_out=unseen", "--device=cpu"]
+    status, _, err = run("benchmarks.quality", quality.quality, words[:2] + words[3:], monkeypatch)
+    assert status == 0, err
+    assert [(row["variant"], row["seed"]) for row in judged()] == [("slow", "0"), ("fast", "0")]
+    first = {path: path.stat().st_mtime_ns for path in Path("models").glob("*/checkpoint.pt")}
+    status, out, _ = run("benchmarks.quality", quality.quality, words, monkeypatch)
+    assert status == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items())
+    rows = judged()
+    assert [row["variant"] + row["seed"] for row in rows] == ["slow0", "fast0", "slow1", "fast1"]
+    assert {row["images"] for row in rows} == {"80"}
+    assert len(list(Path("models").iterdir())) == 4
+    for variant in ("slow", "fast"):
+        mean = sum(float(row["distance"]) for row in rows if row["variant"] == variant) / 2
+        assert f"{variant:7}" in out
+        assert f"{mean:.3f}" in out
+
+
+def test_every_variant_is_a_training_that_can_be(place):
+    """All settings are options of train, in their limits, for a network that there can be."""
+    names = inspect.signature(ddpm.train).parameters.keys()
+    for experiment in quality.EXPERIMENTS.values():
+        assert len({tuple(changed.items()) for changed in experiment.values()}) == len(experiment)
+        for changed in experiment.values():
+            settings = quality.BASE | changed
+            assert settings.keys() <= names
+            command_line.check_limits(settings, ddpm.LIMITS)
+            command_line.check_network({"blocks": 2} | settings)
