@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import checkpoints
 import command_line
 import utils
-from journal import COLUMNS, SUMS, Course, Log, gflop_per_image, runs_table
+from journal import COLUMNS, SUMS, Course, Log, gflop_per_image, hint, runs_table
 from modules import UNet, update_average
 from utils import UserError
 
@@ -563,7 +563,8 @@ def sample(
                 path = folder / f"sample_{start + number:0{digits}d}.png"
                 utils.save_png(image[None], path, **facts, seed=image_seed, command=again)
             grid += images[: max(0, GRID_IMAGES - start)]
-    print(f"{n_img:,} images: {folder / 'sample_*.png'}")
+    learnt_from = stored["log"][-1][COLUMNS.index("images")] if stored["log"] else math.inf  # imported runs have no log
+    print(f"{n_img:,} images: {folder / 'sample_*.png'}{hint(learnt_from)}")
     if save_grid:
         utils.save_png(torch.stack(grid), folder / "samples.png", **facts, seed=seed, command=command(seed, n_img))
         print(f"{len(grid)} of them in one: {folder / 'samples.png'}")

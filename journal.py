@@ -22,6 +22,7 @@ import checkpoints
 import utils
 from utils import UserError
 
+FEW_IMAGES = 20_000  # after which even a small network makes more than blurs (README: the first training)
 ROW_EVERY = 20  # steps between two rows of the log: reading the sums makes a GPU wait
 QUARTERS = 4  # of the noising steps: the early ones (t small) make details, the late ones the composition
 COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
@@ -218,18 +219,27 @@ class Log:
         course, last = self.course, [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
         mean = f"; loss {np.mean(last):.4f} over the last {len(last) * ROW_EVERY:,} steps" if last else ""
         time_taken = datetime.timedelta(seconds=round(60 * course.minutes_before + time.monotonic() - course.began))
-        epochs = self.step * course.batch_size / course.count
-        return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
+        images = self.step * course.batch_size
+        return f"""trained for {images / course.count:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
-previews, log.csv and loss.png in {self.path.parent}
+previews, log.csv and loss.png in {self.path.parent}{hint(images)}
 to make images:
-  python ddpm.py sample --run_name={run_name} --n_img=16"""
+  python ddpm.py sample --run_name={run_name} --n_img=16
+to judge them, and see whether they are copies:
+  python -m tools.evaluate --run_name={run_name}"""
 
     def illustrate(self, previews: Tensor) -> None:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""
         plot_curves(self.rows, self.path.with_name("loss.png"))
         if self.board:
             self.board.add_images("previews", previews, self.step)
+
+
+def hint(images: int) -> str:
+    """Why images may look like noise, on a line of its own, if so few have been learnt from."""
+    if images >= FEW_IMAGES:
+        return ""
+    return f"\nonly {images:,} images have been shown so far: expect blurs and noise; a larger --epochs goes on"
 
 
 def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:

@@ -207,6 +207,15 @@ def test_operations_are_those_of_convolutions_and_products():
     assert journal.gflop_per_image(network, (8, 8)) * 1e9 == pytest.approx(2 * products, rel=1e-12)
 
 
+def test_few_images_are_given_as_the_reason_for_noise(run, place):
+    """After the training and in sampling, until there were enough."""
+    paint(place / "pictures")
+    told = "only 80 images have been shown so far"
+    assert told in run(*TRAIN, "--epochs=8").out
+    assert told in run("sample", "--run_name=run", "--n_img=1", "--steps=2", "--device=cpu").out
+    assert journal.hint(journal.FEW_IMAGES - 1) and not journal.hint(journal.FEW_IMAGES)
+
+
 # ---- the log --------------------------------------------------------------------------------------------------------
 
 
