@@ -4,7 +4,9 @@ models/RUN/checkpoint.pt holds everything needed to go on or to sample; checkpoi
 that was published has what sampling needs, and no more.
 """
 
+import errno
 import hashlib
+import itertools
 import math
 import zipfile
 from pathlib import Path
@@ -31,7 +33,8 @@ def exists(run_name: str) -> bool:
 
 def run_names() -> list[str]:
     """The runs there are to sample from."""
-    return sorted({path.parent.name for path in Path("models").glob("*/checkpoint*.pt")})
+    paths = itertools.chain.from_iterable(Path("models").glob(f"*/{path.name}") for path in paths_of("any"))
+    return sorted({path.parent.name for path in paths})
 
 
 def fingerprint_of(weights: dict[str, Tensor]) -> str:
@@ -65,7 +68,7 @@ def save(run_name: str, **state) -> None:
         try:
             torch.save({"format": FORMAT, **state}, file)
         except RuntimeError as error:  # PyTorch's words for a full disk are "unexpected pos 704 vs 598"
-            raise OSError(f"disk full? ({error})") from error
+            raise OSError(errno.ENOSPC, f"disk full? ({error})") from error
 
     utils.write_whole(path, write, keep=previous if is_whole(path) else None)
 
@@ -141,6 +144,8 @@ def fits(stored: dict, network: nn.Module, row_length: int, sums: int) -> bool:
         expected |= {"network": shapes, "optimizer": dict(enumerate(moments)), "sums": (sums,), "minutes": True}
         found |= {"network": shapes_of(stored["network"]), "optimizer": states, "sums": stored["sums"].shape}
         found |= {"minutes": 0 <= stored["minutes"] < math.inf}
+    expected["types"] = True
+    found["types"] = {weight.dtype for weight in stored["average"].values()} <= {torch.float16, torch.float32}
     has_step = isinstance(stored["step"], int) and stored["step"] > 0
     has_settings = all(isinstance(value, int | float | str | tuple) for value in stored["settings"].values())
     return expected == found and has_step and has_settings and all(len(row) == row_length for row in stored["log"])

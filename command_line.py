@@ -2,7 +2,7 @@
 
 A command is a function: its signature is its options, its docstring is its help. Nothing here is about diffusion.
 
-Reading order: how values are read, the plan, help, checks, run_command_line.
+Reading order: how values are read, the plan, help, checks, signals and locks, streams, run_command_line.
 """
 
 import difflib
@@ -10,11 +10,14 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import fire
+from filelock import FileLock, Timeout
 
 from utils import UserError
 
@@ -62,6 +65,11 @@ def as_typed(flag: str, value) -> str:
 def in_words(limit: tuple) -> str:
     """A range (smallest, largest)."""
     return f"{limit[0]:g} or more" if limit[1] >= 10**9 else f"{limit[0]:g} to {limit[1]:g}"
+
+
+def choices(limit: dict) -> str:
+    """The keys of a dict, with their values where these explain them."""
+    return ", ".join(f"{name}: {value}" if isinstance(value, str) else name for name, value in limit.items())
 
 
 def did_you_mean(word: str, known) -> str:
@@ -142,7 +150,7 @@ def help_text(program: str, commands: dict[str, Callable], limits: dict, words: 
     for flag, parameter in inspect.signature(commands[name]).parameters.items():
         limit, kind = limits.get(flag), FLAG_TYPES[parameter.annotation][1]
         if limit:
-            kind = ", ".join(limit) if isinstance(limit, dict) else f"{kind}, {in_words(limit)}"
+            kind = choices(limit) if isinstance(limit, dict) else f"{kind}, {in_words(limit)}"
         lines.append(f"  --{flag}={as_typed(flag, parameter.default)}    ({kind})")
         lines += textwrap.wrap(sentences[flag], 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
@@ -205,6 +213,53 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: t
         raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
     if settings["epochs"] > was["epochs"] and settings["lr_decay"] != "none":
         print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
+    before, now = (f"{lengths['max_minutes']:g} minutes" for lengths in (was, settings))
+    if now != before and settings["lr_decay"] != "none":
+        print(f"the budget of time was {before}, is now {now} (0 is none): the learning rate goes where that puts it")
+
+
+def check_same_network(name: str, was: dict, settings: dict) -> None:
+    """Refuse to begin from the run `name`, of settings `was`, where the network is another; tell the flags that fit."""
+    needed = {flag: was[flag] for flag in ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective")}
+    if "attention_levels" not in was:  # as many pixels more as the image has, on the same levels
+        needed["attention_size"] = was["attention_size"] * min(settings["img_size"]) // min(was["img_size"])
+    flags = [f"--{flag}={as_typed(flag, value)}" for flag, value in needed.items() if settings[flag] != value]
+    if flags:
+        raise UserError(f"--init_from={name} has another network; to fit it, add {' '.join(flags)}")
+
+
+class StopSignals:
+    """Within this block the first Ctrl-C or SIGTERM only sets `status` (130, 143), so that a step can be finished.
+
+    A second one acts as it always does, which harms nothing: files appear whole or not at all.
+    """
+
+    status = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):  # the terminal was closed: the training goes on
+            self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return self
+
+    def note(self, number: int, _frame) -> None:
+        self.status = 128 + number
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Keep other trainers out of a run's folder while this lock is referred to; it dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is training this run; choose another --run_name") from error
+    return lock
 
 
 class SteadyStream:

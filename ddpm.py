@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import checkpoints
 import command_line
 import utils
-from journal import COLUMNS, SUMS, Course, Log, gflop_per_image, hint, runs_table
+from journal import COLUMNS, SUMS, Course, Log, check_tensorboard, gflop_per_image, hint, runs_table
 from modules import UNet, update_average
 from utils import UserError
 
@@ -205,7 +205,11 @@ LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_s
 LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999)}
 MAY_CHANGE = ("dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every")  # as a run goes on
 MAY_CHANGE += ("tensorboard", "dry_run")
-NETWORK = tuple(inspect.signature(UNet).parameters)  # of these a run's settings hold some, an imported run's more
+NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
+IMPORTED = {"attention_levels": tuple, "head_width": int, "norm_groups": int, "downsample_padding": int}
+IMPORTED |= {"norm_eps": float, "frequency_shift": float}  # what the settings of a network from elsewhere may add
+LIMITS |= {"head_width": (0, 10**9), "norm_groups": (0, 10**9), "norm_eps": (0, 1), "frequency_shift": (0, 1)}
+LIMITS |= {"downsample_padding": (0, 1)}
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 GRID_IMAGES = 256  # nobody looks at a larger grid
 FILM_IMAGES, FILM_FRAMES = 16, 50
@@ -260,7 +264,8 @@ def train(
         init_from: another run, from whose averaged weights this one begins: fine-tuning.
         flip: also learn from mirror images; turn it off where left and right matter, as in writing.
         epochs: how many times every image is shown, in all.
-        max_minutes: a budget of time, in all; the learning rate falls within it, the last preview is in it; 0 for none.
+        max_minutes: a budget of time for the whole run, the reading of the images and the last preview included; the
+            learning rate reaches 0 at its end; 0 for none.
         resume: continue the run if it exists; --resume=no refuses to touch it.
         seed: fixes the network's start, the order of the images and the noise.
         img_size: size of the images, one number or height x width (48x96); a multiple of 2 to the power of levels - 1.
@@ -279,10 +284,10 @@ def train(
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
         device: auto, cpu, cuda, cuda:N or mps.
-        sample_every: epochs between two previews; 0 for none.
+        sample_every: epochs between two previews; 0 for none but the last.
         save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
-        dry_run: only say what would be done, show the data, and time a step.
+        dry_run: learn nothing; only show the data (data.png), time a step, and say what would be done.
 
     Raises:
         UserError: a flag, folder or checkpoint that does not fit.
@@ -294,14 +299,32 @@ def train(
         raise UserError("--dataset= is empty; it takes any folder of images")
     size = settings["img_size"] = command_line.check_network(settings)
     device = utils.pick_device(device)
+    if init_from:
+        command_line.check_name("init_from", init_from)
+    if tensorboard:
+        check_tensorboard()
+    listing = utils.list_images(Path(dataset))
     is_new = not checkpoints.exists(run_name)
     if not resume and not is_new:
         raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
-    source = load_source(init_from, settings) if init_from and is_new else None
-
-    data = utils.load_dataset(Path(dataset), size)
+    source = load_run(init_from) if init_from and is_new else {}
+    if source:
+        command_line.check_same_network(init_from, source["settings"], settings)
     path, results = checkpoints.paths_of(run_name)[0], Path("results", run_name)
-    lock = utils.lock_run(path.parent)  # held until this function ends
+    lock = command_line.lock_run(path.parent)  # held until this function ends
+    if is_new and checkpoints.exists(run_name):
+        raise UserError(f"another process has trained models/{run_name} just now; the same command goes on with it")
+    stored = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
+    if not is_new:
+        stored = load_run(run_name)
+        if "network" not in stored:
+            ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
+            raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
+        command_line.check_same_run(stored, settings, listing.fingerprint, MAY_CHANGE)
+    data = utils.read_dataset(listing, size)
+
+    was = (source or stored).get("settings", {})
+    settings = {name: was[name] for name in IMPORTED if name in was} | settings  # of these no flag tells
     utils.keep_memory()
     torch.manual_seed(utils.seed_of(seed))
     network, diffusion = build(settings, device)
@@ -310,25 +333,39 @@ def train(
         network.load_state_dict(source["average"])
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
-    stored = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
     if not is_new:
-        stored = load_run(run_name)
-        if "network" not in stored:
-            ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
-            raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
-        command_line.check_same_run(stored, settings, data.fingerprint, MAY_CHANGE)
         checkpoints.restore(stored, network, average, optimizer)
-
-    images, step = utils.on_device(data.images, device), stored["step"]
+    step, images = stored["step"], utils.on_device(data.images, device)
     count, batch_size = len(images), min(batch_size, len(images))
     course = Course(count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"], began)
     board = Path("runs", run_name) if tensorboard else None
     log = Log(results, course, noise_steps, device, stored["log"], stored["sums"], board)
+    del stored, source  # as large as the training itself
 
     def load(indices: Tensor) -> Tensor:
         """The images of a batch, (B, C, H, W) in [-1, 1], each mirrored or not, as the generator has it."""
         x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
         return utils.mirror_half(x_0) if flip else x_0
+
+    def learn(step: int, done: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Algorithm 1, lines 2 to 5: each image's loss and t (B,), the gradient's norm, the learning rate.
+
+        All that is random in a step hangs on (seed, step) alone: a run that was stopped and goes on is, to the bit, the
+        run that was not, and no generator's state has to be kept.
+        """
+        torch.manual_seed(utils.seed_of(seed, step))
+        x_0 = load(utils.batch_indices(count, batch_size, step, seed))  # (B, C, H, W)
+        t, eps = diffusion.draw(x_0)
+        with utils.autocast(device):
+            losses = diffusion.loss(network, x_0, t, eps)  # (B,)
+        losses.mean().backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
+        rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](done)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, network, step + 1, ema_decay)
+        return losses.detach(), t, norm, rate
 
     def save() -> None:
         course.saved_at = time.monotonic()  # also of a save that fails: not every step may try again
@@ -336,10 +373,13 @@ def train(
         progress = {"optimizer": optimizer.state_dict(), "step": step, **log.state()}
         checkpoints.save(run_name, settings=settings, data=data.fingerprint, **learnt, **progress)
 
+    def preview_path() -> Path:
+        return results / "training_progress" / f"epoch_{course.epoch(step):04d}.png"
+
     def preview() -> None:
         *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
-        previews, number = utils.to_bytes(previews).cpu(), f"{course.epoch(step):04d}"
-        utils.save_png(previews, results / "training_progress" / f"epoch_{number}.png", run=run_name, step=step)
+        previews = utils.to_bytes(previews).cpu()
+        utils.save_png(previews, preview_path(), run=run_name, step=step)
         log.illustrate(previews)
 
     torch.manual_seed(utils.seed_of(seed, 0))
@@ -352,52 +392,40 @@ def train(
     print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {device} in {precision}")
     print(f"length   {course.summary(step)}")
     print(f"files    {path}, {results}{os.sep}", flush=True)
-    if not dry_run:
-        log.write()
-    stopping, done, second_at = 0, course.done(step), 0.0
-    if done >= 1:
+    stopping, done = 0, course.done(step)
+    if dry_run:
+        for number in (0, 1):  # the first step takes longer than those that follow
+            step_began = time.monotonic()
+            learn(step + number, done)[0].tolist()  # waits for a GPU
         lock.release()
-        return print("nothing to do: this run has come to its end; a larger --epochs or --max_minutes takes it further")
-    with utils.StopSignals() as stop, log:
+        return print(course.forecast(step, batch_size / (time.monotonic() - step_began)))
+    log.write()
+    if done >= 1:
+        if step > 0 and not preview_path().exists():  # a death may have come before it
+            preview()
+        lock.release()
+        return print(course.farewell(step))
+    with command_line.StopSignals() as stop, log:
         while done < 1 and not stopping:
-            # Algorithm 1. All that is random in a step hangs on (seed, step) alone: a run that was stopped and goes on
-            # is, to the bit, the run that was not, and no generator's state has to be kept.
-            torch.manual_seed(utils.seed_of(seed, step))
-            x_0 = load(utils.batch_indices(count, batch_size, step, seed))  # (B, C, H, W)
-            t, eps = diffusion.draw(x_0)
-            with utils.autocast(device):
-                losses = diffusion.loss(network, x_0, t, eps)  # (B,)
-            losses.mean().backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
-            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](done)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            seen = learn(step, done)
             step += 1
-            update_average(average, network, step, ema_decay)
-
-            if dry_run:
-                losses.tolist()  # waits for a GPU
-                if step == course.first_step + 2:
-                    lock.release()
-                    return print(course.forecast(course.first_step, batch_size / (time.monotonic() - second_at)))
-                second_at = time.monotonic()  # the first step takes longer than those that follow
-                continue
-            log.add(step, losses.detach(), t, norm, rate)
+            log.add(step, *seen)
             stopping, done = stop.status, course.done(step)
-            is_last = stopping or done >= 1
+            is_last, is_saved = stopping or done >= 1, False
             try:
                 if is_last or course.is_save_due(step):
                     save()
-                log.write()
+                    is_saved = True
                 if done >= 1 or course.is_preview_due(step):
                     preview()
-            except OSError as error:  # a full disk must not end a training
-                if is_last:
+                log.write()
+            except OSError as error:  # a full disk must not end a training, nor hide that its end was saved
+                if is_last and not is_saved:
                     raise
-                log.bar.write(f"not written: {error.filename or path}: {error.strerror or error}; training goes on")
+                goes_on = "" if is_last else "; training goes on"
+                log.bar.write(f"not written: {error.filename or path}: {error.strerror or error}{goes_on}")
     lock.release()
-    if stopping:
+    if stopping and done < 1:
         print(f"stopped and saved at step {step:,} of {course.last_step:,}; the same command goes on from there")
         raise SystemExit(stopping)
     print(log.report(run_name))
@@ -405,7 +433,7 @@ def train(
 
 def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """The network, untrained, and the noising process that a run's settings describe."""
-    network = UNet(**{name: settings[name] for name in NETWORK if name in settings}).to(device)
+    network = UNet(**{name: settings[name] for name in (*NETWORK, *IMPORTED) if name in settings}).to(device)
     return network, Diffusion(**{name: settings[name] for name in NOISING}, device=device)
 
 
@@ -430,33 +458,13 @@ def load_run(run_name: str) -> dict:
         command_line.check_network(settings)
         with torch.device("meta"):
             network = build(settings, "meta")[0]
-            network(torch.empty(1, 3, *settings["img_size"]), torch.ones(1))  # settings that no flag has checked, too
         fits = checkpoints.fits(stored, network, len(COLUMNS), SUMS)
+        fits = fits and all(isinstance(settings.get(name, kind()), kind) for name, kind in IMPORTED.items())
     except (*utils.BROKEN_FILE, UserError):
         fits = False
     if not fits:
         raise UserError(f"models/{run_name} holds weights that do not fit its settings: another program's, or damaged")
     return stored
-
-
-def load_source(init_from: str, settings: dict) -> dict:
-    """The checkpoint of the run to begin from.
-
-    Raises:
-        UserError: there is none, or its network is not the one that `settings` describe; it names the flags that would.
-    """
-    command_line.check_name("init_from", init_from)
-    source = load_run(init_from)
-    was, size = source["settings"], settings["img_size"]
-    needed = {name: was[name] for name in ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective")}
-    if "attention_levels" not in was:
-        needed["attention_size"] = was["attention_size"] * min(size) // min(was["img_size"])  # on the same levels
-    flags = [
-        f"--{name}={command_line.as_typed(name, value)}" for name, value in needed.items() if settings[name] != value
-    ]
-    if flags:
-        raise UserError(f"--init_from={init_from} has another network; to fit it, add {' '.join(flags)}")
-    return source
 
 
 def walk(
@@ -509,9 +517,10 @@ def sample(
         n_img: how many images.
         name: the folder to write to, below results/RUN/.
         save_grid: also save samples.png, the first 256 images side by side.
-        gif: also film how the first 16 come out of the noise: left the images, right what the network takes them for.
+        gif: also film how the first batch, or 16 of it, comes out of the noise: left the images, right what the network
+            takes them for.
         seed: image number i is made from seed + i alone, whatever the other options.
-        img_size: another size than the run was trained at; it may not look as good.
+        img_size: another size than the run was trained at, such as 48x96; it may not look as good.
         sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer and add no noise on the way.
         steps: how many of the noising steps are visited; 1000 with ddpm is the paper's Algorithm 2.
         batch_size: images made at the same time.
@@ -522,9 +531,11 @@ def sample(
     """
     command_line.check_limits(locals(), LIMITS)
     command_line.check_name("name", name)
+    if not run_name and not checkpoints.run_names():
+        raise UserError("--run_name is missing, and there is no run yet; train one first")
     if not run_name:
         print(runs_table())
-        raise UserError("--run_name is missing; it takes one of the runs above, or train one first")
+        raise UserError("--run_name is missing; it takes one of the runs above")
     command_line.check_name("run_name", run_name)
     device = utils.pick_device(device)
     stored = load_run(run_name)
@@ -545,10 +556,10 @@ def sample(
         how = f"--sampler={sampler} --steps={steps} --batch_size={min(number, batch_size)}"
         return f"python ddpm.py sample {what} {how}"
 
-    folder = utils.claim_folder(Path("results", run_name, name))
-    digits, grid, film = max(4, len(str(n_img))), [], []
     facts = {"run": run_name, "step": stored["step"], "weights": checkpoints.fingerprint_of(stored["average"])}
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
+    folder = utils.claim_folder(Path("results", run_name, name))
+    digits, grid, film = max(4, len(str(n_img))), [], []
     with utils.progress_bar(steps * math.ceil(n_img / batch_size), unit="step") as bar:
         for start in range(0, n_img, batch_size):
             seeds = range(seed + start, seed + min(n_img, start + batch_size))

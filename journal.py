@@ -45,6 +45,7 @@ class Course:
     """
 
     PREVIEW_COST = 300  # images that could be trained on while 16 are sampled in 25 steps: 130, and a start and an end
+    speed = 0.0  # images per second, the best row of this session; 0 while there is none
 
     def __init__(
         self,
@@ -69,26 +70,40 @@ class Course:
         length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images{budget}"
         return f"{length}; {step:,} steps are done"
 
-    def minutes(self, step: int) -> float:
-        """Minutes of a budget that are used after `step` steps, with those that the last preview will take."""
-        minutes, images = (time.monotonic() - self.began) / 60, (step - self.first_step) * self.batch_size
-        preview = min(self.PREVIEW_COST / images * minutes, self.max_minutes / 4) if images else 0.0
-        return self.minutes_before + minutes + preview
+    def used(self) -> float:
+        """Minutes of training, earlier sessions included."""
+        return self.minutes_before + (time.monotonic() - self.began) / 60
+
+    def by_clock(self) -> float:
+        """The share of the budget that is used up, with what the last preview will take; 0 without a budget."""
+        if not self.max_minutes:
+            return 0.0
+        preview = min(self.PREVIEW_COST / self.speed / 60, self.max_minutes / 4) if self.speed else 0.0
+        return (self.used() + preview) / self.max_minutes
 
     def done(self, step: int) -> float:
         """The share of the training that is done, in [0, 1]: of its steps or of its minutes, the larger one."""
-        by_clock = self.minutes(step) / self.max_minutes if self.max_minutes else 0.0
-        return min(1.0, max(step / self.last_step, by_clock))
+        return min(1.0, max(step / self.last_step, self.by_clock()))
+
+    def minutes(self) -> float:
+        """What the checkpoint keeps: the minutes used, or all of a budget that is used up."""
+        return max(self.used(), self.max_minutes) if self.by_clock() >= 1 else self.used()
 
     def seconds_left(self, step: int, speed: float) -> float:
         """How long the rest takes at so many images per second."""
-        by_clock = 60 * (self.max_minutes - self.minutes(step)) if self.max_minutes else math.inf
+        by_clock = 60 * self.max_minutes * (1 - self.by_clock()) if self.max_minutes else math.inf
         return max(0.0, min(by_clock, (self.last_step - step) * self.batch_size / speed))
 
     def forecast(self, step: int, speed: float) -> str:
         """What so many images per second mean for the rest of the training."""
         left = datetime.timedelta(seconds=round(self.seconds_left(step, speed)))
         return f"time     {speed:.1f} images per second: about {left} to go"
+
+    def farewell(self, step: int) -> str:
+        """Why nothing is left to do."""
+        if step == 0:
+            return "nothing was learnt: reading the images took all of --max_minutes; they are read now, start again"
+        return "nothing to do: this run has come to its end; a larger --epochs or --max_minutes takes it further"
 
     def epoch(self, step: int) -> int:
         """How many epochs are finished."""
@@ -129,23 +144,26 @@ class Log:
         sums: Tensor | None = None,
         board: Path | None = None,
     ):
-        self.path, self.course, self.noise_steps = folder / "log.csv", course, noise_steps
-        self.rows, self.written = list(rows), 0
+        self.path, self.course, self.noise_steps, self.board_folder = folder / "log.csv", course, noise_steps, board
+        self.rows, self.written, self.has_news = list(rows), 0, True
         self.sums = torch.zeros(SUMS) if sums is None else sums
         self.sums, self.quarters = self.sums.to(device), torch.arange(QUARTERS, device=device)[:, None]
-        self.row_at, self.has_told_speed = time.monotonic(), False
-        self.board = board and tensorboard_writer(board, course.first_step)
+        self.step, self.board = course.first_step, None
 
     def __enter__(self) -> "Log":
         course = self.course
         total, done = course.last_step * course.batch_size, course.first_step * course.batch_size
         self.bar = utils.progress_bar(total, done, budget=60 * course.max_minutes or math.inf)
+        self.timed_from, self.has_told_speed = (time.monotonic(), self.step), False
+        if self.board_folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.board_folder, purge_step=self.step + 1)  # what came after is hidden
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
-        if self.board:
-            self.board.close()
+        self.on_board("close")
 
     def add(self, step: int, losses: Tensor, t: Tensor, norm: Tensor, rate: float) -> None:
         """Note what step `step` (1, 2, ...) came to.
@@ -172,27 +190,37 @@ class Log:
         self.check()
         loss, norm, clipped, *quarters = self.sums.tolist()
         by_quarter = [sum_ / n if n else None for sum_, n in zip(quarters[:QUARTERS], quarters[QUARTERS:], strict=True)]
-        speed, self.row_at = ROW_EVERY * course.batch_size / (time.monotonic() - self.row_at), time.monotonic()
+        (began, first), now = self.timed_from, time.monotonic()
+        speed, self.timed_from = (self.step - first) * course.batch_size / max(now - began, 1e-9), (now, self.step)
         row = [self.step, images / course.count, images, loss / ROW_EVERY, self.rate, norm / ROW_EVERY, int(clipped)]
         self.rows.append([*row, *by_quarter, speed])
         self.sums.zero_()
-        if self.board:
-            for name, value in zip(COLUMNS[3:], self.rows[-1][3:], strict=True):
-                if value is not None:
-                    self.board.add_scalar(name, value, self.step)
-        self.tell()
+        self.has_news, course.speed = True, max(course.speed, speed)
+        for name, value in zip(COLUMNS[3:], self.rows[-1][3:], strict=True):
+            if value is not None:
+                self.on_board("add_scalar", name, value, self.step)
+        self.tell(is_whole=self.step - first == ROW_EVERY)
 
-    def tell(self) -> None:
-        """Bring the bar up to date; once, say how long it will take."""
+    def tell(self, is_whole: bool) -> None:
+        """Bring the bar up to date; once, after a row that is whole, say how long it will take."""
         course, row = self.course, dict(zip(COLUMNS, self.rows[-1], strict=True))
         speed = row["img_per_s"]
         self.bar.total = row["images"] + round(course.seconds_left(self.step, speed) * speed)
-        if not self.has_told_speed:
+        if is_whole and not self.has_told_speed:
             self.has_told_speed = True
             self.bar.write(course.forecast(self.step, speed))
         wait = max(0, course.save_every - (time.monotonic() - course.saved_at) / 60)
         words = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4f}, save in {wait:.0f} min"
         self.bar.set_postfix_str(words, refresh=False)
+
+    def on_board(self, call: str, *what) -> None:
+        """Hand something to TensorBoard; a disk it cannot write to ends that, not the training."""
+        if self.board:
+            try:
+                getattr(self.board, call)(*what)
+            except OSError as error:
+                self.board = None
+                self.bar.write(f"TensorBoard is not written to any more: {error.strerror or error}")
 
     def check(self) -> None:
         if not self.sums.isfinite().all():
@@ -203,22 +231,27 @@ class Log:
     def state(self) -> dict:
         """What the checkpoint keeps; refused where a good one would be replaced by one that has learnt NaN."""
         self.check()
-        return {"log": self.rows, "sums": self.sums, "minutes": self.course.minutes(self.step)}
+        return {"log": self.rows, "sums": self.sums, "minutes": self.course.minutes()}
 
     def write(self) -> None:
-        """Bring log.csv up to date: written anew when a session begins, then added to."""
-        if self.written > len(self.rows):
+        """Bring log.csv up to date: written anew when a session begins, then added to, whenever there is a new row."""
+        if not self.has_news:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a" if self.written else "w", newline="") as file:
-            csv.writer(file).writerows([*([] if self.written else [COLUMNS]), *self.rows[max(0, self.written - 1) :]])
+        written, self.written, self.has_news = self.written, 0, False  # what fails is written anew with the next row
+        try:
+            with open(self.path, "a" if written else "w", newline="") as file:
+                csv.writer(file).writerows([*([] if written else [COLUMNS]), *self.rows[max(0, written - 1) :]])
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # a write that fails does not tell it
+            raise
         self.written = 1 + len(self.rows)
 
     def report(self, run_name: str) -> str:
         """What came out, and what to do with it."""
         course, last = self.course, [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
         mean = f"; loss {np.mean(last):.4f} over the last {len(last) * ROW_EVERY:,} steps" if last else ""
-        time_taken = datetime.timedelta(seconds=round(60 * course.minutes_before + time.monotonic() - course.began))
+        time_taken = datetime.timedelta(seconds=round(60 * course.used()))
         images = self.step * course.batch_size
         return f"""trained for {images / course.count:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
@@ -231,8 +264,7 @@ to judge them, and see whether they are copies:
     def illustrate(self, previews: Tensor) -> None:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""
         plot_curves(self.rows, self.path.with_name("loss.png"))
-        if self.board:
-            self.board.add_images("previews", previews, self.step)
+        self.on_board("add_images", "previews", previews, self.step)
 
 
 def hint(images: int) -> str:
@@ -250,13 +282,11 @@ def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def tensorboard_writer(folder: Path, first_step: int):
-    """Where TensorBoard's scalars and pictures go; what an earlier session wrote beyond `first_step` is hidden."""
+def check_tensorboard() -> None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise UserError("--tensorboard needs a package of that name: pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=first_step + 1)
 
 
 def plot_curves(rows: list[list], path: Path) -> None:
@@ -298,10 +328,11 @@ def runs_table() -> str:
         try:
             stored = checkpoints.load(name, peek=True)
             settings = stored["settings"]
-            facts = [settings["dataset"], "x".join(map(str, settings["img_size"])), "", ""]
+            images = "".join(letter for letter in str(settings["dataset"]) if letter.isprintable())
+            facts = [images, "x".join(map(str, settings["img_size"])), "", ""]
             if stored["log"]:  # a run of fewer steps than make a row has none
                 row = dict(zip(COLUMNS, stored["log"][-1], strict=True))
-                facts[0] = f"{row['images'] / row['epoch']:,.0f} from {facts[0]}"
+                facts[0] = f"{row['images'] / row['epoch']:,.0f} from {images}"
                 facts[2:] = f"{row['epoch']:.1f}", f"{row['loss']:.4f}"
         except (UserError, *utils.BROKEN_FILE):
             facts = ["cannot be read", "", "", ""]

@@ -5,25 +5,28 @@ The parameter names are those of diffusers' UNet2DModel, so a `state_dict()` mov
 Reading order: timestep_embedding, the blocks, UNet, update_average.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
+def timestep_embedding(t: Tensor, width: int, frequency_shift: float = 0.0) -> Tensor:
     """Cosines, then sines, of t at width / 2 frequencies from 1 towards 1 / 10,000 (Vaswani et al. 2017, section 3.5).
 
     Args:
         t: times (B,), of any real type.
         width: size of the embedding, even.
+        frequency_shift: with 1, as in DDPM's own code, the last frequency is 1 / 10,000 itself.
 
     Returns:
         (B, width) float32.
     """
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - frequency_shift)))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -46,12 +49,12 @@ class ResidualBlock(nn.Module):
     x (B, C_in, H, W), embedding (B, E) -> (B, C_out, H, W)
     """
 
-    def __init__(self, channels_in: int, channels_out: int, embedding_size: int, groups: int, dropout: float):
+    def __init__(self, channels_in: int, channels_out: int, embedding_size: int, norm: Callable, dropout: float):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels_in)
+        self.norm1 = norm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_size, channels_out)
-        self.norm2 = nn.GroupNorm(groups, channels_out)
+        self.norm2 = norm(channels_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.conv_shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
@@ -66,10 +69,12 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Every pixel looks at every pixel: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int, groups: int, channels_per_head: int):
+    def __init__(self, channels: int, norm: Callable, head_width: int):
         super().__init__()
-        self.heads = channels // channels_per_head
-        self.group_norm = nn.GroupNorm(groups, channels)
+        self.heads = max(1, channels // head_width)
+        if channels % self.heads:
+            raise ValueError(f"{channels} channels do not fit into heads of {head_width}")
+        self.group_norm = norm(channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -88,13 +93,14 @@ class SelfAttention(nn.Module):
 class Resample(nn.Module):
     """Half the resolution (a 3x3 convolution at every other pixel) or twice (every pixel four times, then 3x3)."""
 
-    def __init__(self, channels: int, up: bool):
+    def __init__(self, channels: int, up: bool, padding: int = 1):
         super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+        edges = nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1))  # without padding, zeros right and below alone
+        self.prepare = nn.Upsample(scale_factor=2.0, mode="nearest") if up else edges
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        return self.conv(self.prepare(x))
 
 
 class Level(nn.Module):
@@ -122,6 +128,14 @@ class UNet(nn.Module):
         attention_size: levels whose shorter side has at most so many pixels get attention; the middle always has it.
         dropout: share of activations dropped inside residual blocks, in [0, 1).
         classes: number of classes, or None for a network that knows none.
+
+    With these, networks that were trained elsewhere fit, too:
+        attention_levels: the levels with attention, 0 is the full resolution; (): those that `attention_size` tells.
+        head_width: channels of an attention head, a level with fewer has one head; 0: up to 64, the same everywhere.
+        norm_groups: groups of every GroupNorm; 0: of four channels or more on the first level, at most 32.
+        norm_eps: what every GroupNorm adds to the variance.
+        downsample_padding: 1: zeros around the image when its resolution is halved; 0: right and below alone.
+        frequency_shift: see `timestep_embedding`.
     """
 
     def __init__(
@@ -134,22 +148,29 @@ class UNet(nn.Module):
         attention_size: int = 16,
         dropout: float = 0.0,
         classes: int | None = None,
+        attention_levels: tuple[int, ...] = (),
+        head_width: int = 0,
+        norm_groups: int = 0,
+        norm_eps: float = 1e-5,
+        downsample_padding: int = 1,
+        frequency_shift: float = 0.0,
     ):
         super().__init__()
         shorter = img_size if isinstance(img_size, int) else min(img_size)
         widths = [width * multiplier for multiplier in multipliers]
-        self.width, self.null_class = widths[0], classes
-        attended = [shorter // 2**depth <= attention_size for depth in range(len(widths))]
+        self.width, self.frequency_shift, self.null_class = widths[0], frequency_shift, classes
+        attended = attention_levels or [depth for depth in range(len(widths)) if shorter // 2**depth <= attention_size]
         embedding_size = 4 * self.width
-        groups = min(32, width // 4)  # one channel per group would erase the time: a group's mean is removed
-        attended_widths = [here for here, is_attended in zip(widths, attended, strict=True) if is_attended]
-        channels_per_head = math.gcd(64, widths[-1], *attended_widths)  # one number for all, as in diffusers
+        groups = norm_groups or min(32, width // 4)  # one channel each would erase the time: a group's mean is removed
+        norm = functools.partial(nn.GroupNorm, groups, eps=norm_eps)  # of so many channels
+        attended_widths = [here for depth, here in enumerate(widths) if depth in attended]
+        head_width = head_width or math.gcd(64, widths[-1], *attended_widths)  # one number for all, as in diffusers
 
         def resnet(channels_in: int, channels_out: int) -> ResidualBlock:
-            return ResidualBlock(channels_in, channels_out, embedding_size, groups, dropout)
+            return ResidualBlock(channels_in, channels_out, embedding_size, norm, dropout)
 
         def attention(channels: int) -> SelfAttention:
-            return SelfAttention(channels, groups, channels_per_head)
+            return SelfAttention(channels, norm, head_width)
 
         self.time_embedding = TimeEmbedding(self.width, embedding_size)
         self.class_embedding = nn.Embedding(classes + 1, embedding_size) if classes else None  # the last one: no class
@@ -159,11 +180,11 @@ class UNet(nn.Module):
         for depth, (above, here) in enumerate(zip([self.width, *widths], widths, strict=False)):
             level = Level(
                 [resnet(before, here) for before in [above] + [here] * (blocks - 1)],
-                [attention(here) for _ in range(blocks)] if attended[depth] else None,
+                [attention(here) for _ in range(blocks)] if depth in attended else None,
             )
             skips += [here] * blocks
             if depth < last:
-                level.downsamplers.append(Resample(here, up=False))
+                level.downsamplers.append(Resample(here, up=False, padding=downsample_padding))
                 skips.append(here)
             self.down_blocks.append(level)
 
@@ -173,14 +194,14 @@ class UNet(nn.Module):
         for depth, here in reversed(list(enumerate(widths))):
             level = Level(
                 [resnet(before + skips.pop(), here) for before in [below] + [here] * blocks],
-                [attention(here) for _ in range(blocks + 1)] if attended[depth] else None,
+                [attention(here) for _ in range(blocks + 1)] if depth in attended else None,
             )
             if depth > 0:
                 level.upsamplers.append(Resample(here, up=True))
             self.up_blocks.append(level)
             below = here
 
-        self.conv_norm_out = nn.GroupNorm(groups, self.width)
+        self.conv_norm_out = norm(self.width)
         self.conv_out = nn.Conv2d(self.width, channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first answer is 0 everywhere: a calm start
         nn.init.zeros_(self.conv_out.bias)
@@ -196,7 +217,8 @@ class UNet(nn.Module):
         Returns:
             (B, C, H, W)
         """
-        embedding = self.time_embedding(timestep_embedding(t - 1, self.width))  # (B, 4 width); here time counts from 0
+        raw = timestep_embedding(t - 1, self.width, self.frequency_shift)  # here time counts from 0
+        embedding = self.time_embedding(raw)  # (B, 4 width)
         if self.class_embedding is not None:
             labels = torch.full_like(t, self.null_class) if labels is None else labels
             embedding = embedding + self.class_embedding(labels)

@@ -1,6 +1,6 @@
-"""What touches the world: signals, devices, pictures, files. No mathematics of diffusion.
+"""What touches the world: devices, pictures, files. No mathematics of diffusion.
 
-Sections, in reading order: errors; processes; reading images; writing files.
+Sections, in reading order: errors; the machine; reading images; writing files.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import math
 import os
 import pickle
 import re
-import signal
 import struct
 import sys
 import warnings
@@ -26,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
@@ -44,41 +43,7 @@ BROKEN_FILE += (RuntimeError, MemoryError, AssertionError, struct.error, zlib.er
 BROKEN_FILE += (pickle.UnpicklingError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """Within this block the first Ctrl-C or SIGTERM only sets `status` (130, 143), so that a step can be finished.
-
-    A second one acts as it always does, which harms nothing: files appear whole or not at all.
-    """
-
-    status = 0
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        if hasattr(signal, "SIGHUP"):  # the terminal was closed: the training goes on
-            self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        return self
-
-    def note(self, number: int, _frame) -> None:
-        self.status = 128 + number
-        self.__exit__()
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def lock_run(folder: Path) -> FileLock:
-    """Keep other trainers out of a run's folder while this lock is referred to; it dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{folder}: another process is training this run; choose another --run_name") from error
-    return lock
+# ---- the machine -----------------------------------------------------------------------------------------------------
 
 
 def pick_device(text: str) -> torch.device:
@@ -156,8 +121,21 @@ class Dataset(NamedTuple):
     remarks: list[str]  # what was skipped or changed, a sentence each
 
 
-def find_images(folder: Path) -> list[Path]:
-    """All pictures below a folder, in one order on every system; no hidden files, no pipes, no circles of links."""
+class Listing(NamedTuple):
+    """The pictures below a folder, not opened yet."""
+
+    folder: Path
+    paths: list[Path]  # in one order on every system
+    times: list[int]  # of their last change, nanoseconds
+    fingerprint: str  # of their names and sizes: the same on every machine
+
+
+def list_images(folder: Path) -> Listing:
+    """All pictures below a folder; no hidden files, no pipes, no circles of links.
+
+    Raises:
+        UserError: there is no such folder, or it holds no images.
+    """
     if not folder.is_dir():
         others = ", ".join(sorted(path.name for path in Path("datasets").glob("[!.]*") if path.is_dir())) or "none"
         wrong = "is a file" if folder.exists() else "does not exist"
@@ -173,7 +151,11 @@ def find_images(folder: Path) -> list[Path]:
     images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not images:
         raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+    images.sort(key=lambda path: path.relative_to(folder).as_posix())
+    stats = [path.stat() for path in images]
+    files = [(path.relative_to(folder).as_posix(), info.st_size) for path, info in zip(images, stats, strict=True)]
+    fingerprint = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return Listing(folder, images, [info.st_mtime_ns for info in stats], fingerprint)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -214,26 +196,27 @@ def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray | None, st
 
 
 def load_dataset(folder: Path, size: tuple[int, int]) -> Dataset:
-    """Every readable picture below `folder` at `size` (height, width): decoded once, then kept as bytes in the cache.
+    """`read_dataset` of all pictures below a folder."""
+    return read_dataset(list_images(folder), size)
+
+
+def read_dataset(listing: Listing, size: tuple[int, int]) -> Dataset:
+    """Every readable picture at `size` (height, width): decoded once, then kept as bytes in the cache.
 
     Raises:
-        UserError: there is no such folder, it holds no images, or more than half of them are unreadable.
+        UserError: more than half of the pictures are unreadable.
     """
-    paths = find_images(folder)
-    stats = [path.stat() for path in paths]
-    files = [(path.relative_to(folder).as_posix(), info.st_size) for path, info in zip(paths, stats, strict=True)]
-    fingerprint = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    key = repr((fingerprint, [info.st_mtime_ns for info in stats], size, "RGB"))
+    key = repr((listing.fingerprint, listing.times, size, "RGB"))
     cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.bytes"
     cache.parent.mkdir(parents=True, exist_ok=True)
     facts_path = cache.with_suffix(".json")  # written last: where it stands, the bytes are complete
     with FileLock(cache.with_suffix(".lock")):  # a second process waits, and finds the work done
         if not facts_path.exists() or not cache.exists():
-            facts = decode(paths, size, cache)
+            facts = decode(listing.paths, size, cache)
             write_whole(facts_path, lambda file: file.write(json.dumps(facts).encode()))
     facts = json.loads(facts_path.read_text())
     images = np.memmap(cache, np.uint8, mode="c", shape=(facts["count"], 3, *size))
-    return Dataset(images, fingerprint, facts["remarks"])
+    return Dataset(images, listing.fingerprint, facts["remarks"])
 
 
 def decode(paths: list[Path], size: tuple[int, int], cache: Path) -> dict:
@@ -308,6 +291,9 @@ def write_whole(path: Path, write: Callable, keep: Path | None = None) -> None:
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(unfinished, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not tell it
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     if os.name != "nt":  # the new name is on disk only once its folder is; Windows sees to that by itself
@@ -351,8 +337,9 @@ def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
 
 def claim_folder(folder: Path) -> Path:
     """Make `folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         with contextlib.suppress(FileExistsError):
-            free.mkdir(parents=True)
+            free.mkdir()
             return free

@@ -89,7 +89,7 @@ def quality(
     place, path = utils.pick_device(device), measuring.RESULTS / "quality.csv"
     measuring.check_file(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
-    count, real = (len(utils.find_images(Path(folder))) for folder in (dataset, held_out))
+    count, real = (len(utils.list_images(Path(folder)).paths) for folder in (dataset, held_out))
     epochs, n = max(1, round(images / count)), evaluate.comparable(n_img, real)
     for seed, (variant, changed) in itertools.product(range(seeds), EXPERIMENTS[experiment].items()):
         key = {"experiment": experiment, "variant": variant, "seed": seed, "images": epochs * count, "n": n}

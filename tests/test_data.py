@@ -73,7 +73,7 @@ def touch(folder, *names: str) -> None:
 
 
 def found(folder) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in utils.find_images(folder)]
+    return [path.relative_to(folder).as_posix() for path in utils.list_images(folder).paths]
 
 
 def link(path, target) -> None:
@@ -484,7 +484,7 @@ def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
     before = utils.load_dataset(place / "x", (8, 8))
     change(place / "x")
     after = utils.load_dataset(place / "x", (8, 8))
-    expected = [utils.read_image(path, (8, 8))[0] for path in utils.find_images(place / "x")]
+    expected = [utils.read_image(path, (8, 8))[0] for path in utils.list_images(place / "x").paths]
     assert np.array_equal(after.images, expected)
     assert (after.fingerprint == before.fingerprint) == same_fingerprint
 
@@ -515,7 +515,7 @@ def test_two_folders_of_the_same_times_are_two_data_sets(place):
         paint(place / name, count=2, size=(10 + seed, 10), first_seed=2 * seed)
         for path in (place / name).iterdir():
             os.utime(path, ns=(10**18, 10**18))
-        expected = [utils.read_image(path, (8, 8))[0] for path in utils.find_images(place / name)]
+        expected = [utils.read_image(path, (8, 8))[0] for path in utils.list_images(place / name).paths]
         assert np.array_equal(utils.load_dataset(place / name, (8, 8)).images, expected)
 
 

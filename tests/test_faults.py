@@ -106,7 +106,7 @@ def test_ctrl_c_again_and_again_harms_nothing(training):
 def test_the_lock_of_a_killed_training_dies_with_it(training, run):
     """It holds while its owner lives; the file that is left behind says nothing."""
     with pytest.raises(UserError, match="another process is training this run"):
-        utils.lock_run(CHECKPOINT.parent)
+        command_line.lock_run(CHECKPOINT.parent)
     training.kill()
     training.communicate()
     step = checkpoints.load("run")["step"]
@@ -336,7 +336,7 @@ def far_enough(place, monkeypatch) -> Path:
         return build(settings, device)
 
     monkeypatch.setattr(ddpm, "build", build_or_end)
-    monkeypatch.setattr(utils, "lock_run", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(command_line, "lock_run", lambda folder: folder.mkdir(parents=True, exist_ok=True))
     return place / "here"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,36 +61,65 @@ def course(**changed) -> Course:
 # ---- how far a training is ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("speed, laid_aside", [(0, 0), (10, 30), (1000, 0.3), (0.1, 150)])
 @pytest.mark.parametrize("max_minutes", [0, 10])
-def test_steps_and_clock_both_count_and_the_larger_share_holds(clock, max_minutes):
-    """A step a second: without a budget only the steps count; with one, a preview's worth of time is laid aside."""
+def test_steps_and_clock_both_count_and_the_larger_share_holds(clock, max_minutes, speed, laid_aside):
+    """Without a budget only the steps count; with one the last preview, too: the time of 300 images, if known."""
     training = course(max_minutes=max_minutes)
+    training.speed = speed
     assert training.last_step == 100
-    assert training.done(0) == 0
-    for step in (1, 50, 99, 100):
+    for step in (0, 1, 50, 99, 100):
         clock.seconds = 1000 + 9 * step
-        laid_aside = min(Course.PREVIEW_COST / (10 * step) * 9 * step, 150)
         by_clock = (9 * step + laid_aside) / 600 if max_minutes else 0
         assert training.done(step) == pytest.approx(min(1, max(step / 100, by_clock)))
 
 
+def test_the_checkpoint_keeps_the_minutes_used_and_no_more_until_the_budget_is(clock):
+    training = course(max_minutes=10, minutes=2.0)
+    training.speed = 10  # a preview takes half a minute
+    clock.seconds += 60
+    assert training.minutes() == pytest.approx(3)
+    clock.seconds += 6.4 * 60
+    assert training.minutes() == pytest.approx(9.4)
+    clock.seconds += 0.2 * 60
+    assert training.minutes() == 10
+    clock.seconds += 60
+    assert training.minutes() == pytest.approx(10.6)
+
+
 def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch):
     paint(place / "pictures")
-    load_dataset = utils.load_dataset
+    read_dataset = utils.read_dataset
 
     def read_for_a_minute(*inputs) -> utils.Dataset:
         clock.seconds += 60
-        return load_dataset(*inputs)
+        return read_dataset(*inputs)
 
-    monkeypatch.setattr(utils, "load_dataset", read_for_a_minute)
+    monkeypatch.setattr(utils, "read_dataset", read_for_a_minute)
     result = run(*TRAIN, "--max_minutes=1")
     assert (result.status, checkpoints.exists("run")) == (0, False)
-    assert "nothing to do" in result.out
+    assert "nothing was learnt" in result.out
 
 
 def test_minutes_of_earlier_sessions_count(clock):
     assert course(max_minutes=10, step=50, minutes=8.0).done(50) == pytest.approx(0.8)
     assert course(max_minutes=10, step=50, minutes=12.0).done(50) == 1
+
+
+def test_stops_take_nothing_from_the_budget(run, place, slow_steps, monkeypatch):
+    """Three sessions of three steps each have used 54 seconds."""
+    paint(place / "pictures")
+    batch_indices = utils.batch_indices
+
+    def stop_at_every_third(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+        if step % 3 == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return batch_indices(count, batch_size, step, seed)
+
+    monkeypatch.setattr(utils, "batch_indices", stop_at_every_third)
+    for session in (1, 2, 3):
+        assert run(*TRAIN, "--max_minutes=60").status == 143
+        assert checkpoints.load("run")["minutes"] == pytest.approx(0.3 * session)
 
 
 @pytest.mark.parametrize("batch_size, ends", [(10, [10, 20, 30]), (30, [4, 7, 10]), (100, [1, 2, 3])])
@@ -104,7 +134,7 @@ def test_an_epoch_ends_with_the_step_that_completes_it(batch_size, ends):
 
 
 def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(run, place, slow_steps, monkeypatch):
-    """5 minutes of steps of 6 seconds and one preview of 30 that is estimated; the rate is cos^2 of the time gone."""
+    """5 minutes of steps of 6 seconds and one preview of 30 that is foreseen; the rate is cos^2 of the time gone."""
     paint(place / "pictures")
     monkeypatch.setattr(Course, "PREVIEW_COST", 5 * 4)  # five steps of four images: 30 seconds
     monkeypatch.setattr(journal, "ROW_EVERY", 5)
@@ -115,7 +145,8 @@ def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(run, pla
     rates = [float(row["lr"]) for row in csv.DictReader(Path("results/run/log.csv").open())]
     assert len(rates) == 9
     for row, rate in enumerate(rates, 1):
-        done = (6 * (5 * row - 1) + 30) / 300
+        laid_aside = 30 if row > 1 else 0  # the speed is not known before the first row
+        done = (6 * (5 * row - 1) + laid_aside) / 300
         assert rate == pytest.approx(1e-3 * math.cos(math.pi / 2 * done) ** 2)
     assert {path.suffix for path in Path("results/run/training_progress").iterdir()} == {".png"}
 
@@ -268,6 +299,58 @@ def test_tensorboard_is_told_what_the_log_is(run, place, monkeypatch):
     assert events.Tags()["images"] == ["previews"]
 
 
+def test_a_disk_that_tensorboard_cannot_write_to_ends_only_that(run, place, monkeypatch):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+
+    def fail(*inputs) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "add_scalar", fail)
+    monkeypatch.setattr(journal, "ROW_EVERY", 3)
+    paint(place / "pictures")
+    result = run(*TRAIN, "--epochs=5", "--tensorboard")
+    assert result.status == 0
+    assert result.out.count("TensorBoard is not written to any more: No space left") == 1
+    assert checkpoints.load("run")["step"] == 13
+
+
+def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, monkeypatch):
+    """A step of four images takes 6 seconds: the first row of the second session has but three of its five steps."""
+    paint(place / "pictures")
+    monkeypatch.setattr(journal, "ROW_EVERY", 5)
+    assert run(*TRAIN, "--epochs=3", "--lr_decay=none").status == 0
+    slow_steps.seconds += 1000
+    result = run(*TRAIN, "--epochs=9", "--lr_decay=none")
+    assert result.status == 0, result.err
+    rows = checkpoints.load("run")["log"]
+    assert [row[0] for row in rows] == [5, 10, 15, 20]
+    assert all(row[-1] == pytest.approx(4 / 6) for row in rows[1:])
+    assert "time     0.7 images per second: about 0:00:48 to go" in result.out  # 8 steps after the first whole row
+
+
+def test_a_log_that_could_not_be_written_is_whole_at_the_next_row(tmp_path, monkeypatch):
+    """One message a row, which names the file; a part of a row that was written does not stay."""
+    monkeypatch.setattr(journal, "ROW_EVERY", 2)
+    log = Log(tmp_path, course(batch_size=4), noise_steps=8, device=torch.device("cpu"))
+    numbers = torch.ones(4), torch.ones(4, dtype=torch.long), torch.tensor(1.0), 0.5
+    with log:
+        log.write()
+        for step in range(1, 9):
+            log.add(step, *numbers)
+            if step == 4:
+                log.path.unlink()
+                log.path.mkdir()
+                with pytest.raises(OSError) as caught:
+                    log.write()
+                assert caught.value.filename == str(log.path)
+                log.path.rmdir()
+                log.path.write_text("step,ep")
+            log.write()
+            if step == 5:
+                assert log.path.read_text() == "step,ep", "it is not tried at every step"
+    assert [row["step"] for row in csv.DictReader(log.path.open())] == ["2", "4", "6", "8"]
+
+
 def test_without_tensorboard_the_flag_is_refused_before_anything_is_learnt(run, place, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     paint(place / "pictures")
@@ -300,6 +383,14 @@ def test_without_a_terminal_a_long_training_tells_itself_in_under_200_lines(
 
 
 # ---- the table of runs ----------------------------------------------------------------------------------------------
+
+
+def test_without_any_run_there_is_no_table(run, place):
+    (place / "models/other").mkdir(parents=True)
+    (place / "models/other/checkpoint.old.pt").write_text("no checkpoint of ours")
+    result = run("sample")
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "there is no run yet" in result.err
 
 
 def test_the_table_tells_where_every_run_stands(run, place):

@@ -34,6 +34,11 @@ def test_timestep_embedding_has_its_values_at_known_angles():
     assert distance(timestep_embedding(t, 4), expected) < 1e-5  # float32 knows the angle 157 to 1e-5
 
 
+def test_shifted_by_one_the_frequencies_reach_down_to_a_ten_thousandth():
+    t = torch.tensor([0, 10_000 * math.pi / 2])
+    assert distance(timestep_embedding(t, 4, 1.0)[:, [1, 3]], torch.tensor([[1.0, 0], [0, 1]])) < 1e-3  # t is 15708
+
+
 def test_timestep_embedding_tells_all_steps_apart():
     embedding = timestep_embedding(torch.arange(1000), 16)
     assert embedding.shape == (1000, 16)
@@ -83,6 +88,44 @@ def test_diffusers_takes_the_weights_and_answers_the_same(options):
         answer = network(x, t, labels)
         assert distance(answer, theirs(x, t - 1, labels).sample) < 1e-4  # float32, and attention in another order
     assert answer.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            {"attention_levels": (0,)},
+            {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 16},
+        ),
+        ({"head_width": 8}, {"attention_head_dim": 8}),
+        ({"head_width": 12, "multipliers": (1, 3)}, {"attention_head_dim": 12, "block_out_channels": [16, 48]}),
+        (
+            {"head_width": 99, "attention_size": 8},
+            {"attention_head_dim": None, "down_block_types": ["AttnDownBlock2D"] * 2},
+        ),
+        ({"norm_groups": 2}, {"norm_num_groups": 2}),
+        ({"norm_eps": 0.1}, {"norm_eps": 0.1}),
+        ({"downsample_padding": 0}, {"downsample_padding": 0}),
+        ({"frequency_shift": 1.0}, {"freq_shift": 1}),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_networks_from_elsewhere_fit(ours, theirs):
+    """One fact at a time, at 8x8 pixels: diffusers answers the same, and the network without that fact does not."""
+    network = small_network(**ours)
+    config = {"block_out_channels": [16, 32], "norm_num_groups": 4, "norm_eps": 1e-5, "attention_head_dim": 32}
+    config |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "layers_per_block": 1} | theirs
+    config["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
+    model = UNet2DModel(**config).eval()
+    model.load_state_dict(network.state_dict(), strict=True)
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([1, 500, 1000])
+    with torch.no_grad():
+        answer = network(x, t)
+        assert distance(answer, model(x, t - 1).sample) < 1e-4  # float32, and attention in another order
+        if "attention_levels" not in ours:  # these have other weights
+            plain = small_network(**{name: ours[name] for name in ours if name in ("multipliers", "attention_size")})
+            plain.load_state_dict(network.state_dict())
+            assert distance(answer, plain(x, t)) > 1e-3
 
 
 def test_default_network_has_26_6_million_weights():

@@ -244,13 +244,21 @@ def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
 
 
 @pytest.mark.parametrize("how, status", STATUS.items())
-@pytest.mark.parametrize("step", [1, 4, LAST_STEP])
+@pytest.mark.parametrize("step", [1, 4, LAST_STEP - 1])
 def test_a_signal_saves_the_step_it_came_in(train, how, status, step):
     with STOPS[how](step):
         result = train()
     assert result.status == status
     assert f"stopped and saved at step {step} of {LAST_STEP}" in result.out
     assert stored()["step"] == step
+
+
+def test_a_signal_in_the_last_step_comes_too_late(train, uninterrupted):
+    with STOPS["SIGTERM"](LAST_STEP):
+        result = train()
+    assert result.status == 0
+    assert "trained for" in result.out
+    assert differences(outcome(), uninterrupted) == []
 
 
 def test_a_second_ctrl_c_ends_at_once(train):

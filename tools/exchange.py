@@ -1,13 +1,31 @@
-"""Take a trained model out into the world.
+"""Take a trained model out into the world, or bring one in.
 
     python -m tools.exchange publish --run_name=my_run --to=my_model
+    python -m tools.exchange export --run_name=my_run --to=folder
+    python -m tools.exchange import --source=folder --run_name=my_model
 
-Reading order: publish, main.
+The folders are those of Hugging Face's diffusers, which is not needed here. What the other side cannot express exactly
+is refused.
+
+Reading order: publish; in diffusers' words, for both directions; export; import_; main. The card that goes with an
+export is in model_card.py.
 """
+
+import json
+import math
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 import checkpoints
 import command_line
 import ddpm
+import utils
+from modules import SelfAttention, UNet
+from tools.model_card import write_card
 from utils import UserError
 
 
@@ -45,8 +63,275 @@ def publish(run_name: str = "", to: str = "") -> None:
     )
 
 
+# ---- in diffusers' words ---------------------------------------------------------------------------------------------
+
+OBJECTIVES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"]  # of one process
+# What UNet2DModel and the schedulers take for an entry that is left out.
+UNET = {"_class_name": "UNet2DModel", "sample_size": None, "in_channels": 3, "out_channels": 3, "layers_per_block": 2}
+UNET |= {"time_embedding_type": "positional", "time_embedding_dim": None, "flip_sin_to_cos": True, "freq_shift": 0}
+UNET |= {"block_out_channels": [224, 448, 672, 896], "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3}
+UNET |= {"mid_block_type": "UNetMidBlock2D", "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"], "dropout": 0.0}
+UNET |= {"downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "mid_block_scale_factor": 1}
+UNET |= {"attention_head_dim": 8, "add_attention": True, "norm_num_groups": 32, "attn_norm_num_groups": None}
+UNET |= {"norm_eps": 1e-5, "act_fn": "silu", "resnet_time_scale_shift": "default", "center_input_sample": False}
+UNET |= {"class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None}
+NOISING = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+NOISING |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}
+NOISING |= {"rescale_betas_zero_snr": False, "clip_sample_range": 1.0}
+
+
+def unet_config(network: UNet, settings: dict) -> dict:
+    """UNet2DModel's description of a network, built from `settings`.
+
+    Raises:
+        UserError: its attention heads are not of one width.
+    """
+    size, levels = settings["img_size"], network.down_blocks
+    attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
+    head_widths = {attention.to_q.in_features // attention.heads for attention in attentions}
+    has_one_head = all(attention.heads == 1 for attention in attentions)
+    if len(head_widths) > 1 and not has_one_head:
+        raise UserError(f"its attention heads are of {len(head_widths)} widths")
+    kinds = ["Attn" * isinstance(level.attentions[0], SelfAttention) for level in levels]
+    return UNET | {
+        "sample_size": size[0] if size[0] == size[1] else list(size),
+        "in_channels": network.conv_in.in_channels,
+        "out_channels": network.conv_out.out_channels,
+        "layers_per_block": settings["blocks"],
+        "freq_shift": network.frequency_shift,
+        "block_out_channels": [level.resnets[0].conv1.out_channels for level in levels],
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "downsample_padding": settings.get("downsample_padding", 1),
+        "dropout": settings["dropout"],
+        "attention_head_dim": None if has_one_head else head_widths.pop(),
+        "norm_num_groups": network.conv_norm_out.num_groups,
+        "norm_eps": network.conv_norm_out.eps,
+        "num_class_embeds": network.class_embedding and network.class_embedding.num_embeddings,
+    }
+
+
+def scheduler_config(diffusion: ddpm.Diffusion, schedule: str) -> dict:
+    """DDPMScheduler's description of a noising process; over all T steps it walks back as `Diffusion.denoise` does.
+
+    Raises:
+        UserError: float32, in which schedulers compute, does not know the schedule's end well enough.
+    """
+    betas = 1 - diffusion.alpha_bar[1:] / diffusion.alpha_bar[:-1]  # (T,) float64
+    kept = torch.cumprod(1 - betas.float(), dim=0) / diffusion.alpha_bar[1:]
+    if (kept.sqrt() - 1).abs().max() > 1e-3:
+        raise UserError(f"schedule={schedule} with noise_steps={diffusion.steps} ends in too little signal for float32")
+    named = {"cosine": "squaredcos_cap_v2"} | ({"linear": "linear"} if diffusion.steps == 1000 else {})
+    process = {"num_train_timesteps": diffusion.steps, "prediction_type": OBJECTIVES[diffusion.objective]}
+    process |= {"beta_schedule": named[schedule]} if schedule in named else {"trained_betas": betas.tolist()}
+    return NOISING | process | {"variance_type": "fixed_large", "clip_sample": True, "timestep_spacing": "trailing"}
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError("this needs one more package: pip install safetensors") from error
+    return safetensors
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
+    """Write a run as a folder of Hugging Face's diffusers, ready for their hub.
+
+        python -m tools.exchange export --run_name=my_run --to=my_model
+
+    Writes unet/ (the network with its averaged weights), scheduler/ (the noising process), model_index.json,
+    samples.png and README.md, a model card: read it before you show it to others.
+
+    Args:
+        run_name: the run to export, a folder in models/.
+        to: the folder to write; it must not exist.
+        license: of the weights, as the hub spells it, for instance mit or cc-by-4.0; it goes into the card.
+
+    Raises:
+        UserError: there is no such run, the folder exists, or diffusers cannot express the run exactly.
+    """
+    folder, safetensors = Path(to), import_safetensors()
+    command_line.check_name("run_name", run_name)
+    if not folder.name or folder.exists():
+        raise UserError(f"--to={to} exists; nothing is overwritten" if to else "--to is missing: the folder to write")
+    if not re.fullmatch("[a-z0-9][a-z0-9.-]*", license):
+        raise UserError(f"--license={license} is not how the hub spells one; for instance mit, cc-by-4.0 or other")
+    stored = ddpm.load_run(run_name)
+    settings, network, diffusion = stored["settings"], *ddpm.build(stored["settings"], torch.device("cpu"))
+    try:
+        configs = {"unet/config.json": unet_config(network, settings)}
+        configs["scheduler/scheduler_config.json"] = scheduler_config(diffusion, settings["schedule"])
+    except UserError as error:
+        raise UserError(f"diffusers cannot express {run_name}: {error}") from error
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    configs["model_index.json"] = {"_class_name": "DDPMPipeline"} | parts
+    copies = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in stored["average"].items()}
+    weights = safetensors.torch.save(copies, {"format": "pt"})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as place:
+        draft = Path(place, folder.name)
+        for name, config in configs.items():
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).write_text(json.dumps(config, indent=2))
+        (draft / "unet/diffusion_pytorch_model.safetensors").write_bytes(weights)
+        write_card(draft, stored, run_name, license)
+        draft.rename(folder)  # the folder is there whole or not at all
+    print(f"{folder}: a model of diffusers; its README.md is the model card, with three lines of Python to sample")
+
+
+# ---- import ----------------------------------------------------------------------------------------------------------
+
+
+def noising_of(config: dict) -> dict:
+    """The settings of a scheduler's noising process.
+
+    Raises:
+        UserError: no settings describe it.
+    """
+    config = NOISING | config
+    objectives = {theirs: ours for ours, theirs in OBJECTIVES.items()}
+    known = {"_class_name": SCHEDULERS, "prediction_type": [*objectives], "clip_sample_range": [1]}
+    known |= {"rescale_betas_zero_snr": [False], "beta_schedule": ["linear", "squaredcos_cap_v2"]}
+    others = [f"{key}={config[key]}" for key, values in known.items() if config[key] not in values]
+    if others:
+        raise UserError(f"its noising process has {', '.join(others)}")
+    steps, betas = config["num_train_timesteps"], config["trained_betas"]
+    command_line.check_limits({"noise_steps": steps}, ddpm.LIMITS)
+    if betas is None and config["beta_schedule"] == "squaredcos_cap_v2":
+        alpha_bar = ddpm.cosine_alpha_bar(steps)
+    else:
+        betas = torch.linspace(config["beta_start"], config["beta_end"], steps).tolist() if betas is None else betas
+        alpha_bar = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
+    for schedule, compute in ddpm.NOISE_SCHEDULES.items():
+        if len(alpha_bar) == steps and (alpha_bar / compute(steps) - 1).abs().max() < 1e-3:  # theirs may be float32
+            return {"noise_steps": steps, "schedule": schedule, "objective": objectives[config["prediction_type"]]}
+    raise UserError(f"its noise grows by none of the schedules {', '.join(ddpm.NOISE_SCHEDULES)}")
+
+
+def network_of(config: dict, noising: dict) -> tuple[UNet, dict]:
+    """The network that UNet2DModel's description is about, on "meta" (without weights), and its settings.
+
+    The settings are guessed, described as for an export, and compared: what was not understood shows as a difference.
+
+    Raises:
+        UserError: no settings describe it.
+    """
+    wanted = UNET | config | {"num_train_timesteps": None, "flip_sin_to_cos": True}  # idle; seen to by `weights_of`
+    widths, size, head_width = wanted["block_out_channels"], wanted["sample_size"], wanted["attention_head_dim"]
+    levels = tuple(level for level, kind in enumerate(wanted["down_block_types"]) if kind == "AttnDownBlock2D")
+    if {widths[level] for level in (*levels, -1)} == {head_width}:
+        wanted["attention_head_dim"] = None  # another word for one head
+    if size is None:
+        raise UserError("its config.json has no sample_size")
+    width, size = math.gcd(*widths), (size,) if isinstance(size, int) else tuple(size)
+    wanted["sample_size"] = size[0] if len({*size}) == 1 else [*size]
+    settings = {"img_size": size, "width": width, "multipliers": tuple(here // width for here in widths)}
+    settings |= {"blocks": wanted["layers_per_block"], "dropout": wanted["dropout"], "min_snr": 0.0, **noising}
+    command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
+    size = settings["img_size"] = command_line.check_network(settings)
+    settings["attention_size"] = min(size) // 2 ** levels[0] if levels else 0
+    if levels and levels != tuple(range(levels[0], len(widths))):
+        settings["attention_levels"] = levels
+
+    def build() -> tuple[UNet, dict]:
+        with torch.device("meta"):
+            network = ddpm.build(settings, torch.device("meta"))[0]
+        return network, unet_config(network, settings)
+
+    _, found = build()
+    beyond_flags = {"norm_groups": "norm_num_groups", "norm_eps": "norm_eps", "frequency_shift": "freq_shift"}
+    beyond_flags |= {"downsample_padding": "downsample_padding", "head_width": "attention_head_dim"}
+    missed = {name: wanted[key] for name, key in beyond_flags.items() if found[key] != wanted[key]}
+    if "head_width" in missed:
+        missed["head_width"] = head_width or max(widths)
+    settings |= {name: ddpm.IMPORTED[name](value) for name, value in missed.items()}
+    command_line.check_limits(settings, ddpm.LIMITS)
+    network, found = build()
+    others = [f"{key}={value}" for key, value in wanted.items() if value != found.get(key)]
+    if others := [other for other in others if other[0] != "_" or other.startswith("_class_name=")]:
+        raise UserError(f"its network has {', '.join(others[:3])}")
+    return network, settings
+
+
+def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, Tensor]:
+    """The weights in a UNet2DModel's folder, float32, under the names and in the shapes of `network`.
+
+    Raises:
+        UserError: there are none, or they are another network's.
+    """
+    safe, pickled = (folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
+    if safe.is_file():
+        safetensors = import_safetensors()
+        try:
+            weights = safetensors.torch.load_file(safe)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{safe.name}: {error}") from error
+    elif checkpoints.is_whole(pickled):
+        weights = torch.load(pickled, map_location="cpu", weights_only=True)
+    else:
+        raise UserError(f"{folder} has no whole {safe.name}, nor {pickled.name}")
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        weights = {name.replace(f".{old}.", f".{new}."): weight for name, weight in weights.items()}
+    expected, found = checkpoints.shapes_of(network.state_dict()), checkpoints.shapes_of(weights)
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            raise UserError(f"{name} has the shape {found.get(name)}, its network takes {expected.get(name)}")
+    if any(weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes() for weight in weights.values()):
+        raise UserError("a tensor claims to be larger than the file")
+    if not flip_sin_to_cos:  # sines come first there: the weights that meet them, too
+        name = "time_embedding.linear_1.weight"
+        weights[name] = torch.cat(weights[name].chunk(2, dim=1)[::-1], dim=1)
+    return {name: weights[name].float().contiguous() for name in expected}
+
+
+def import_(source: str = "", run_name: str = "") -> None:
+    """Make a run of a folder of Hugging Face's diffusers: a UNet2DModel, or a pipeline that has one.
+
+        python -m tools.exchange import --source=my_folder --run_name=my_run
+
+    Writes models/RUN/checkpoint.pt, a run to sample from and to begin a new run from with --init_from. The paper's own
+    models are at home there: `hf download google/ddpm-cifar10-32 --local-dir=my_folder` fetches one.
+
+    Args:
+        source: the folder; its weights are read from safetensors, or from a .bin that cannot run code here.
+        run_name: the new run's name.
+
+    Raises:
+        UserError: there is no such folder, there is already such a run, or its network or noise is not known here.
+    """
+    folder = Path(source)
+    command_line.check_name("run_name", run_name)
+    if checkpoints.exists(run_name):
+        raise UserError(f"--run_name={run_name}: models/{run_name} holds a run; delete it, or choose another name")
+    if not source or not folder.is_dir():
+        raise UserError(f"--source={source} is not a folder; `hf download NAME --local-dir=FOLDER` fetches one")
+    unet, scheduler = (folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler"))
+    process, is_bare = scheduler / "scheduler_config.json", not (scheduler / "scheduler_config.json").exists()
+    try:
+        config = json.loads((unet / "config.json").read_text())
+        network, settings = network_of(config, noising_of({} if is_bare else json.loads(process.read_text())))
+        weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
+    except UserError as error:
+        raise UserError(f"--source={source} cannot be imported: {error}") from error
+    except utils.BROKEN_FILE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--source={source} cannot be read as a model of diffusers ({reason[:200]})") from error
+    settings |= {"run_name": run_name, "dataset": folder.resolve().name}
+    checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
+    assumed = "; it tells nothing of its noise: the paper's is assumed" if is_bare else ""
+    number = sum(weight.numel() for weight in weights.values())
+    print(f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights{assumed}")
+    print(f"to make images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")
+
+
 def main() -> None:
-    command_line.run_command_line("-m tools.exchange", {"publish": publish}, {})
+    commands = {"publish": publish, "export": export, "import": import_}
+    command_line.run_command_line("-m tools.exchange", commands, {})
 
 
 if __name__ == "__main__":

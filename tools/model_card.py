@@ -46,10 +46,8 @@ images = pipeline(batch_size=4, num_inference_steps={few}, use_clipped_model_out
 
 def write_picture(stored: dict, run_name: str, path: Path) -> None:
     """The newest grid that `sample` made with these very weights; if there is none, 16 images made now."""
-    grids, weights = (
-        Path("results", run_name).glob("samples*/samples.png"),
-        checkpoints.fingerprint_of(stored["average"]),
-    )
+    grids = Path("results", run_name).glob("samples*/samples.png")
+    weights = checkpoints.fingerprint_of(stored["average"])
     for grid in sorted(grids, key=lambda grid: grid.stat().st_mtime, reverse=True):
         with contextlib.suppress(*utils.BROKEN_FILE), Image.open(grid) as picture:
             if picture.text["weights"] == weights:
@@ -87,7 +85,7 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
 def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     """README.md and samples.png of the model in `folder`, whose name is the model's."""
     settings = stored["settings"]
-    told = [name for name in (*ddpm.NETWORK, *ddpm.NOISING) if name in settings]
+    told = [name for name in (*ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING) if name in settings]
     told += ["flip", "batch_size", "lr", "warmup", "lr_decay", "ema_decay"] if stored["log"] else []
     rows = [(name, command_line.as_typed(name, settings[name])) for name in told]
     write_picture(stored, run_name, folder / "samples.png")
