@@ -300,6 +300,15 @@ def test_nothing_in_the_way_is_overwritten(sample):
     assert files_below(RUN / "samples_3") == {"sample_0001.png", "samples.png"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_to_nowhere_is_named(sample):
+    Path("results").mkdir()
+    RUN.symlink_to("nowhere")
+    result = sample("--n_img=1", "--steps=1")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert str(RUN) in result.err
+
+
 def test_two_at_the_same_time_do_not_share_a_folder(sample, monkeypatch):
     """The second begins when the first has not written anything."""
     walk = ddpm.walk

@@ -333,6 +333,43 @@ def test_a_run_does_not_go_on_with_other_settings(train, finished, flag):
     assert files("models", "results") == before
 
 
+def test_a_refusal_comes_before_the_images_are_read(train, finished):
+    shutil.rmtree("datasets")
+    assert train(lr=0.002).status == 2
+    assert not Path("datasets").exists()
+
+
+def test_a_run_that_another_process_has_trained_just_now_is_not_overwritten(train, one_epoch, place, monkeypatch):
+    """It was not there when this one looked, and is there when this one has the lock."""
+    lock_run = command_line.lock_run
+
+    def lock_later(folder: Path):
+        shutil.copytree(one_epoch[0] / "models", place / "models")
+        return lock_run(folder)
+
+    monkeypatch.setattr(command_line, "lock_run", lock_later)
+    result = train()
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "another process has trained models/run just now" in result.err
+    assert stored()["step"] == 3
+
+
+def test_a_last_preview_that_a_death_has_cost_is_made_up_for(train, uninterrupted):
+    with STOPS["done"](LAST_STEP):
+        assert train().status == -1
+    assert not PREVIEWS.exists()
+    result = train()
+    assert "nothing to do" in result.out
+    assert differences(outcome(), uninterrupted) == []
+
+
+def test_another_budget_of_time_is_said(train, finished):
+    result = train(epochs=2, max_minutes=60)
+    assert result.status == 0
+    assert "the budget of time was 0 minutes, is now 60 minutes" in result.out
+    assert "the budget of time" not in train(epochs=2, max_minutes=60).out
+
+
 def test_every_other_setting_is_named(train, finished):
     assert train(epochs=2).status == 0
     result = train(epochs=2, lr=0.002, multipliers="2,1", img_size="8x16")
