@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +36,16 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(place, monkeypatch, capfd):
-    """Run `ddpm.py WORDS...` within this process, in the test's own place."""
+def run_main(place, monkeypatch, capfd):
+    """Run a program's `main` with `WORDS...` within this process, in the test's own place."""
 
-    def run_words(*words: str) -> Result:
+    def run_words(main: Callable[[], None], *words: str) -> Result:
         streams = sys.stdout, sys.stderr
-        monkeypatch.setattr(sys, "argv", ["ddpm.py", *words])
+        monkeypatch.setattr(sys, "argv", ["program.py", *words])
         capfd.readouterr()
         status = 0
         try:
-            ddpm.main()
+            main()
         except SystemExit as stop:
             status = stop.code or 0
         finally:
@@ -52,6 +53,12 @@ def run(place, monkeypatch, capfd):
         return Result(status, *capfd.readouterr())
 
     return run_words
+
+
+@pytest.fixture
+def run(run_main):
+    """Run `ddpm.py WORDS...` within this process, in the test's own place."""
+    return lambda *words: run_main(ddpm.main, *words)
 
 
 def start(*words: str, cwd: Path, **options) -> subprocess.Popen:

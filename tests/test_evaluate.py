@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, Result, files_below, paint
+from conftest import ROOT, TINY, files_below, paint
 from PIL import Image
 from torch import Tensor
 
@@ -343,26 +343,12 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_tool(place, trained, monkeypatch, capfd):
+def run_tool(place, trained, monkeypatch, run_main):
     """Run `tools.evaluate WORDS...` within this process, in a place with that run and its data set."""
     for name in ("models", "pictures"):
         shutil.copytree(trained / name, place / name)
     monkeypatch.setitem(evaluate.FEATURES, "efficientnet", few_features)
-
-    def run_words(*words: str) -> Result:
-        streams = sys.stdout, sys.stderr
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        capfd.readouterr()
-        status = 0
-        try:
-            evaluate.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        finally:
-            sys.stdout, sys.stderr = streams
-        return Result(status, *capfd.readouterr())
-
-    return run_words
+    return lambda *words: run_main(evaluate.main, *words)
 
 
 QUICK = ("--run_name=tiny", "--n_img=20", "--steps=2", "--device=cpu")
