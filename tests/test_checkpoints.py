@@ -263,6 +263,7 @@ STRANGE_TO_TRAIN = {
     "no optimizer": lambda state: state | {"optimizer": {}},
     "a setting left out": without_setting("lr"),
     "a setting that is a tensor": with_settings(flip=torch.ones(2)),
+    "weights in bfloat16": lambda state: state | {"average": {k: w.bfloat16() for k, w in state["average"].items()}},
     "other sums": lambda state: state | {"sums": torch.zeros(7)},
     "a step that is text": lambda state: state | {"step": "many"},
     "a log that is a number": lambda state: state | {"log": 5},

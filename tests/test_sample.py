@@ -230,6 +230,7 @@ def test_the_command_in_a_picture_makes_it_again_to_the_pixel(sample, run, how):
     for name in ("sample_0001", "sample_0003", "sample_0005", "samples"):
         with Image.open(RUN / f"samples/{name}.png") as picture:
             command, _, comment = picture.text["command"].partition("  # this is ")
+        assert f"--batch_size={2 if name == 'sample_0005' else 3}" in command
         _, _, *words = shlex.split(command)
         assert run(*words, "--name=again", "--device=cpu").status == 0
         again = comment.split()[0] if comment else "samples.png"
@@ -254,6 +255,8 @@ def test_the_film_ends_with_the_images(sample, steps):
     with Image.open(RUN / "samples/samples.gif") as film:
         assert film.n_frames == steps
         assert film.size == (2 * 32, 32)
+        left, right = np.split(np.asarray(film.convert("RGB"), dtype=int), 2, axis=1)
+        assert (abs(left - right).max() > 0) == (steps > 1)
         film.seek(film.n_frames - 1)
         assert film.info["duration"] >= 3000
         left, right = np.split(np.asarray(film.convert("RGB"), dtype=int), 2, axis=1)
