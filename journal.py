@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import utils
@@ -276,6 +275,8 @@ def hint(images: int) -> str:
 
 def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
     """Billions of additions and multiplications of one forward pass; a training step takes three times as many."""
+    from torch.utils.flop_counter import FlopCounterMode  # training alone needs it
+
     network = copy.deepcopy(network).to("meta")
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         network(torch.empty(1, 3, *size), torch.empty(1))
