@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import command_line
+import reading
 import utils
 from journal import COLUMNS, SUMS, Course, Log, check_tensorboard, gflop_per_image, hint, runs_table
 from modules import UNet, update_average
@@ -303,7 +304,7 @@ def train(
         command_line.check_name("init_from", init_from)
     if tensorboard:
         check_tensorboard()
-    listing = utils.list_images(Path(dataset))
+    listing = reading.list_images(Path(dataset))
     is_new = not checkpoints.exists(run_name)
     if not resume and not is_new:
         raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
@@ -321,7 +322,7 @@ def train(
             ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
             raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
         command_line.check_same_run(stored, settings, listing.fingerprint, MAY_CHANGE)
-    data = utils.read_dataset(listing, size)
+    data = reading.read_dataset(listing, size)
 
     was = (source or stored).get("settings", {})
     settings = {name: was[name] for name in IMPORTED if name in was} | settings  # of these no flag tells
@@ -335,7 +336,7 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
     if not is_new:
         checkpoints.restore(stored, network, average, optimizer)
-    step, images = stored["step"], utils.on_device(data.images, device)
+    step, images = stored["step"], reading.on_device(data.images, device)
     count, batch_size = len(images), min(batch_size, len(images))
     course = Course(count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"], began)
     board = Path("runs", run_name) if tensorboard else None
@@ -345,7 +346,7 @@ def train(
     def load(indices: Tensor) -> Tensor:
         """The images of a batch, (B, C, H, W) in [-1, 1], each mirrored or not, as the generator has it."""
         x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
-        return utils.mirror_half(x_0) if flip else x_0
+        return reading.mirror_half(x_0) if flip else x_0
 
     def learn(step: int, done: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """Algorithm 1, lines 2 to 5: each image's loss and t (B,), the gradient's norm, the learning rate.
@@ -354,7 +355,7 @@ def train(
         run that was not, and no generator's state has to be kept.
         """
         torch.manual_seed(utils.seed_of(seed, step))
-        x_0 = load(utils.batch_indices(count, batch_size, step, seed))  # (B, C, H, W)
+        x_0 = load(reading.batch_indices(count, batch_size, step, seed))  # (B, C, H, W)
         t, eps = diffusion.draw(x_0)
         with utils.autocast(device):
             losses = diffusion.loss(network, x_0, t, eps)  # (B,)
@@ -383,7 +384,7 @@ def train(
         log.illustrate(previews)
 
     torch.manual_seed(utils.seed_of(seed, 0))
-    first_images = torch.from_numpy(utils.shuffled(count, seed, epoch=0)[:64])
+    first_images = torch.from_numpy(reading.shuffled(count, seed, epoch=0)[:64])
     utils.save_png(utils.to_bytes(load(first_images)).cpu(), results / "data.png")
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"

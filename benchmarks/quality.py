@@ -16,6 +16,7 @@ from pathlib import Path
 
 import command_line
 import ddpm
+import reading
 import utils
 from benchmarks import measuring
 from tools import evaluate
@@ -89,7 +90,7 @@ def quality(
     place, path = utils.pick_device(device), measuring.RESULTS / "quality.csv"
     measuring.check_file(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
-    count, real = (len(utils.list_images(Path(folder)).paths) for folder in (dataset, held_out))
+    count, real = (len(reading.list_images(Path(folder)).paths) for folder in (dataset, held_out))
     epochs, n = max(1, round(images / count)), evaluate.comparable(n_img, real)
     for seed, (variant, changed) in itertools.product(range(seeds), EXPERIMENTS[experiment].items()):
         key = {"experiment": experiment, "variant": variant, "seed": seed, "images": epochs * count, "n": n}
@@ -102,7 +103,7 @@ def quality(
         ddpm.train(dataset=dataset, run_name=run_name, **settings)
         stored = ddpm.load_run(run_name)
         samples = evaluate.make_samples(stored, range(n), "dpm++", 25, 64, place)
-        pictures = utils.load_dataset(Path(held_out), stored["settings"]["img_size"]).images
+        pictures = reading.load_dataset(Path(held_out), stored["settings"]["img_size"]).images
         figures = evaluate.judge(samples, pictures, features, place)
         row = key | {"measure": figures["measure"], "minutes": stored["minutes"]}
         row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)

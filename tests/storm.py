@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoints
 import ddpm
 import journal
+import reading
 import utils
 
 # Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within batches.
@@ -191,7 +192,7 @@ def storm(seconds: float, seed: int) -> tuple[collections.Counter, list[str]]:
     begin_anew()
     while time.monotonic() - started < seconds and len(faults) < 10:
         if chance.random() < 0.05:
-            shutil.rmtree(utils.CACHE)  # the next start decodes the pictures
+            shutil.rmtree(reading.CACHE)  # the next start decodes the pictures
         way, status = strike(chance, points, whole)
         counts["starts"] += 1
         counts["finished runs" if status == 0 else way] += 1

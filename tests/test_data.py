@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import checkpoints
+import reading
 import utils
 from utils import UserError
 
@@ -54,7 +55,7 @@ def white_where(mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 def read(path, size: tuple[int, int] = (8, 8)) -> np.ndarray:
     """A picture as the data set would hold it, but (H, W, 3), in a type that does not wrap round."""
-    pixels, remark = utils.read_image(path, size)
+    pixels, remark = reading.read_image(path, size)
     assert pixels is not None, remark
     return pixels.transpose(1, 2, 0).astype(int)
 
@@ -73,7 +74,7 @@ def touch(folder, *names: str) -> None:
 
 
 def found(folder) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in utils.list_images(folder).paths]
+    return [path.relative_to(folder).as_posix() for path in reading.list_images(folder).paths]
 
 
 def link(path, target) -> None:
@@ -297,7 +298,7 @@ def test_a_fine_pattern_shrinks_to_its_mean(tmp_path):
 @pytest.mark.parametrize("size, remark", [((8, 8), ""), ((20, 9), ""), ((7, 8), "enlarged"), ((8, 7), "enlarged")])
 def test_a_small_picture_is_enlarged_and_it_is_said(size, remark, tmp_path):
     Image.new("RGB", size, ORANGE).save(tmp_path / "x.png")
-    pixels, said = utils.read_image(tmp_path / "x.png", (8, 8))
+    pixels, said = reading.read_image(tmp_path / "x.png", (8, 8))
     assert remark in said
     assert bool(remark) == bool(said)
     assert (pixels.transpose(1, 2, 0) == ORANGE).all()
@@ -307,9 +308,9 @@ def test_a_small_picture_is_enlarged_and_it_is_said(size, remark, tmp_path):
 def test_only_the_first_frame_of_a_film_is_used_and_it_is_said(size, tmp_path):
     """Also when it has to be enlarged, of which there is a remark too."""
     with_palette().save(tmp_path / "film.gif", **FRAMES)
-    assert "first frame" in utils.read_image(tmp_path / "film.gif", size)[1]
+    assert "first frame" in reading.read_image(tmp_path / "film.gif", size)[1]
     with_palette().save(tmp_path / "still.gif")
-    assert "first frame" not in utils.read_image(tmp_path / "still.gif", size)[1]
+    assert "first frame" not in reading.read_image(tmp_path / "still.gif", size)[1]
 
 
 def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkeypatch):
@@ -319,8 +320,8 @@ def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkey
     with Image.open(tmp_path / "x.jpg") as picture:
         whole = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.LANCZOS), dtype=int)
 
-    decoded, to_rgb = [], utils.to_rgb
-    monkeypatch.setattr(utils, "to_rgb", lambda picture: decoded.append(picture.size) or to_rgb(picture))
+    decoded, to_rgb = [], reading.to_rgb
+    monkeypatch.setattr(reading, "to_rgb", lambda picture: decoded.append(picture.size) or to_rgb(picture))
     difference = abs(read(tmp_path / "x.jpg", size=(64, 64)) - whole)
     assert decoded == [(256, 192)]  # a fourth: still more than twice the size wanted
     assert difference.max() <= 4  # of 200 levels from trough to crest; two ways to average smooth waves
@@ -336,7 +337,7 @@ def saved(folder, suffix: str) -> bytes:
     return (folder / f"sound.{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", [suffix[1:] for suffix in utils.IMAGE_SUFFIXES])
+@pytest.mark.parametrize("suffix", [suffix[1:] for suffix in reading.IMAGE_SUFFIXES])
 @pytest.mark.filterwarnings("ignore")  # Pillow's remarks on what it finds
 def test_a_damaged_file_is_left_out_with_its_name_and_a_reason(suffix, tmp_path):
     whole = saved(tmp_path, suffix)
@@ -344,7 +345,7 @@ def test_a_damaged_file_is_left_out_with_its_name_and_a_reason(suffix, tmp_path)
     for name, data in damages.items():
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(data)
-        pixels, reason = utils.read_image(path, (6, 10))
+        pixels, reason = reading.read_image(path, (6, 10))
         assert pixels is None
         assert reason.startswith(f"{path.name} (")
 
@@ -355,7 +356,7 @@ def test_a_picture_cut_in_half_is_left_out(suffix, tmp_path):
     Image.effect_noise((64, 64), 100).save(tmp_path / f"x.{suffix}")
     whole = (tmp_path / f"x.{suffix}").read_bytes()
     (tmp_path / f"x.{suffix}").write_bytes(whole[: len(whole) // 2])
-    assert utils.read_image(tmp_path / f"x.{suffix}", (8, 8))[0] is None
+    assert reading.read_image(tmp_path / f"x.{suffix}", (8, 8))[0] is None
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
@@ -367,7 +368,7 @@ def test_no_damage_ends_the_reading(suffix, tmp_path):
         data = np.frombuffer(whole, np.uint8).copy()
         data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
         (tmp_path / f"x.{suffix}").write_bytes(data.tobytes())
-        pixels, _ = utils.read_image(tmp_path / f"x.{suffix}", (6, 10))
+        pixels, _ = reading.read_image(tmp_path / f"x.{suffix}", (6, 10))
         assert pixels is None or pixels.shape == (3, 6, 10)
 
 
@@ -382,8 +383,8 @@ def test_whatever_a_decoder_raises_is_the_reason(error, tmp_path, monkeypatch):
         raise error("so it is")
 
     Image.fromarray(UPRIGHT).save(tmp_path / "x.png")
-    monkeypatch.setattr(utils, "to_rgb", fail)
-    pixels, reason = utils.read_image(tmp_path / "x.png", (6, 10))
+    monkeypatch.setattr(reading, "to_rgb", fail)
+    pixels, reason = reading.read_image(tmp_path / "x.png", (6, 10))
     assert pixels is None
     assert "x.png" in reason and "so it is" in reason
 
@@ -395,7 +396,7 @@ def test_a_picture_above_the_limit_is_not_decoded(size, tmp_path, monkeypatch):
     Image.new("RGB", size).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr(Image.Image, "load", forbid)
-    pixels, reason = utils.read_image(tmp_path / "x.png", (8, 8))
+    pixels, reason = reading.read_image(tmp_path / "x.png", (8, 8))
     assert pixels is None
     assert "pixels" in reason
 
@@ -409,8 +410,8 @@ def break_files(folder, *numbers: int) -> None:
 def test_unreadable_pictures_are_left_out_counted_and_three_are_named(place):
     bad, good = (9, 1, 7, 4, 10), (0, 2, 3, 5, 6, 8)
     break_files(paint(place / "x", count=11), *bad)
-    data = utils.load_dataset(place / "x", (8, 8))
-    expected = [utils.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good]
+    data = reading.load_dataset(place / "x", (8, 8))
+    expected = [reading.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good]
     assert np.array_equal(data.images, expected)
     [remark] = data.remarks
     assert remark.startswith("5 unreadable")
@@ -424,7 +425,7 @@ def test_remarks_count_what_they_tell_of(place):
     paint(place / "x", count=3, size=(20, 7), first_seed=2)
     for name in "ab":
         with_palette().save(place / "x" / f"{name}.gif", **FRAMES)
-    remarks = utils.load_dataset(place / "x", (8, 8)).remarks
+    remarks = reading.load_dataset(place / "x", (8, 8)).remarks
     assert len(remarks) == 2
     assert any(remark.startswith("3 ") and "enlarged" in remark for remark in remarks)
     assert any(remark.startswith("2 ") and "first frame" in remark for remark in remarks)
@@ -432,11 +433,11 @@ def test_remarks_count_what_they_tell_of(place):
 
 def test_half_of_the_pictures_may_be_bad_but_no_more(place):
     break_files(paint(place / "x", count=4), 0, 1)
-    assert len(utils.load_dataset(place / "x", (8, 8)).images) == 2
+    assert len(reading.load_dataset(place / "x", (8, 8)).images) == 2
     break_files(paint(place / "y", count=5), 1, 2, 3)
     before = set(place.rglob("*.bytes")) | set(place.rglob("*.json"))
     with pytest.raises(UserError, match=r"3 of 5 images cannot be read, for instance picture_0001\.png"):
-        utils.load_dataset(place / "y", (8, 8))
+        reading.load_dataset(place / "y", (8, 8))
     assert set(place.rglob("*.bytes")) | set(place.rglob("*.json")) == before
     assert not list(place.rglob("*.unfinished"))
 
@@ -446,9 +447,9 @@ def test_half_of_the_pictures_may_be_bad_but_no_more(place):
 
 def test_pictures_are_decoded_once(place, monkeypatch):
     break_files(paint(place / "x", count=5), 3)
-    first = utils.load_dataset(place / "x", (8, 8))
-    monkeypatch.setattr(utils, "decode", forbid)
-    second = utils.load_dataset(place / "x", (8, 8))
+    first = reading.load_dataset(place / "x", (8, 8))
+    monkeypatch.setattr(reading, "decode", forbid)
+    second = reading.load_dataset(place / "x", (8, 8))
     assert np.array_equal(first.images, second.images)
     assert first[1:] == second[1:]
 
@@ -481,10 +482,10 @@ def rename_one(folder) -> None:
 def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
     """The fingerprint tells by names and sizes whether a run goes on with its own pictures; the cache, by times too."""
     paint(place / "x", count=3)
-    before = utils.load_dataset(place / "x", (8, 8))
+    before = reading.load_dataset(place / "x", (8, 8))
     change(place / "x")
-    after = utils.load_dataset(place / "x", (8, 8))
-    expected = [utils.read_image(path, (8, 8))[0] for path in utils.list_images(place / "x").paths]
+    after = reading.load_dataset(place / "x", (8, 8))
+    expected = [reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / "x").paths]
     assert np.array_equal(after.images, expected)
     assert (after.fingerprint == before.fingerprint) == same_fingerprint
 
@@ -492,8 +493,8 @@ def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (4, 4)])
 def test_another_size_is_decoded_again(size, place):
     paint(place / "x", count=3)
-    before = utils.load_dataset(place / "x", (8, 8))
-    after = utils.load_dataset(place / "x", size)
+    before = reading.load_dataset(place / "x", (8, 8))
+    after = reading.load_dataset(place / "x", size)
     assert after.images.shape == (3, 3, *size)
     assert after.fingerprint == before.fingerprint
 
@@ -505,7 +506,7 @@ def test_new_pixels_under_an_old_name_and_size_are_seen(place):
         Image.new("RGB", (8, 8), colour).save(place / "x" / "a.bmp")
         time = 10**18 if colour == "red" else 10**18 + 1_000_000_000
         os.utime(place / "x" / "a.bmp", ns=(time, time))
-        images = utils.load_dataset(place / "x", (8, 8)).images
+        images = reading.load_dataset(place / "x", (8, 8)).images
         assert (images[0].transpose(1, 2, 0) == np.asarray(Image.new("RGB", (1, 1), colour))[0, 0]).all()
 
 
@@ -515,8 +516,8 @@ def test_two_folders_of_the_same_times_are_two_data_sets(place):
         paint(place / name, count=2, size=(10 + seed, 10), first_seed=2 * seed)
         for path in (place / name).iterdir():
             os.utime(path, ns=(10**18, 10**18))
-        expected = [utils.read_image(path, (8, 8))[0] for path in utils.list_images(place / name).paths]
-        assert np.array_equal(utils.load_dataset(place / name, (8, 8)).images, expected)
+        expected = [reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / name).paths]
+        assert np.array_equal(reading.load_dataset(place / name, (8, 8)).images, expected)
 
 
 def test_a_copied_folder_is_the_same_data_set(place):
@@ -524,7 +525,7 @@ def test_a_copied_folder_is_the_same_data_set(place):
     paint(place / "x", count=3)
     paint(place / "x" / "deeper", count=2)
     shutil.copytree(place / "x", place / "elsewhere" / "y", copy_function=shutil.copyfile)
-    first, second = (utils.load_dataset(place / name, (8, 8)) for name in ("x", "elsewhere/y"))
+    first, second = (reading.load_dataset(place / name, (8, 8)) for name in ("x", "elsewhere/y"))
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.images, second.images)
 
@@ -532,30 +533,30 @@ def test_a_copied_folder_is_the_same_data_set(place):
 def test_half_a_cache_is_not_used(place):
     """Without its facts, which are written last, the bytes may be of anything."""
     paint(place / "x", count=3)
-    whole = np.array(utils.load_dataset(place / "x", (8, 8)).images)
-    [cache], [facts] = (list((place / utils.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
+    whole = np.array(reading.load_dataset(place / "x", (8, 8)).images)
+    [cache], [facts] = (list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
     facts.unlink()
     cache.write_bytes(b"half")
-    assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
+    assert np.array_equal(reading.load_dataset(place / "x", (8, 8)).images, whole)
     cache.unlink()
-    assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
+    assert np.array_equal(reading.load_dataset(place / "x", (8, 8)).images, whole)
 
 
 def test_a_decoding_that_was_stopped_leaves_nothing_to_be_used(place, monkeypatch):
     paint(place / "x", count=6)
-    read_image = utils.read_image
+    read_image = reading.read_image
 
     def stop_at_the_third(path, size):
         if path.name == "picture_0002.png":
             raise KeyboardInterrupt
         return read_image(path, size)
 
-    monkeypatch.setattr(utils, "read_image", stop_at_the_third)
+    monkeypatch.setattr(reading, "read_image", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        utils.load_dataset(place / "x", (8, 8))
-    assert not [name for name in files_below(place / utils.CACHE) if not name.endswith(".lock")]
-    monkeypatch.setattr(utils, "read_image", read_image)
-    assert len(utils.load_dataset(place / "x", (8, 8)).images) == 6
+        reading.load_dataset(place / "x", (8, 8))
+    assert not [name for name in files_below(place / reading.CACHE) if not name.endswith(".lock")]
+    monkeypatch.setattr(reading, "read_image", read_image)
+    assert len(reading.load_dataset(place / "x", (8, 8)).images) == 6
 
 
 # ---- the order of an epoch -------------------------------------------------------------------------------------------
@@ -564,7 +565,7 @@ def test_a_decoding_that_was_stopped_leaves_nothing_to_be_used(place, monkeypatc
 def orders(count: int, batch_size: int, seed: int = 0, epochs: int = 3) -> torch.Tensor:
     """What is shown in every epoch (epochs, count), laid together from batches."""
     steps = range(math.ceil(epochs * count / batch_size))
-    batches = [utils.batch_indices(count, batch_size, step, seed) for step in steps]
+    batches = [reading.batch_indices(count, batch_size, step, seed) for step in steps]
     assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
     return torch.cat(batches)[: epochs * count].view(epochs, count)
 
@@ -581,8 +582,8 @@ def test_every_image_is_shown_exactly_once_per_epoch(count, batch_size, seed):
 def test_the_order_hangs_on_seed_and_epoch_alone(count, batch_size, seed):
     """Not on the batch size, nor on what was asked before: a run that goes on starts in the middle."""
     shown = orders(count, 1, seed)
-    utils.shuffled.cache_clear()
-    last = utils.batch_indices(count, batch_size, 2 * count // batch_size, seed)
+    reading.shuffled.cache_clear()
+    last = reading.batch_indices(count, batch_size, 2 * count // batch_size, seed)
     start = 2 * count // batch_size * batch_size
     known = shown.flatten()[start : start + batch_size]
     assert torch.equal(last[: len(known)], known)
@@ -598,7 +599,7 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 def test_about_half_are_mirrored_and_nothing_else_is_done():
     torch.manual_seed(0)
     images = torch.rand(4000, 3, 2, 5)
-    seen = utils.mirror_half(images)
+    seen = reading.mirror_half(images)
     as_it_was = (seen == images).flatten(1).all(dim=1)
     mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
     assert (as_it_was ^ mirrored).all()

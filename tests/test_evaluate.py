@@ -15,6 +15,7 @@ from torch import Tensor
 
 import command_line
 import ddpm
+import reading
 import utils
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
@@ -286,7 +287,7 @@ def test_features_of_the_data_are_computed_once_until_it_changes(place):
 @pytest.fixture(scope="module")
 def landscapes() -> Tensor:
     files = sorted((ROOT / "datasets/landscapes").glob("*.jpg"))[:12]
-    return torch.from_numpy(np.stack([utils.read_image(path, (64, 64))[0] for path in files]))
+    return torch.from_numpy(np.stack([reading.read_image(path, (64, 64))[0] for path in files]))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from PIL import Image
 import checkpoints
 import command_line
 import ddpm
-import utils
+import reading
 from utils import UserError
 
 CHECKPOINT = Path("models/run/checkpoint.pt")
@@ -167,13 +167,13 @@ def full_disk(monkeypatch, first: int, last: int):
 
 def test_a_training_goes_on_where_the_disk_is_full_for_a_while(place, run, monkeypatch):
     paint(place / "pictures")
-    found, batch_indices = [], utils.batch_indices
+    found, batch_indices = [], reading.batch_indices
 
     def look(*inputs):
         found.append(checkpoints.load("run")["step"] if checkpoints.exists("run") else 0)
         return batch_indices(*inputs)
 
-    monkeypatch.setattr(utils, "batch_indices", look)
+    monkeypatch.setattr(reading, "batch_indices", look)
     with full_disk(monkeypatch, 3, 4):
         result = run(*TRAIN, "--epochs=3")
     assert result.status == 0, result.err
@@ -267,7 +267,7 @@ def test_any_bytes_are_a_picture_or_a_reason(tmp_path_factory, data, size):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(edited(data, files[name]))
-    pixels, remark = utils.read_image(folder / name, size)
+    pixels, remark = reading.read_image(folder / name, size)
     assert files_below(folder) <= set(files)
     assert "\n" not in remark
     if pixels is None:
@@ -279,7 +279,7 @@ def test_any_bytes_are_a_picture_or_a_reason(tmp_path_factory, data, size):
 @pytest.mark.parametrize("name, whole", picture_files().items(), ids=picture_files())
 def test_the_pictures_that_get_damaged_are_good(place, name, whole):
     Path(name).write_bytes(whole)
-    assert utils.read_image(Path(name), (8, 8))[0] is not None
+    assert reading.read_image(Path(name), (8, 8))[0] is not None
 
 
 VALUES = ["", "0", "1", "-1", "2", "4", "8", "16", "nan", "-inf", "1e3", "1e400", "0.5", "8x8", "16x8", "1,2", "2,1,1"]

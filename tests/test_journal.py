@@ -18,7 +18,7 @@ from torch import Tensor
 import checkpoints
 import ddpm
 import journal
-import utils
+import reading
 from journal import Course, Log
 from modules import UNet
 
@@ -37,7 +37,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 @pytest.fixture
 def slow_steps(clock, monkeypatch) -> SimpleNamespace:
     """A step takes 6 seconds of that clock, a preview 30."""
-    batch_indices, walk = utils.batch_indices, ddpm.walk
+    batch_indices, walk = reading.batch_indices, ddpm.walk
 
     def take_step(*numbers: int) -> Tensor:
         clock.seconds += 6
@@ -47,7 +47,7 @@ def slow_steps(clock, monkeypatch) -> SimpleNamespace:
         clock.seconds += 30
         return walk(*inputs)
 
-    monkeypatch.setattr(utils, "batch_indices", take_step)
+    monkeypatch.setattr(reading, "batch_indices", take_step)
     monkeypatch.setattr(ddpm, "walk", take_preview)
     return clock
 
@@ -89,13 +89,13 @@ def test_the_checkpoint_keeps_the_minutes_used_and_no_more_until_the_budget_is(c
 
 def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch):
     paint(place / "pictures")
-    read_dataset = utils.read_dataset
+    read_dataset = reading.read_dataset
 
-    def read_for_a_minute(*inputs) -> utils.Dataset:
+    def read_for_a_minute(*inputs) -> reading.Dataset:
         clock.seconds += 60
         return read_dataset(*inputs)
 
-    monkeypatch.setattr(utils, "read_dataset", read_for_a_minute)
+    monkeypatch.setattr(reading, "read_dataset", read_for_a_minute)
     result = run(*TRAIN, "--max_minutes=1")
     assert (result.status, checkpoints.exists("run")) == (0, False)
     assert "nothing was learnt" in result.out
@@ -109,14 +109,14 @@ def test_minutes_of_earlier_sessions_count(clock):
 def test_stops_take_nothing_from_the_budget(run, place, slow_steps, monkeypatch):
     """Three sessions of three steps each have used 54 seconds."""
     paint(place / "pictures")
-    batch_indices = utils.batch_indices
+    batch_indices = reading.batch_indices
 
     def stop_at_every_third(count: int, batch_size: int, step: int, seed: int) -> Tensor:
         if step % 3 == 2:
             signal.raise_signal(signal.SIGTERM)
         return batch_indices(count, batch_size, step, seed)
 
-    monkeypatch.setattr(utils, "batch_indices", stop_at_every_third)
+    monkeypatch.setattr(reading, "batch_indices", stop_at_every_third)
     for session in (1, 2, 3):
         assert run(*TRAIN, "--max_minutes=60").status == 143
         assert checkpoints.load("run")["minutes"] == pytest.approx(0.3 * session)
@@ -197,8 +197,8 @@ def test_the_sheet_of_the_data_shows_the_images_of_the_first_steps(run, place, f
     assert run(*TRAIN, "--dry_run", f"--flip={flip}").status == 0
     with Image.open("results/run/data.png") as picture:
         sheet = np.asarray(picture).reshape(4, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3).reshape(16, 3, 8, 8)
-    images = utils.load_dataset(Path("pictures"), (8, 8)).images
-    order = torch.cat([utils.batch_indices(16, 4, step, seed=0) for step in range(4)])
+    images = reading.load_dataset(Path("pictures"), (8, 8)).images
+    order = torch.cat([reading.batch_indices(16, 4, step, seed=0) for step in range(4)])
     as_it_is = [np.array_equal(shown, images[index]) for shown, index in zip(sheet, order, strict=True)]
     mirrored = [np.array_equal(shown[..., ::-1], images[index]) for shown, index in zip(sheet, order, strict=True)]
     assert all(np.logical_or(as_it_is, mirrored))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import command_line
 import ddpm
+import reading
 import utils
 from utils import UserError
 
@@ -98,7 +99,7 @@ def extract_cached(images: Tensor, features: Features, device: torch.device, bat
     """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the pictures: others are others."""
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(images.numpy())
-    path = utils.CACHE / f"{key.hexdigest()[:16]}.features.npy"
+    path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a second process waits, and finds the work done
         if not path.exists():
@@ -297,7 +298,7 @@ def evaluate(
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
     extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
-    data = utils.load_dataset(Path(dataset), settings["img_size"])
+    data = reading.load_dataset(Path(dataset), settings["img_size"])
     n = comparable(n_img, len(data.images))
     if n < n_img:
         needed = "an image is compared with one, and takes the place of another"
