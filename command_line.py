@@ -19,6 +19,7 @@ from pathlib import Path
 import fire
 from filelock import FileLock, Timeout
 
+import processes
 from utils import UserError
 
 
@@ -69,7 +70,8 @@ def in_words(limit: tuple) -> str:
 
 def choices(limit: dict) -> str:
     """The keys of a dict, with their values where these explain them."""
-    return ", ".join(f"{name}: {value}" if isinstance(value, str) else name for name, value in limit.items())
+    explained = [f"{name}: {value}" for name, value in limit.items() if isinstance(value, str)]
+    return "; ".join(explained) or ", ".join(limit)
 
 
 def did_you_mean(word: str, known) -> str:
@@ -152,7 +154,7 @@ def help_text(program: str, commands: dict[str, Callable], limits: dict, words: 
         if limit:
             kind = choices(limit) if isinstance(limit, dict) else f"{kind}, {in_words(limit)}"
         lines.append(f"  --{flag}={as_typed(flag, parameter.default)}    ({kind})")
-        lines += textwrap.wrap(sentences[flag], 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(" ".join(sentences[flag].split()), 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
@@ -204,7 +206,7 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: t
     differences = [
         f"--{name} was {as_typed(name, was.get(name))}, is now {as_typed(name, value)}"
         for name, value in settings.items()
-        if name not in was or (name not in may_change and value != was[name])
+        if name not in was or (name not in may_change and value not in (was[name], "auto"))
     ]
     if stored["data"] != fingerprint:
         differences.append(f"the images in {settings['dataset']} are not those it was trained on ({was['dataset']})")
@@ -220,12 +222,32 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: t
 
 def check_same_network(name: str, was: dict, settings: dict) -> None:
     """Refuse to begin from the run `name`, of settings `was`, where the network is another; tell the flags that fit."""
-    needed = {flag: was[flag] for flag in ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective")}
+    flags = ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective", "mode", "conditional")
+    needed = {flag: was[flag] for flag in flags}
     if "attention_levels" not in was:  # as many pixels more as the image has, on the same levels
         needed["attention_size"] = was["attention_size"] * min(settings["img_size"]) // min(was["img_size"])
-    flags = [f"--{flag}={as_typed(flag, value)}" for flag, value in needed.items() if settings[flag] != value]
+    flags = [
+        f"--{flag}={as_typed(flag, value)}" for flag, value in needed.items() if settings[flag] not in (value, "auto")
+    ]
     if flags:
         raise UserError(f"--init_from={name} has another network; to fit it, add {' '.join(flags)}")
+    if settings["classes"] != was["classes"]:
+        raise UserError(f"--init_from={name} knows other classes: {', '.join(was['classes'])}")
+
+
+def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
+    """The numbers of the classes that `--label=NAME|a,b|all` names; none for a run without classes."""
+    if label == "all":
+        return list(range(len(classes)))
+    if not classes:
+        raise UserError(f"--label={label} is for runs that know classes, trained with --conditional")
+    for name in label.split(","):
+        if name not in classes:
+            known = ", ".join(classes[:20]) + ", ..." * (len(classes) > 20)
+            raise UserError(
+                f"--label={name} is not a class of this run{did_you_mean(name, classes)} (there are: {known})"
+            )
+    return [classes.index(name) for name in label.split(",")]
 
 
 class StopSignals:
@@ -293,25 +315,41 @@ def steady_streams() -> None:
 
 
 def run_command_line(program: str, commands: dict[str, Callable], limits: dict) -> None:
-    """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C."""
+    """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C.
+
+    Of torchrun's processes only the first one prints, and of each machine the first one says what is wrong.
+    """
     steady_streams()
-    words, status = sys.argv[1:], 2
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")
+    try:
+        message, status = try_command(program, commands, limits, sys.argv[1:])
+        if message:
+            print(f"{program.removeprefix('-m ')}: {' '.join(message.splitlines())}", file=sys.stderr)
+        if status:
+            sys.exit(status)
+    finally:
+        processes.leave()
+
+
+def try_command(program: str, commands: dict[str, Callable], limits: dict, words: list[str]) -> tuple[str, int]:
+    """Run a command line; what went wrong, and the exit status."""
     if len(commands) == 1 and words[:1] != [*commands]:  # the only command need not be named
         words = [*commands, *words]
     try:
         if not words or {"--help", "-h", "help"} & set(words):
-            return print(help_text(program, commands, limits, words))
-        return plan(program, commands, words)()
-    except UserError as error:
-        message = error
+            print(help_text(program, commands, limits, words))
+        else:
+            plan(program, commands, words)()
+        return "", 0
+    except (UserError, processes.Abandoned) as error:  # all processes find these alike
+        return str(error) if processes.is_first_here() else "", 2 if isinstance(error, UserError) else 1
     except OSError as error:  # a folder that may not be written to, a full disk
-        message = f"{error.filename or 'disk'}: {error.strerror or error}"
+        return f"{error.filename or 'disk'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:  # PyTorch's own errors of this kind are RuntimeErrors
         words_for_it = "out of memory|allocate memory|not enough memory"
         if isinstance(error, RuntimeError) and not re.search(words_for_it, str(error)):
             raise
-        message = "out of memory; a smaller --batch_size, --img_size or --width takes less"
+        return "out of memory; a smaller --micro_batch, --batch_size, --img_size or --width takes less", 2
     except KeyboardInterrupt:
-        message, status = "stopped", 130
-    print(f"{program.removeprefix('-m ')}: {' '.join(str(message).splitlines())}", file=sys.stderr)
-    sys.exit(status)
+        return "stopped", 130

@@ -4,25 +4,30 @@
     python ddpm.py sample --run_name=my_run --n_img=16
     python ddpm.py --help
 
-Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; files
-and pictures are in utils.py, what a training tells in journal.py, the command line's manners in command_line.py.
+Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py, reading
+a folder of images in reading.py, writing in utils.py, what a training tells in journal.py, the command line's manners
+in command_line.py, what several GPUs take in processes.py.
 """
 
+import contextlib
 import copy
 import inspect
 import itertools
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import checkpoints
 import command_line
+import processes
 import reading
 import utils
 from journal import COLUMNS, SUMS, Course, Log, check_tensorboard, gflop_per_image, hint, runs_table
@@ -120,10 +125,10 @@ class Diffusion:
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.min_snr) / {"eps": snr, "x0": 1.0, "v": snr + 1}[self.objective]
 
-    def draw(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
-        """The two random numbers of Algorithm 1: a step t (B,), each of 1..T as likely, and noise eps like x_0."""
-        t = torch.randint(1, self.steps + 1, (len(x_0),), device=x_0.device)
-        return t, torch.randn_like(x_0)
+    def draw(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What Algorithm 1 draws for images of `shape` (B, C, H, W): steps t (B,), each of 1..T as likely; noise."""
+        t = torch.randint(1, self.steps + 1, (shape[0],), device=self.signal.device)
+        return t, torch.randn(*shape, device=self.signal.device)
 
     def loss(self, network: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
         """Each image's weighted mean squared error (B,): Ho et al. 2020, Algorithm 1, line 5, before the gradient.
@@ -138,9 +143,13 @@ class Diffusion:
         error = (output - self.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
         return self.weight(t) * error
 
-    def path(self, steps: int) -> list[int]:
-        """The noising steps to visit, T first and 0 last, evenly spaced ("trailing": Lin et al. 2024, table 2)."""
-        return [round(self.steps * (1 - i / steps)) for i in range(steps + 1)]
+    def path(self, steps: int, strength: float = 1.0) -> list[int]:
+        """The noising steps to visit, T first and 0 last, evenly spaced ("trailing": Lin et al. 2024, table 2).
+
+        With less strength, the walk joins this path at the share `strength` of T (SDEdit: Meng et al. 2022).
+        """
+        start = round(self.steps * strength)
+        return [start] + [t for t in (round(self.steps * (1 - i / steps)) for i in range(steps + 1)) if t < start]
 
     @torch.no_grad()
     def denoise(
@@ -160,18 +169,18 @@ class Diffusion:
         They differ in two places only. DDPM adds fresh noise z, the others none (variance = spread = 0). DPM-Solver++
         (2M) sharpens x_0 with the guess of the step before (Lu et al. 2022, Algorithm 2); the others take it as it is.
 
-        The variance is that of q(x_next | x_t, x_0). DDPM over all T steps spreads by beta_t instead, the choice behind
+        The variance is that of q(x_next | x_t, x_0). DDPM without a gap spreads by beta_t instead, the choice behind
         the paper's FID of 3.17; when steps are skipped that is far too much (Song et al. 2021, table 1).
 
         Args:
             predict_clean: maps (x_t, t) to x_0, both (B, C, H, W); t is a plain int.
             x_t: the starting noise (B, C, H, W).
-            path: the steps to visit, falling, to 0.
+            path: the steps to visit, falling, from that of x_t to 0.
             sampler: one of SAMPLERS.
             draw_noise: gives fresh noise (B, C, H, W); PyTorch's generator if left out.
         """
         draw_noise = draw_noise or (lambda: torch.randn_like(x_t))
-        eta, is_whole = SAMPLERS[sampler], len(path) == self.steps + 1
+        eta, is_whole = SAMPLERS[sampler], len(path) == path[0] + 1
         alpha_bars = self.alpha_bar.tolist()  # float64, and no tensor for a scalar
         last_x_0, last_gap = None, None
         for t, t_next in itertools.pairwise(path):
@@ -203,15 +212,19 @@ LIMITS |= dict.fromkeys(
     ("seed", "warmup", "attention_size", "min_snr", "sample_every", "save_every", "max_minutes"), (0, math.inf)
 )
 LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_steps": (2, 100_000)}
-LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999)}
+LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999), "mode": reading.MODES, "micro_batch": (1, 10**9)}
+LIMITS |= {"guidance": (0, 1000), "strength": (0, 1)}
 MAY_CHANGE = ("dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every")  # as a run goes on
-MAY_CHANGE += ("tensorboard", "dry_run")
+MAY_CHANGE += ("tensorboard", "dry_run", "micro_batch", "grad_checkpointing")
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 IMPORTED = {"attention_levels": tuple, "head_width": int, "norm_groups": int, "downsample_padding": int}
 IMPORTED |= {"norm_eps": float, "frequency_shift": float}  # what the settings of a network from elsewhere may add
 LIMITS |= {"head_width": (0, 10**9), "norm_groups": (0, 10**9), "norm_eps": (0, 1), "frequency_shift": (0, 1)}
 LIMITS |= {"downsample_padding": (0, 1)}
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
+PREVIEWS = 16  # images; more where there are more classes, 64 at most
+FORGOTTEN = 0.1  # share of the labels that a network is not told, so that it learns to do without: for guidance
+GUIDANCE, STRENGTH = 2.0, 0.6
 GRID_IMAGES = 256  # nobody looks at a larger grid
 FILM_IMAGES, FILM_FRAMES = 16, 50
 
@@ -221,6 +234,8 @@ def train(
     dataset: str = "datasets/landscapes",
     run_name: str = "untitled",
     init_from: str = "",
+    conditional: bool = False,
+    mode: str = "auto",
     flip: bool = True,
     # length
     epochs: int = 500,
@@ -241,12 +256,14 @@ def train(
     min_snr: float = 0.0,
     # optimization
     batch_size: int = 64,
+    micro_batch: int | str = "auto",
     lr: float = 2e-4,
     warmup: int = 500,
     lr_decay: str = "cosine",
     ema_decay: float = 0.9999,
     # running
     device: str = "auto",
+    grad_checkpointing: bool = False,
     sample_every: int = 10,
     save_every: float = 10.0,
     tensorboard: bool = False,
@@ -263,6 +280,8 @@ def train(
         dataset: a folder of images, flat or nested (jpg, png, webp, bmp, gif, tif).
         run_name: names models/RUN and results/RUN.
         init_from: another run, from whose averaged weights this one begins: fine-tuning.
+        conditional: learn what the folders directly in the data set hold, class by class, to make either on demand.
+        mode: colours of the images; auto is gray if every picture is, else RGB.
         flip: also learn from mirror images; turn it off where left and right matter, as in writing.
         epochs: how many times every image is shown, in all.
         max_minutes: a budget of time for the whole run, the reading of the images and the last preview included; the
@@ -279,12 +298,15 @@ def train(
         schedule: how the noise grows over the steps.
         objective: what the network predicts: the noise, v, or the clean image.
         min_snr: ceiling of the loss weight (5 in the min-SNR paper); 0 weighs all steps alike, as DDPM does.
-        batch_size: images per training step.
+        batch_size: images per training step, on all GPUs together.
+        micro_batch: images that go through the network at the same time; auto: as many as fit into memory. What is
+            learnt is the same.
         lr: learning rate after the warm-up.
         warmup: steps over which the learning rate rises from 0.
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
         device: auto, cpu, cuda, cuda:N or mps.
+        grad_checkpointing: compute things twice rather than keep them: far less memory, a third more time.
         sample_every: epochs between two previews; 0 for none but the last.
         save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
@@ -305,68 +327,84 @@ def train(
     if tensorboard:
         check_tensorboard()
     listing = reading.list_images(Path(dataset))
-    is_new = not checkpoints.exists(run_name)
-    if not resume and not is_new:
-        raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
-    source = load_run(init_from) if init_from and is_new else {}
-    if source:
-        command_line.check_same_network(init_from, source["settings"], settings)
+    if conditional:
+        reading.check_classes(listing)
+    settings["classes"] = classes = listing.classes if conditional else ()
     path, results = checkpoints.paths_of(run_name)[0], Path("results", run_name)
-    lock = command_line.lock_run(path.parent)  # held until this function ends
-    if is_new and checkpoints.exists(run_name):
-        raise UserError(f"another process has trained models/{run_name} just now; the same command goes on with it")
-    stored = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
-    if not is_new:
-        stored = load_run(run_name)
-        if "network" not in stored:
-            ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
-            raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
-        command_line.check_same_run(stored, settings, listing.fingerprint, MAY_CHANGE)
-    data = reading.read_dataset(listing, size)
-
+    device, is_first = processes.join(device), processes.is_first()
+    lock, stored, source = open_run(settings, listing.fingerprint) if is_first else (None, None, None)
+    stored, source = processes.from_first((stored, source))
     was = (source or stored).get("settings", {})
+    with processes.first_alone():
+        data = reading.read_dataset(listing, size, was["mode"] if source and mode == "auto" else mode)
+    if len(set(processes.gather((data.fingerprint, len(data.images))))) > 1:
+        raise UserError(f"--dataset={dataset} is not the same for all processes")
+
     settings = {name: was[name] for name in IMPORTED if name in was} | settings  # of these no flag tells
+    settings["mode"] = data.mode
     utils.keep_memory()
     torch.manual_seed(utils.seed_of(seed))
     network, diffusion = build(settings, device)
     network.to(memory_format=torch.channels_last)
+    network.recompute = grad_checkpointing
     if source:
         network.load_state_dict(source["average"])
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
-    if not is_new:
+    if stored["step"]:
         checkpoints.restore(stored, network, average, optimizer)
     step, images = stored["step"], reading.on_device(data.images, device)
+    labels = torch.from_numpy(data.labels).to(device)
     count, batch_size = len(images), min(batch_size, len(images))
-    course = Course(count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"], began)
+    if batch_size < processes.count():
+        raise UserError(f"--batch_size={batch_size} is less than an image for each of {processes.count()} processes")
+    shown = range(min(64, len(classes) * math.ceil(PREVIEWS / len(classes))) if classes else PREVIEWS)  # class by class
+    lengths = (count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"], began)
+    course = Course(*lengths, previews=len(shown) * (2 if classes else 1))
     board = Path("runs", run_name) if tensorboard else None
     log = Log(results, course, noise_steps, device, stored["log"], stored["sums"], board)
+    parts = processes.MicroBatches(processes.share(batch_size), micro_batch)
     del stored, source  # as large as the training itself
 
-    def load(indices: Tensor) -> Tensor:
-        """The images of a batch, (B, C, H, W) in [-1, 1], each mirrored or not, as the generator has it."""
+    def load(indices: Tensor, mirrored: Tensor) -> Tensor:
+        """The images of a batch, (B, C, H, W) in [-1, 1], those that are `mirrored` (B,) left to right."""
         x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
-        return reading.mirror_half(x_0) if flip else x_0
+        return reading.mirror_half(x_0, mirrored) if flip else x_0
 
     def learn(step: int, done: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """Algorithm 1, lines 2 to 5: each image's loss and t (B,), the gradient's norm, the learning rate.
 
-        All that is random in a step hangs on (seed, step) alone: a run that was stopped and goes on is, to the bit, the
-        run that was not, and no generator's state has to be kept.
+        All that is random in a step is drawn for the whole batch and hangs on (seed, step) alone. So a run that was
+        stopped and goes on is, to the bit, the run that was not, and no generator's state has to be kept; and however
+        the batch is cut up among processes and by memory, but for the order of additions it is the same step.
         """
         torch.manual_seed(utils.seed_of(seed, step))
-        x_0 = load(reading.batch_indices(count, batch_size, step, seed))  # (B, C, H, W)
-        t, eps = diffusion.draw(x_0)
-        with utils.autocast(device):
-            losses = diffusion.loss(network, x_0, t, eps)  # (B,)
-        losses.mean().backward()
+        indices = reading.batch_indices(count, batch_size, step, seed)  # (B,)
+        mirrored = reading.draw_mirrored(batch_size, device)
+        t, eps = diffusion.draw((batch_size, *images.shape[1:]))
+        told, losses = None, torch.zeros(batch_size, device=device)
+        if classes:
+            is_told = torch.rand(batch_size, device=device) >= FORGOTTEN
+            told = labels[indices.to(device)].where(is_told, network.null_class)
+
+        def work(part: slice) -> None:
+            if dropout:
+                torch.manual_seed(utils.seed_of(seed, step, part.start))  # else all processes would drop the same
+            x_0 = load(indices[part], mirrored[part])  # (b, C, H, W)
+            with utils.autocast(device):
+                of_part = diffusion.loss(network, x_0, t[part], eps[part], told[part] if classes else None)  # (b,)
+            (of_part.sum() / batch_size).backward()
+            losses[part] = of_part.detach()
+
+        parts.go_through(work, undo=optimizer.zero_grad)
+        processes.add_up([losses, *(parameter.grad for parameter in network.parameters())])
         norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
         rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](done)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, network, step + 1, ema_decay)
-        return losses.detach(), t, norm, rate
+        return losses, t, norm, rate
 
     def save() -> None:
         course.saved_at = time.monotonic()  # also of a save that fails: not every step may try again
@@ -378,64 +416,111 @@ def train(
         return results / "training_progress" / f"epoch_{course.epoch(step):04d}.png"
 
     def preview() -> None:
-        *_, (previews, _) = walk(average, diffusion, range(16), size, "dpm++", min(25, noise_steps))
+        wanted = take_turns(range(len(classes)), shown)
+        *_, (previews, _) = walk(average, diffusion, shown, size, "dpm++", min(25, noise_steps), wanted)
         previews = utils.to_bytes(previews).cpu()
-        utils.save_png(previews, preview_path(), run=run_name, step=step)
-        log.illustrate(previews)
+        utils.save_png(previews, preview_path(), rows=len(classes), run=run_name, step=step)
+        log.illustrate(utils.over_white(previews))
 
-    torch.manual_seed(utils.seed_of(seed, 0))
-    first_images = torch.from_numpy(reading.shuffled(count, seed, epoch=0)[:64])
-    utils.save_png(utils.to_bytes(load(first_images)).cpu(), results / "data.png")
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
-    look = f"a look at them: {results / 'data.png'}"
-    print(f"data     {count:,} images of {size[0]}x{size[1]} from {dataset}", *data.remarks, look, sep="\n         ")
-    print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {device} in {precision}")
-    print(f"length   {course.summary(step)}")
-    print(f"files    {path}, {results}{os.sep}", flush=True)
-    stopping, done = 0, course.done(step)
-    if dry_run:
-        for number in (0, 1):  # the first step takes longer than those that follow
-            step_began = time.monotonic()
-            learn(step + number, done)[0].tolist()  # waits for a GPU
-        lock.release()
-        return print(course.forecast(step, batch_size / (time.monotonic() - step_began)))
-    log.write()
-    if done >= 1:
-        if step > 0 and not preview_path().exists():  # a death may have come before it
-            preview()
-        lock.release()
-        return print(course.farewell(step))
-    with command_line.StopSignals() as stop, log:
-        while done < 1 and not stopping:
-            seen = learn(step, done)
-            step += 1
-            log.add(step, *seen)
-            stopping, done = stop.status, course.done(step)
-            is_last, is_saved = stopping or done >= 1, False
-            try:
-                if is_last or course.is_save_due(step):
-                    save()
-                    is_saved = True
-                if done >= 1 or course.is_preview_due(step):
-                    preview()
-                log.write()
-            except OSError as error:  # a full disk must not end a training, nor hide that its end was saved
-                if is_last and not is_saved:
-                    raise
-                goes_on = "" if is_last else "; training goes on"
-                log.bar.write(f"not written: {error.filename or path}: {error.strerror or error}{goes_on}")
-    lock.release()
+    def describe() -> None:
+        torch.manual_seed(utils.seed_of(seed, 0))
+        first = torch.from_numpy(reading.shuffled(count, seed, epoch=0)[:64])
+        first = load(first, reading.draw_mirrored(len(first), device))
+        utils.save_png(utils.to_bytes(first).cpu(), results / "data.png")
+        remarks = [*data.remarks, f"a look at them: {results / 'data.png'}"]
+        if len(listing.classes) > 1:
+            known = f"{len(listing.classes):,} classes, such as {', '.join(listing.classes[:3])}"
+            remarks.insert(0, known if conditional else f"{known}; --conditional would tell them apart")
+        kind = f"{size[0]}x{size[1]} from {dataset}, in {reading.MODES[data.mode]}"
+        print(f"data     {count:,} images of {kind}", *remarks, sep="\n         ")
+        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
+        place = f"{device} in {precision}" + f", {processes.count()} processes" * (processes.count() > 1)
+        print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {place}")
+        print(f"length   {course.summary(step)}")
+        print(f"files    {path}, {results}{os.sep}", flush=True)
+
+    def write_down(is_last: bool) -> None:
+        """Save, preview and log what is due after a step."""
+        is_saved = False
+        try:
+            if is_last or course.is_save_due(step):
+                save()
+                is_saved = True
+            if done >= 1 or course.is_preview_due(step):
+                preview()
+            log.write()
+        except OSError as error:  # a full disk must not end a training, nor hide that its end was saved
+            if is_last and not is_saved:
+                raise
+            goes_on = "" if is_last else "; training goes on"
+            log.bar.write(f"not written: {error.filename or path}: {error.strerror or error}{goes_on}")
+
+    try:
+        if is_first:
+            describe()
+        stopping, done = processes.largest(0, course.done(step) if is_first else 0)
+        if dry_run:
+            for number in (0, 1):  # the first step takes longer than those that follow
+                step_began = time.monotonic()
+                learn(step + number, done)[0].tolist()  # waits for a GPU
+            return print(course.forecast(step, batch_size / (time.monotonic() - step_began)))
+        if is_first:
+            log.write()
+            if done >= 1 and step > 0 and not preview_path().exists():  # a death may have come before it
+                preview()
+        if done >= 1:
+            return print(course.farewell(step))
+        with command_line.StopSignals() as stop, log if is_first else contextlib.nullcontext():
+            while done < 1 and not stopping:
+                seen = learn(step, done)
+                step += 1
+                stopping, done = processes.largest(stop.status, course.done(step) if is_first else 0)
+                if is_first:
+                    log.add(step, *seen)
+                    write_down(is_last=stopping or done >= 1)
+    finally:
+        if lock:
+            lock.release()
     if stopping and done < 1:
         print(f"stopped and saved at step {step:,} of {course.last_step:,}; the same command goes on from there")
         raise SystemExit(stopping)
     print(log.report(run_name))
 
 
+def open_run(settings: dict, fingerprint: str) -> tuple[FileLock, dict, dict]:
+    """The run that `train` begins or goes on with: its lock, its checkpoint, and that of the run it begins from.
+
+    The checkpoint of a new run says that nothing is done; the other is empty where nothing is begun from.
+
+    Raises:
+        UserError: somebody else trains this run, or it is another one than `settings` and the data's `fingerprint` say.
+    """
+    run_name, init_from = settings["run_name"], settings["init_from"]
+    is_new = not checkpoints.exists(run_name)
+    if not settings["resume"] and not is_new:
+        raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
+    source = load_run(init_from) if init_from and is_new else {}
+    if source:
+        command_line.check_same_network(init_from, source["settings"], settings)
+    lock = command_line.lock_run(checkpoints.paths_of(run_name)[0].parent)  # held until `train` ends
+    if is_new and checkpoints.exists(run_name):
+        raise UserError(f"another process has trained models/{run_name} just now; the same command goes on with it")
+    if is_new:
+        return lock, {"step": 0, "minutes": 0.0, "log": [], "sums": None}, source
+    stored = load_run(run_name)
+    if "network" not in stored:
+        ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
+        raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
+    command_line.check_same_run(stored, settings, fingerprint, MAY_CHANGE)
+    return lock, stored, {}
+
+
 def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """The network, untrained, and the noising process that a run's settings describe."""
-    network = UNet(**{name: settings[name] for name in (*NETWORK, *IMPORTED) if name in settings}).to(device)
-    return network, Diffusion(**{name: settings[name] for name in NOISING}, device=device)
+    shape = {name: settings[name] for name in (*NETWORK, *IMPORTED) if name in settings}
+    shape |= {"channels": reading.CHANNELS[settings["mode"]], "classes": len(settings["classes"]) or None}
+    return UNet(**shape).to(device), Diffusion(**{name: settings[name] for name in NOISING}, device=device)
 
 
 def build_trained(stored: dict, device: torch.device) -> tuple[UNet, Diffusion]:
@@ -454,6 +539,7 @@ def load_run(run_name: str) -> dict:
     stored = checkpoints.load(run_name)
     try:
         defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+        defaults |= {"mode": "RGB", "classes": ()}
         settings = stored["settings"] = defaults | stored["settings"]  # an option newer than the run
         command_line.check_limits(settings, LIMITS)
         command_line.check_network(settings)
@@ -461,6 +547,7 @@ def load_run(run_name: str) -> dict:
             network = build(settings, "meta")[0]
         fits = checkpoints.fits(stored, network, len(COLUMNS), SUMS)
         fits = fits and all(isinstance(settings.get(name, kind()), kind) for name, kind in IMPORTED.items())
+        fits = fits and all(isinstance(name, str) for name in settings["classes"])
     except (*utils.BROKEN_FILE, UserError):
         fits = False
     if not fits:
@@ -468,27 +555,74 @@ def load_run(run_name: str) -> dict:
     return stored
 
 
+def take_turns(classes: Sequence[int], numbers: range) -> Tensor | None:
+    """Whose turn it is: the class of each image (B,), by its number alone; None where there are no classes."""
+    return torch.tensor([classes[number % len(classes)] for number in numbers]) if classes else None
+
+
+def guided(network: UNet, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+    """A network's answer, led towards the classes (B,) and away from what is there without (Ho & Salimans 2022).
+
+        answer = without + guidance * (with_class - without)
+
+    Whatever the objective, this does the same to the guess of x_0, of which an answer is a linear function.
+    """
+    if labels is None or guidance == 1:
+        return network(x_t, t, labels)
+    none = torch.full_like(labels, network.null_class)
+    if guidance == 0:
+        return network(x_t, t, none)
+    with_class, without = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none])).float().chunk(2)
+    return without + guidance * (with_class - without)
+
+
 def walk(
-    network: UNet, diffusion: Diffusion, seeds: Sequence[int], size: tuple[int, int], sampler: str, steps: int
+    network: UNet,
+    diffusion: Diffusion,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    sampler: str,
+    steps: int,
+    labels: Tensor | None = None,
+    guidance: float = GUIDANCE,
+    picture: Tensor | None = None,
+    anew: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.denoise` with a network, from the noise of one seed per image: (x_t, guess of x_0) after every step.
 
     All noise of an image is drawn on the CPU from its own seed, so it does not depend on the batch or the device.
+
+    Args:
+        seeds, size, sampler, steps: one seed per image, height and width, one of SAMPLERS, steps over the whole of T.
+        labels: classes (B,), or None.
+        guidance: see `guided`.
+        picture, anew, strength: a picture (C, H, W) in [-1, 1] to begin with, noised to the share `strength` of T; what
+            of each pixel may change (1, H, W), from 0 to 1. Where nothing may, the network's guess is replaced by the
+            picture, which so comes out as it went in.
     """
     device = diffusion.signal.device
     generators = [np.random.default_rng(seed) for seed in seeds]
+    shape, path = (network.channels, *size), diffusion.path(steps, strength)
+    labels, picture, anew = (None if given is None else given.to(device) for given in (labels, picture, anew))
 
     def draw_noise() -> Tensor:
-        noise = [generator.standard_normal((3, *size), dtype=np.float32) for generator in generators]
-        return torch.from_numpy(np.stack(noise)).to(device)  # (B, 3, H, W)
+        noise = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(noise)).to(device)  # (B, C, H, W)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         steps = torch.full((len(x_t),), t, device=device)
         with utils.autocast(device):
-            output = network(x_t, steps)
-        return diffusion.clean(x_t, steps, output.float()).clamp(-1, 1)
+            output = guided(network, x_t, steps, labels, guidance)
+        x_0 = diffusion.clean(x_t, steps, output.float()).clamp(-1, 1)
+        return x_0 if picture is None else torch.lerp(picture, x_0, anew)
 
-    return diffusion.denoise(predict_clean, draw_noise(), diffusion.path(steps), sampler, draw_noise)
+    x_t = draw_noise()
+    if path[0] < diffusion.steps:  # at T the picture is all but gone: plain sampling
+        x_t = diffusion.add_noise(picture, torch.tensor([path[0]], device=device), x_t)
+    if path == [0]:
+        return iter([(x_t, x_t)])
+    return diffusion.denoise(predict_clean, x_t, path, sampler, draw_noise)
 
 
 def sample(
@@ -500,6 +634,13 @@ def sample(
     gif: bool = False,
     seed: int = 0,
     img_size: tuple = (),
+    # classes
+    label: str = "all",
+    guidance: float = GUIDANCE,
+    # from a picture
+    init_image: str = "",
+    strength: float = STRENGTH,
+    mask: str = "",
     # how
     sampler: str = "dpm++",
     steps: int = 25,
@@ -522,6 +663,12 @@ def sample(
             takes them for.
         seed: image number i is made from seed + i alone, whatever the other options.
         img_size: another size than the run was trained at, such as 48x96; it may not look as good.
+        label: the classes to make, in turn: a name, several (cats,dogs), or all; for runs trained with --conditional.
+        guidance: how strictly an image keeps to its class: 0 not at all, 1 as learnt, more for clearer and less varied
+            images.
+        init_image: a picture to begin with, instead of noise.
+        strength: how much of it changes: 0 nothing, 1 everything.
+        mask: a picture of the same size: white is painted anew, black is kept to the pixel.
         sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer and add no noise on the way.
         steps: how many of the noising steps are visited; 1000 with ddpm is the paper's Algorithm 2.
         batch_size: images made at the same time.
@@ -541,11 +688,20 @@ def sample(
     device = utils.pick_device(device)
     stored = load_run(run_name)
     settings = stored["settings"]
+    classes = settings["classes"]
+    chosen = command_line.check_labels(label, classes)
+    if guidance != GUIDANCE and not classes:
+        raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+    if strength != STRENGTH and not init_image:
+        raise UserError(f"--strength={strength:g} takes a picture to begin with: --init_image=...")
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
     size = command_line.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))
     if size != settings["img_size"]:
         print(f"{run_name} was trained at {settings['img_size'][0]}x{settings['img_size'][1]}; this may look worse")
+    picture, anew = reading.read_start(init_image, mask, size, settings["mode"]) if init_image or mask else (None, None)
+    strength = strength if init_image else 1.0
+    device, is_first = processes.join(device), processes.is_first()
     network, diffusion = build_trained(stored, device)
     if batch_size == "auto":
         at_64_pixels = 16 if device.type == "cpu" else 256
@@ -553,32 +709,45 @@ def sample(
 
     def command(first: int, number: int) -> str:
         """What makes `number` images from the seed `first` on again, the same to the bit: in batches as here."""
-        what = f"--run_name={run_name} --n_img={number} --seed={first} --img_size={size[0]}x{size[1]}"
-        how = f"--sampler={sampler} --steps={steps} --batch_size={min(number, batch_size)}"
-        return f"python ddpm.py sample {what} {how}"
+        flags = {"run_name": run_name, "n_img": number, "seed": first, "img_size": f"{size[0]}x{size[1]}"}
+        flags |= {"sampler": sampler, "steps": steps, "batch_size": min(number, batch_size)}
+        if classes:
+            turns = [chosen[(first - seed + turn) % len(chosen)] for turn in range(len(chosen))]
+            flags |= {"label": ",".join(classes[turn] for turn in turns), "guidance": guidance}
+        if init_image:
+            flags |= {"init_image": init_image, "strength": strength} | ({"mask": mask} if mask else {})
+        return shlex.join(["python", "ddpm.py", "sample", *(f"--{flag}={value}" for flag, value in flags.items())])
 
     facts = {"run": run_name, "step": stored["step"], "weights": checkpoints.fingerprint_of(stored["average"])}
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
-    folder = utils.claim_folder(Path("results", run_name, name))
-    digits, grid, film = max(4, len(str(n_img))), [], []
-    with utils.progress_bar(steps * math.ceil(n_img / batch_size), unit="step") as bar:
-        for start in range(0, n_img, batch_size):
-            seeds = range(seed + start, seed + min(n_img, start + batch_size))
-            for count, (x_t, guess) in enumerate(walk(network, diffusion, seeds, size, sampler, steps), 1):
+    folder = processes.from_first(utils.claim_folder(Path("results", run_name, name)) if is_first else None)
+    starts, visited = range(0, n_img, batch_size), max(1, len(diffusion.path(steps, strength)) - 1)
+    mine, digits, grid, film = processes.share(len(starts)), max(4, len(str(n_img))), [], []
+    with utils.progress_bar(visited * len(mine), unit="step") as bar:
+        for start in (starts[number] for number in mine):
+            numbers = range(start, min(n_img, start + batch_size))
+            seeds, labels = [seed + number for number in numbers], take_turns(chosen, numbers)
+            begin = (labels, guidance, picture, anew, strength)
+            for count, (x_t, guess) in enumerate(walk(network, diffusion, seeds, size, sampler, steps, *begin), 1):
                 bar.update()
-                if gif and start == 0 and count * FILM_FRAMES // steps > (count - 1) * FILM_FRAMES // steps:
+                if gif and start == 0 and count * FILM_FRAMES // visited > (count - 1) * FILM_FRAMES // visited:
                     sides = [utils.tile(utils.to_bytes(side[:FILM_IMAGES]).cpu()) for side in (x_t, guess)]
                     film.append(torch.cat(sides, dim=2))  # (3, H, 2 W): what there is, and what it is taken for
-            images = utils.to_bytes(x_t).cpu()  # (B, 3, H, W)
-            for number, (image, image_seed) in enumerate(zip(images, seeds, strict=True), 1):
-                again = f"{command(seeds[0], len(seeds))}  # this is sample_{number:04d}.png there"
-                path = folder / f"sample_{start + number:0{digits}d}.png"
-                utils.save_png(image[None], path, **facts, seed=image_seed, command=again)
+            images = utils.to_bytes(x_t).cpu()  # (B, C, H, W)
+            for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
+                again = f"{command(seeds[0], len(seeds))}  # this is sample_{place + 1:04d}.png there"
+                own = {"seed": seeds[place], "command": again}
+                own |= {"label": classes[labels[place]]} if classes else {}
+                utils.save_png(image[None], folder / f"sample_{number + 1:0{digits}d}.png", **facts, **own)
             grid += images[: max(0, GRID_IMAGES - start)]
+    grid = list(itertools.chain(*processes.gather(grid)))
+    if not is_first:
+        return
     learnt_from = stored["log"][-1][COLUMNS.index("images")] if stored["log"] else math.inf  # imported runs have no log
     print(f"{n_img:,} images: {folder / 'sample_*.png'}{hint(learnt_from)}")
+    facts |= {"seed": seed, "command": command(seed, n_img)}
     if save_grid:
-        utils.save_png(torch.stack(grid), folder / "samples.png", **facts, seed=seed, command=command(seed, n_img))
+        utils.save_png(torch.stack(grid), folder / "samples.png", rows=len(chosen), **facts)
         print(f"{len(grid)} of them in one: {folder / 'samples.png'}")
     if gif:
         utils.save_gif(film, folder / "samples.gif", comment=f"{command(seed, n_img)} --gif")

@@ -41,9 +41,10 @@ class Course:
         sample_every: epochs between previews, 0 for none but the last.
         step, minutes: where the run stood when it was saved.
         began: when this session did (time.monotonic()): reading the images counts as well.
+        previews: images of the last preview, which is part of the budget; one with guidance counts as two.
     """
 
-    PREVIEW_COST = 300  # images that could be trained on while 16 are sampled in 25 steps: 130, and a start and an end
+    PREVIEW_COST = 20  # images that could be trained on while one is sampled in 25 steps: 9, and a start and an end
     speed = 0.0  # images per second, the best row of this session; 0 while there is none
 
     def __init__(
@@ -57,11 +58,13 @@ class Course:
         step: int,
         minutes: float,
         began: float,
+        previews: int = 16,
     ):
         self.count, self.batch_size, self.epochs, self.max_minutes = count, batch_size, epochs, max_minutes
         self.save_every, self.sample_every = save_every, sample_every
         self.last_step, self.first_step = math.ceil(epochs * count / batch_size), step
         self.minutes_before, self.began, self.saved_at = minutes, began, time.monotonic()
+        self.preview_cost = self.PREVIEW_COST * previews
 
     def summary(self, step: int) -> str:
         """How long the training is, and what of it is done."""
@@ -77,7 +80,7 @@ class Course:
         """The share of the budget that is used up, with what the last preview will take; 0 without a budget."""
         if not self.max_minutes:
             return 0.0
-        preview = min(self.PREVIEW_COST / self.speed / 60, self.max_minutes / 4) if self.speed else 0.0
+        preview = min(self.preview_cost / self.speed / 60, self.max_minutes / 4) if self.speed else 0.0
         return (self.used() + preview) / self.max_minutes
 
     def done(self, step: int) -> float:
@@ -279,7 +282,7 @@ def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
 
     network = copy.deepcopy(network).to("meta")
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        network(torch.empty(1, 3, *size), torch.empty(1))
+        network(torch.empty(1, network.channels, *size), torch.ones(1, dtype=torch.long))
     return counter.get_total_flops() / 1e9
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t: Tensor, width: int, frequency_shift: float = 0.0) -> Tensor:
@@ -136,7 +137,13 @@ class UNet(nn.Module):
         norm_eps: what every GroupNorm adds to the variance.
         downsample_padding: 1: zeros around the image when its resolution is halved; 0: right and below alone.
         frequency_shift: see `timestep_embedding`.
+
+    Attributes:
+        recompute: whether the backward pass computes what is within the blocks anew instead of having kept it: a third
+            more to compute, far less memory.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -158,7 +165,8 @@ class UNet(nn.Module):
         super().__init__()
         shorter = img_size if isinstance(img_size, int) else min(img_size)
         widths = [width * multiplier for multiplier in multipliers]
-        self.width, self.frequency_shift, self.null_class = widths[0], frequency_shift, classes
+        self.channels, self.width, self.null_class = channels, widths[0], classes
+        self.frequency_shift = frequency_shift
         attended = attention_levels or [depth for depth in range(len(widths)) if shorter // 2**depth <= attention_size]
         embedding_size = 4 * self.width
         groups = norm_groups or min(32, width // 4)  # one channel each would erase the time: a group's mean is removed
@@ -206,6 +214,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)  # the first answer is 0 everywhere: a calm start
         nn.init.zeros_(self.conv_out.bias)
 
+    def block(self, resnet: nn.Module, attention: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        """A residual block, and the attention behind it: h (B, C_in, H, W), embedding (B, E) -> (B, C_out, H, W)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(lambda *inputs: attention(resnet(*inputs)), h, embedding, use_reentrant=False)
+        return attention(resnet(h, embedding))
+
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The answer to a batch of noisy images.
 
@@ -227,18 +241,18 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.down_blocks:
             for resnet, attention in zip(level.resnets, level.attentions, strict=True):
-                h = attention(resnet(h, embedding))
+                h = self.block(resnet, attention, h, embedding)
                 skips.append(h)
             for downsample in level.downsamplers:
                 h = downsample(h)
                 skips.append(h)
 
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
-            h = attention(resnet(h, embedding))
+            h = self.block(resnet, attention, h, embedding)
 
         for level in self.up_blocks:
             for resnet, attention in zip(level.resnets, level.attentions, strict=True):
-                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), embedding))
+                h = self.block(resnet, attention, torch.cat([h, skips.pop()], dim=1), embedding)
             for upsample in level.upsamplers:
                 h = upsample(h)
 

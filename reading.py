@@ -1,14 +1,24 @@
 """From a folder of pictures to a batch: found, decoded once, shuffled.
 
-Reading order: list_images; how one picture is read; read_dataset; the order of the batches.
+Reading order: list_images; how one picture is read; who reads them all; read_dataset; the order of the batches.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import math
+import multiprocessing
 import os
+import signal
+import stat
+import threading
+import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,27 +28,39 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from utils import BROKEN_FILE, UserError, progress_bar, write_whole
+from utils import BROKEN_FILE, UserError, from_bytes, progress_bar, write_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MODES = {"auto": "L or RGB", "L": "gray", "RGB": "colour", "RGBA": "colour and alpha"}
+CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 CACHE = Path("datasets", ".cache")
-
-
-class Dataset(NamedTuple):
-    """A folder of pictures, decoded."""
-
-    images: np.ndarray  # (N, 3, H, W) uint8, mapped into memory from the cache
-    fingerprint: str  # of the files' names and sizes: the same on every machine
-    remarks: list[str]  # what was skipped or changed, a sentence each
+NOTE_EVERY = 5  # seconds; so much is decoded again after a kill -9
+PROCESSES_FROM = 5_000  # pictures; fewer are read by threads before processes have imported PyTorch
+PORTION, PORTION_BYTES = 64, 2**22  # what a process reads before it hands it over: pictures and bytes, at most
 
 
 class Listing(NamedTuple):
     """The pictures below a folder, not opened yet."""
 
     folder: Path
-    paths: list[Path]  # in one order on every system
+    paths: list[str]  # in one order on every system
     times: list[int]  # of their last change, nanoseconds
     fingerprint: str  # of their names and sizes: the same on every machine
+    classes: tuple[str, ...]  # the first-level folders that hold pictures, sorted
+    labels: np.ndarray  # (N,) int64, each picture's index in `classes`; -1 where it lies in the folder itself
+
+
+class Dataset(NamedTuple):
+    """A folder of pictures, decoded."""
+
+    images: np.ndarray  # (N, C, H, W) uint8, mapped into memory from the cache; RGBA is premultiplied
+    fingerprint: str  # of the files' names and sizes: the same on every machine
+    remarks: list[str]  # what was skipped or changed, a sentence each
+    mode: str  # one of CHANNELS
+    labels: np.ndarray  # (N,) int64, as in Listing
+
+
+# ---- finding pictures ------------------------------------------------------------------------------------------------
 
 
 def list_images(folder: Path) -> Listing:
@@ -53,40 +75,80 @@ def list_images(folder: Path) -> Listing:
         raise UserError(f"--dataset={folder} {wrong}; it takes any folder of images (in datasets/ there are: {others})")
     found, visited = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in visited:
+        real = os.path.realpath(place)
+        if real in visited:
             folders.clear()
             continue
-        visited.add(os.path.realpath(place))
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways, the same one
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    images = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if not images:
+        below = "" if place == str(folder) else f"{Path(place).relative_to(folder).as_posix()}/"
+        top = below.partition("/")[0]
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                with contextlib.suppress(OSError):  # a link to nothing
+                    info = os.stat(f"{place}/{name}")
+                    if stat.S_ISREG(info.st_mode):
+                        found.append((below + name, info.st_size, info.st_mtime_ns, top))
+    if not found:
         raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    images.sort(key=lambda path: path.relative_to(folder).as_posix())
-    stats = [path.stat() for path in images]
-    files = [(path.relative_to(folder).as_posix(), info.st_size) for path, info in zip(images, stats, strict=True)]
+    found.sort()
+    names, sizes, times, tops = zip(*found, strict=True)
+    files = list(zip(names, sizes, strict=True))
     fingerprint = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return Listing(folder, images, [info.st_mtime_ns for info in stats], fingerprint)
+    classes = tuple(sorted({*tops} - {""}))
+    numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[top] for top in tops], np.int64)
+    return Listing(folder, [f"{folder}/{name}" for name in names], list(times), fingerprint, classes, labels)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, white where it is transparent.
+def check_classes(listing: Listing) -> None:
+    """Refuse a folder whose first-level folders cannot be the classes of `--conditional`.
 
-    Pillow alone turns 16-bit pictures white and floating-point ones black, and shows what transparency hides.
+    Raises:
+        UserError: they are fewer than two, cannot be written in `--label=a,b`, or pictures lie outside of them.
+    """
+    folder, classes = listing.folder, listing.classes
+    outside = np.flatnonzero(listing.labels == -1)
+    if len(classes) < 2:
+        found = f"only {classes[0]} holds" if classes else "none holds"
+        raise UserError(f"--conditional takes the folders in {folder} for classes, but {found} images; it needs two")
+    if len(outside):
+        example = listing.paths[outside[0]]
+        raise UserError(
+            f"--conditional: {len(outside):,} images are in no class, for instance {example}; "
+            f"move them into one of the folders in {folder}"
+        )
+    for name in classes:
+        if "," in name or name == "all":
+            raise UserError(f"--conditional: the folder {folder / name} cannot be written as --label={name}; rename it")
+
+
+# ---- reading one picture ---------------------------------------------------------------------------------------------
+
+
+def to_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """A picture of any kind in 8 bits: "L" or "RGB", white where it is transparent, or for "RGBA" Pillow's "RGBa".
+
+    There, colours are premultiplied by alpha, so that resizing mixes in no colour that cannot be seen. Pillow alone
+    turns 16-bit pictures white and floating-point ones black, and shows what transparency hides.
     """
     if picture.mode[0] in "IF":
         levels = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0).clip(min=0)
         whites = (65535,) if ";16" in picture.mode else (1, 255, 65535)
         white = next((white for white in whites if levels.max() <= white), levels.max())
-        return Image.fromarray((levels / white * 255).round().astype(np.uint8)).convert("RGB")
+        picture = Image.fromarray((levels / white * 255).round().astype(np.uint8))
+    if mode == "RGBA":
+        return picture.convert("RGBA").convert("RGBa")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert(mode)
 
 
-def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray | None, str]:
-    """A picture's shorter side resized with antialiasing, its centre cut out: pixels (3, H, W) uint8, and a remark.
+def read_image(
+    path: Path | str, size: tuple[int, int], mode: str = "RGB", resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> tuple[np.ndarray | None, str]:
+    """A picture's shorter side resized with antialiasing, its centre cut out: pixels (C, H, W) uint8, and a remark.
 
     A file that cannot be read gives None, and the reason.
     """
@@ -97,62 +159,223 @@ def read_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray | None, st
                 raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
             remark = "animated: the first frame is used" if getattr(picture, "is_animated", False) else ""
             picture.draft("RGB", (2 * max(size), 2 * max(size)))  # a large JPEG is decoded at a half, fourth or eighth
-            picture = to_rgb(ImageOps.exif_transpose(picture))
+            picture = to_mode(ImageOps.exif_transpose(picture), mode)
     except BROKEN_FILE as error:
-        return None, f"{path.name} ({str(error) or type(error).__name__})"
+        return None, f"{Path(path).name} ({str(error) or type(error).__name__})"
     if picture.width < width or picture.height < height:
         remark = f"{remark}; enlarged" if remark else "smaller than --img_size: enlarged"
-    pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))  # (H, W, 3)
+    pixels = np.asarray(ImageOps.fit(picture, (width, height), resample)).reshape(height, width, -1)  # (H, W, C)
+    if mode == "RGBA":
+        pixels = np.minimum(pixels, pixels[:, :, 3:])  # Lanczos overshoots; no colour shines brighter than its alpha
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), remark
 
 
-def load_dataset(folder: Path, size: tuple[int, int]) -> Dataset:
+def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> tuple[Tensor, Tensor]:
+    """What sampling begins from: a picture (C, H, W) in [-1, 1], and each pixel's share to be painted anew (1, H, W).
+
+    Args:
+        init_image, mask: paths; the mask is white where to paint, black where to keep. Without one, all is painted.
+        size: height and width, to which both are brought like the pictures of a data set.
+        mode: one of CHANNELS.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the two are not of one size, so that they would be cut apart.
+    """
+
+    def read(flag: str, path: str, *how) -> Tensor:
+        if not os.path.isfile(path):
+            raise UserError(f"--{flag}={path} is not a file; it takes a picture")
+        pixels, reason = read_image(path, size, *how)
+        if pixels is None:
+            raise UserError(f"--{flag}={path} is not a picture that can be read ({reason}); it takes any other")
+        return torch.from_numpy(pixels)
+
+    def measure(path: str) -> str:
+        with Image.open(path) as picture:
+            width, height = ImageOps.exif_transpose(picture).size
+        return f"{width} pixels wide and {height} high"
+
+    if mask and not init_image:
+        raise UserError(f"--mask={mask} says where to change a picture; name that with --init_image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of Pillow's is an error here
+        picture = from_bytes(read("init_image", init_image, mode))
+        if not mask:
+            return picture, torch.ones(1, *size)
+        share = read("mask", mask, "L", Image.Resampling.BOX) / 255  # areas: no ringing reaches into what is black
+        sizes = measure(mask), measure(init_image)
+    if sizes[0] != sizes[1]:
+        raise UserError(f"--mask={mask} is {sizes[0]}, --init_image={init_image} {sizes[1]}; they must be alike")
+    return picture, share
+
+
+# ---- reading them all ------------------------------------------------------------------------------------------------
+
+stopping = threading.Event()  # in a reading process, that of its parent
+
+
+def begin_worker(stop) -> None:
+    """Tie a reading process to its parent: it stops when told to, and ends when that has died, be it of kill -9."""
+
+    global stopping
+    stopping = stop
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows; elsewhere it has been deaf from its start
+    warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def read_portion(paths: list[str], size: tuple[int, int], mode: str) -> list[tuple[np.ndarray | None, str]]:
+    return [read_image(path, size, mode) for path in paths if not stopping.is_set()]
+
+
+@contextlib.contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes started within this block never see Ctrl-C, not even as they start; this one sees it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def readers(number: int, pictures: int) -> Iterator[Executor]:
+    """Threads, or for many pictures `number` processes; on leaving, what they have not begun is dropped."""
+    if pictures < PROCESSES_FROM:
+        pool, stop = ThreadPoolExecutor(), threading.Event()
+    else:
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that PyTorch's threads may hold
+        stop = context.Event()
+        pool = ProcessPoolExecutor(number, context, begin_worker, (stop,))
+    try:
+        yield pool
+    finally:
+        stop.set()  # terminated, a process could leave half a message behind, whose other half would be waited for
+        pool.shutdown(cancel_futures=True)
+
+
+def read_all(paths: list[str], size: tuple[int, int], mode: str) -> Iterator[list[tuple[np.ndarray | None, str]]]:
+    """`read_image` of all of them, in their order, portion by portion; few portions are in memory at a time.
+
+    Raises:
+        UserError: a process has died.
+    """
+    number = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = min(61, number)  # Windows cannot wait for more
+    by_bytes = max(1, PORTION_BYTES // (CHANNELS[mode] * math.prod(size)))
+    length = 1 if len(paths) < PROCESSES_FROM else min(PORTION, by_bytes)
+    done, pending = 0, deque()
+    try:
+        with readers(number, len(paths)) as pool:
+            for start in range(0, len(paths), length):
+                with deaf_to_interrupts():
+                    pending.append(pool.submit(read_portion, paths[start : start + length], size, mode))
+                if len(pending) > 2 * number:
+                    yield pending.popleft().result()
+                    done += length
+            while pending:
+                yield pending.popleft().result()
+                done += length
+    except BrokenProcessPool as error:
+        reason = f"a process that reads images died at {paths[done]} or soon after, perhaps for want of memory"
+        raise UserError(f"{reason}; the same command goes on from there") from error
+
+
+# ---- the data set ----------------------------------------------------------------------------------------------------
+
+
+def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
     """`read_dataset` of all pictures below a folder."""
-    return read_dataset(list_images(folder), size)
+    return read_dataset(list_images(folder), size, mode)
 
 
-def read_dataset(listing: Listing, size: tuple[int, int]) -> Dataset:
-    """Every readable picture at `size` (height, width): decoded once, then kept as bytes in the cache.
+def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") -> Dataset:
+    """Every readable picture at `size` (height, width), in one of MODES: decoded once, then kept in the cache.
 
     Raises:
         UserError: more than half of the pictures are unreadable.
     """
-    key = repr((listing.fingerprint, listing.times, size, "RGB"))
+    stored = "RGB" if mode == "auto" else mode
+    key = repr((stored, size, listing.fingerprint, listing.times))
     cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.bytes"
     cache.parent.mkdir(parents=True, exist_ok=True)
-    facts_path = cache.with_suffix(".json")  # written last: where it stands, the bytes are complete
     with FileLock(cache.with_suffix(".lock")):  # a second process waits, and finds the work done
-        if not facts_path.exists() or not cache.exists():
-            facts = decode(listing.paths, size, cache)
-            write_whole(facts_path, lambda file: file.write(json.dumps(facts).encode()))
-    facts = json.loads(facts_path.read_text())
-    images = np.memmap(cache, np.uint8, mode="c", shape=(facts["count"], 3, *size))
-    return Dataset(images, listing.fingerprint, facts["remarks"])
+        facts = decode(listing.paths, size, stored, cache)
+        skipped, count, examples = facts["skipped"], len(listing.paths), facts["examples"]
+        if 2 * len(skipped) > count:
+            for path in (cache, cache.with_suffix(".json")):
+                path.unlink(missing_ok=True)
+            raise UserError(f"{len(skipped)} of {count} images cannot be read, for instance {examples[0]}")
+    images = np.memmap(cache, np.uint8, mode="c", shape=(facts["count"], CHANNELS[stored], *size))
+    if mode == "auto" and facts["is_gray"]:
+        stored, images = "L", images[:, :1]
+    remarks = [f"{len(skipped):,} unreadable, left out: {', '.join(examples)}"] if skipped else []
+    remarks += [f"{number:,} {remark}" for remark, number in facts["noticed"].items()]
+    return Dataset(images, listing.fingerprint, remarks, stored, np.delete(listing.labels, skipped))
 
 
-def decode(paths: list[Path], size: tuple[int, int], cache: Path) -> dict:
-    """Write the readable pictures behind one another into `cache`; tell their number and what was noticed."""
-    skipped, noticed = [], {}
+def known_facts(cache: Path, bytes_each: int) -> dict:
+    """What was noted of the pictures that stand in a cache, all or the first ones; of none, if it holds too few."""
+    facts = {"seen": 0, "count": 0, "skipped": [], "examples": [], "noticed": {}, "is_gray": True}
+    with contextlib.suppress(*BROKEN_FILE):
+        noted = json.loads(cache.with_suffix(".json").read_text())
+        if noted.keys() == facts.keys() and cache.stat().st_size >= noted["count"] * bytes_each:
+            return noted
+    return facts
 
-    def write(file) -> None:
-        with ThreadPoolExecutor() as pool, progress_bar(len(paths), title="reading images") as bar:
-            for start in range(0, len(paths), 1024):  # in portions, so that memory stays flat
-                for pixels, remark in pool.map(lambda path: read_image(path, size), paths[start : start + 1024]):
-                    bar.update()
-                    if pixels is None:
-                        skipped.append(remark)
-                    else:
-                        file.write(pixels.tobytes())
-                        noticed[remark] = noticed.get(remark, 0) + 1
-        if 2 * len(skipped) > len(paths):
-            raise UserError(f"{len(skipped)} of {len(paths)} images cannot be read, for instance {skipped[0]}")
 
-    with warnings.catch_warnings():
+def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Path) -> dict:
+    """Write the readable pictures behind one another into `cache`, and what was noticed into a note beside it.
+
+    The note follows the pictures: it is true at any moment. So an interrupted decoding goes on where it was, and is
+    whole only when the note has `seen` all of the pictures.
+    """
+    bytes_each = CHANNELS[mode] * math.prod(size)
+    note, facts = cache.with_suffix(".json"), known_facts(cache, bytes_each)
+    if facts["seen"] == len(paths):
+        return facts
+    if not facts["seen"]:
+        cache.unlink(missing_ok=True)  # a process that has this one in its memory keeps it
+    with (
+        warnings.catch_warnings(),
+        open(cache, "ab") as file,
+        progress_bar(len(paths), facts["seen"], title="reading images") as bar,
+        contextlib.closing(read_all(paths[facts["seen"] :], size, mode)) as portions,
+    ):
         warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
-        write_whole(cache, write)
-    remarks = [f"{len(skipped):,} unreadable, left out: {', '.join(skipped[:3])}"] if skipped else []
-    remarks += [f"{number:,} {remark}" for remark, number in noticed.items() if remark]
-    return {"count": len(paths) - len(skipped), "remarks": remarks}
+        file.truncate(facts["count"] * bytes_each)
+        noted_at = time.monotonic()
+        for portion in portions:
+            for pixels, remark in portion:
+                if pixels is None:
+                    facts["skipped"].append(facts["seen"])
+                    facts["examples"] = [*facts["examples"], remark][:3]
+                else:
+                    file.write(pixels)
+                    facts["count"] += 1
+                    if facts["is_gray"]:
+                        facts["is_gray"] = bool((pixels == pixels[0]).all())
+                    if remark:
+                        facts["noticed"][remark] = facts["noticed"].get(remark, 0) + 1
+                facts["seen"] += 1
+            bar.update(len(portion))
+            if facts["seen"] == len(paths) or time.monotonic() - noted_at >= NOTE_EVERY:
+                file.flush()
+                os.fsync(file.fileno())  # before the note that tells of it
+                write_whole(note, lambda file: file.write(json.dumps(facts).encode()))
+                noted_at = time.monotonic()
+    return facts
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def on_device(images: np.ndarray, device: torch.device) -> Tensor:
@@ -174,11 +397,18 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     and every batch is full.
     """
     start, stop = step * batch_size, (step + 1) * batch_size
-    first, last = start // count, (stop - 1) // count
-    orders = np.concatenate([shuffled(count, seed, epoch) for epoch in range(first, last + 1)])
-    return torch.from_numpy(orders[start - first * count : stop - first * count])
+    parts = []  # sliced first: a whole order may be of a million images
+    for epoch in range(start // count, (stop - 1) // count + 1):
+        begin = epoch * count
+        parts.append(shuffled(count, seed, epoch)[max(0, start - begin) : stop - begin])
+    return torch.from_numpy(np.concatenate(parts))
 
 
-def mirror_half(images: Tensor) -> Tensor:
-    """Images (B, C, H, W), each mirrored left to right or not, as a coin decides."""
-    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(3), images)
+def draw_mirrored(count: int, device: torch.device) -> Tensor:
+    """Which of so many images are mirrored, (B,) bool: a coin decides."""
+    return torch.rand(count, device=device) < 0.5
+
+
+def mirror_half(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Images (B, C, H, W), turned left to right where `mirrored` (B,) says so."""
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)

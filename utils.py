@@ -140,25 +140,53 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def tile(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) side by side in a square: (3, rows * H, columns * W)."""
+def over_white(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in 0..255 as RGB (N, 3, H, W): gray ones too, and white where they are transparent.
+
+    Four channels are colours times alpha, and alpha.
+    """
+    if images.shape[1] == 4:
+        colours, alpha = images[:, :3], images[:, 3:]
+        return torch.minimum(colours, alpha) + (255 - alpha)
+    return images.expand(-1, 3, -1, -1)
+
+
+def tile(images: Tensor, rows: int = 0) -> Tensor:
+    """Images (N, C, H, W) in 0..255 side by side in a square: (3, rows * H, columns * W).
+
+    With `rows`, image i stands in row i % rows: classes that take turns have a row each.
+    """
     from torchvision.utils import make_grid  # two seconds to import: not before it is needed
 
-    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=0)
+    images, columns = over_white(images), math.ceil(len(images) / rows if rows else math.sqrt(len(images)))
+    if rows:
+        blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
+        images = torch.cat([images, blank]).unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    return make_grid(images, nrow=columns, padding=0)
 
 
-def save_png(images: Tensor, path: Path, **facts) -> None:
-    """Write images (N, 3, H, W) in 0..255 as one PNG, side by side in a square, with `facts` as its text chunks."""
+def to_picture(image: Tensor) -> Image.Image:
+    """An image (C, H, W) in 0..255 as Pillow's: gray, RGB, or, of colours times alpha and alpha, RGBA."""
+    mode, pixels = {1: "L", 3: "RGB", 4: "RGBa"}[len(image)], image.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.frombytes(mode, (image.shape[2], image.shape[1]), pixels.tobytes())
+    return picture.convert("RGBA") if mode == "RGBa" else picture
+
+
+def save_png(images: Tensor, path: Path, rows: int = 0, **facts) -> None:
+    """Write images (N, C, H, W) in 0..255 as one PNG, side by side as in `tile`, with `facts` as its text chunks.
+
+    A single one keeps its mode.
+    """
     chunks = PngImagePlugin.PngInfo()
     for name, value in facts.items():
         chunks.add_text(name, str(value))
-    picture = Image.fromarray(tile(images).permute(1, 2, 0).numpy())
+    picture = to_picture(tile(images, rows) if len(images) > 1 else images[0])
     write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
 
 
 def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
     """Write frames (3, H, W) in 0..255 as a film of 12 frames a second, which rests on its last one and begins anew."""
-    first, *others = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    first, *others = map(to_picture, frames)
     film = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [3000], "loop": 0}
     write_whole(path, lambda file: first.save(file, "gif", comment=comment.encode(), **film))
 

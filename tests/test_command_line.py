@@ -98,7 +98,7 @@ MISREAD = [  # a command line, and what the answer names
     ("train --zzz", "--zzz"),
     ("sample --epochs=3", "--epochs is not an option of sample"),
     ("sample --run_name=tiny --label=3", "--label"),
-    ("sample --run_name=tiny --guidance=2", "--guidance"),
+    ("sample --run_name=tiny --guidance=3", "--guidance"),
     # words that are no options
     ("train pictures", "'pictures'"),
     ("train --epochs=1 2", "'2'"),

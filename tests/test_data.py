@@ -1,15 +1,27 @@
 """Reading, keeping and writing pictures: the right pixels from any file, each shown once per epoch, files whole."""
 
+import collections
+import contextlib
+import functools
+import json
 import math
 import os
+import re
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, files_below, paint
+from conftest import ROOT, TINY, files_below, paint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -53,9 +65,9 @@ def white_where(mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
     return np.where(mask[:, :, None], 255, colours)
 
 
-def read(path, size: tuple[int, int] = (8, 8)) -> np.ndarray:
-    """A picture as the data set would hold it, but (H, W, 3), in a type that does not wrap round."""
-    pixels, remark = reading.read_image(path, size)
+def read(path, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> np.ndarray:
+    """A picture as the data set would hold it, but (H, W, C), in a type that does not wrap round."""
+    pixels, remark = reading.read_image(path, size, mode)
     assert pixels is not None, remark
     return pixels.transpose(1, 2, 0).astype(int)
 
@@ -74,7 +86,7 @@ def touch(folder, *names: str) -> None:
 
 
 def found(folder) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in reading.list_images(folder).paths]
+    return [path.removeprefix(f"{folder}/") for path in reading.list_images(folder).paths]
 
 
 def link(path, target) -> None:
@@ -140,6 +152,64 @@ def test_the_order_is_the_same_on_every_file_system(tmp_path, monkeypatch):
     for reverse in (False, True):
         monkeypatch.setattr(os, "walk", walk_in(reverse))
         assert found(tmp_path) == forwards
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_level_folders_that_hold_pictures_are_the_classes(tmp_path):
+    """In their subfolders too; a folder's own name may come again further down."""
+    touch(tmp_path, "dog/x.png", "cat/old/y.png", "cat/dog/z.png", "Ant/a.png", "zoo/deep/er/b.png")
+    touch(tmp_path, "empty/notes.txt", ".hidden/c.png", "b.png")
+    listing = reading.list_images(tmp_path)
+    assert listing.classes == ("Ant", "cat", "dog", "zoo")
+    assert listing.labels.dtype == np.int64
+    names = [path.removeprefix(f"{tmp_path}/") for path in listing.paths]
+    assert dict(zip(names, listing.labels.tolist(), strict=True)) == {
+        "dog/x.png": 2,
+        "cat/old/y.png": 1,
+        "cat/dog/z.png": 1,
+        "Ant/a.png": 0,
+        "zoo/deep/er/b.png": 3,
+        "b.png": -1,
+    }
+
+
+def test_an_image_keeps_its_label_when_others_cannot_be_read(place):
+    """Found again by its colour: red is in a, green in b, blue lies outside."""
+    for number, (folder, colour) in enumerate([("a", "red"), ("b", "green"), (".", "blue"), ("b", "green")]):
+        for copy in range(3):
+            (place / "x" / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), colour).save(place / "x" / folder / f"{number}{copy}.png")
+    for name in ("a/00.png", "b/11.png", "b/32.png", "21.png"):
+        (place / "x" / name).write_text("no picture")
+    data = reading.load_dataset(place / "x", (8, 8))
+    shown = data.images.mean(axis=(2, 3)).argmax(axis=1)
+    assert np.array_equal(data.labels, np.where(shown == 2, -1, shown))
+    assert collections.Counter(data.labels.tolist()) == {0: 2, 1: 4, -1: 2}
+
+
+@pytest.mark.parametrize("names", [["a/x.png", "b/y.png"], ["a/x.png", "b/c/y.png", "al/z.png", "All/z.png"]])
+def test_folders_of_pictures_are_good_classes(names, tmp_path):
+    touch(tmp_path, *names)
+    reading.check_classes(reading.list_images(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["x.png", "y.png"], ["none holds images", "it needs two"]),
+        (["a/x.png", "a/b/y.png"], ["only a holds images", "it needs two"]),
+        (["a/x.png", "b/y.png", "c.png", "d.png"], ["2 images are in no class", "c.png", "move them"]),
+        (["a,b/x.png", "c/y.png"], ["a,b", "--label=a,b", "rename it"]),
+        (["all/x.png", "c/y.png"], ["--label=all", "rename it"]),
+    ],
+)
+def test_folders_that_cannot_be_classes_are_refused(names, words, tmp_path):
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match="--conditional") as refusal:
+        reading.check_classes(reading.list_images(tmp_path))
+    assert all(word in str(refusal.value) for word in words)
 
 
 # ---- reading one image -----------------------------------------------------------------------------------------------
@@ -208,6 +278,57 @@ ODD = [  # a file, its picture, how it is saved, what must be seen
 def test_an_odd_file_gives_the_right_pixels(name, picture, options, expected, tmp_path):
     picture.save(tmp_path / name, **options)
     assert np.array_equal(read(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("name, picture, options, expected", ODD, ids=[case[0] for case in ODD])
+def test_an_odd_file_in_gray_is_the_brightness_of_its_colours(name, picture, options, expected, tmp_path):
+    picture.save(tmp_path / name, **options)
+    brightness = expected @ np.array([[0.299], [0.587], [0.114]])  # ITU-R BT.601, as in JPEG
+    assert abs(read(tmp_path / name, mode="L") - brightness).max() < 1  # rounding
+
+
+@pytest.mark.parametrize("name, picture, options, expected", ODD, ids=[case[0] for case in ODD])
+def test_an_odd_file_with_its_transparency_looks_the_same_on_white(name, picture, options, expected, tmp_path):
+    picture.save(tmp_path / name, **options)
+    *_, alpha = colours = np.moveaxis(read(tmp_path / name, mode="RGBA"), 2, 0)
+    assert np.array_equal(colours[:3] + 255 - alpha, np.moveaxis(np.asarray(expected), 2, 0))
+    assert alpha.min() == 255 or "hidden" in name or "transparent" in name or "alphas" in name
+
+
+def test_every_mode_has_its_number_of_channels(tmp_path):
+    with_alpha(COLOURS, HALF).save(tmp_path / "x.png")
+    assert {"auto", *reading.CHANNELS} == {*reading.MODES}
+    for mode, channels in reading.CHANNELS.items():
+        assert reading.read_image(tmp_path / "x.png", (4, 6), mode)[0].shape == (channels, 4, 6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 5), (13, 13)])
+def test_a_hidden_colour_does_not_leak_into_its_neighbours(size, tmp_path):
+    """Blue is seen on the right, beside it red is hidden."""
+    colours = np.where(LEFT[:, :, None], (255, 0, 0), (0, 0, 255)).astype(np.uint8)
+    with_alpha(colours, HALF).save(tmp_path / "x.png")
+    red, green, blue, alpha = np.moveaxis(read(tmp_path / "x.png", size, "RGBA"), 2, 0)
+    assert red.max() == green.max() == 0
+    assert np.array_equal(blue, alpha)
+    assert (alpha.min(), alpha.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (20, 20)])
+def test_no_colour_is_brighter_than_its_alpha(size, tmp_path):
+    """Where Lanczos overshoots it would be: no such colour can be shown."""
+    alpha = np.random.default_rng(4).integers(0, 256, (8, 8))
+    with_alpha(COLOURS, alpha).save(tmp_path / "x.png")
+    pixels = read(tmp_path / "x.png", size, "RGBA")
+    assert (pixels[:, :, :3] <= pixels[:, :, 3:]).all()
+
+
+@pytest.mark.parametrize("alpha", [255, 128, 8])
+def test_a_premultiplied_colour_can_be_divided_again(alpha, tmp_path):
+    with_alpha(COLOURS, alpha).save(tmp_path / "x.png")
+    pixels = read(tmp_path / "x.png", mode="RGBA")
+    assert (pixels[:, :, 3] == alpha).all()
+    divided = pixels[:, :, :3] * 255 / alpha
+    assert abs(divided - COLOURS).max() <= 255 / alpha / 2 * (alpha < 255) + 1e-9  # half a level, enlarged
 
 
 @pytest.mark.parametrize("alpha", [1, 64, 128, 254])
@@ -320,12 +441,77 @@ def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkey
     with Image.open(tmp_path / "x.jpg") as picture:
         whole = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.LANCZOS), dtype=int)
 
-    decoded, to_rgb = [], reading.to_rgb
-    monkeypatch.setattr(reading, "to_rgb", lambda picture: decoded.append(picture.size) or to_rgb(picture))
+    decoded, to_mode = [], reading.to_mode
+    monkeypatch.setattr(
+        reading, "to_mode", lambda picture, *mode: decoded.append(picture.size) or to_mode(picture, *mode)
+    )
     difference = abs(read(tmp_path / "x.jpg", size=(64, 64)) - whole)
     assert decoded == [(256, 192)]  # a fourth: still more than twice the size wanted
     assert difference.max() <= 4  # of 200 levels from trough to crest; two ways to average smooth waves
     assert difference.mean() < 1
+
+
+# ---- what sampling begins from ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", reading.CHANNELS)
+def test_a_start_is_read_as_the_data_set_reads_a_picture(mode, tmp_path):
+    with_alpha(COLOURS, HALF).resize((30, 20)).save(tmp_path / "x.png")
+    picture, share = reading.read_start(str(tmp_path / "x.png"), "", (6, 10), mode)
+    assert torch.equal(
+        picture, utils.from_bytes(torch.from_numpy(reading.read_image(tmp_path / "x.png", (6, 10), mode)[0]))
+    )
+    assert torch.equal(share, torch.ones(1, 6, 10))  # all of it is painted anew
+
+
+def test_a_mask_is_the_share_of_every_pixel_that_is_white(tmp_path):
+    """The white edge runs through the fifth column: a quarter of that is white, and not a trace reaches further."""
+    white = np.zeros((32, 32), np.uint8)
+    white[:, :17] = 255
+    for name, picture in {"x.png": solid("RGB", ORANGE).resize((32, 32)), "mask.png": Image.fromarray(white)}.items():
+        picture.save(tmp_path / name)
+    _, share = reading.read_start(str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (8, 8), "RGB")
+    assert share.dtype == torch.float32
+    expected = torch.tensor([1, 1, 1, 1, 64 / 255, 0, 0, 0])  # a quarter in 255 steps
+    assert torch.equal(share, expected.expand(1, 8, 8))
+
+
+def test_picture_and_mask_are_turned_and_cut_alike(tmp_path):
+    """The same file as both: stored sideways as the picture, upright as the mask."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray = np.ascontiguousarray(UPRIGHT[:, :, 0])
+    Image.fromarray(np.rot90(gray).copy()).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(gray).save(tmp_path / "mask.png")
+    picture, share = reading.read_start(str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (6, 4), "L")
+    assert torch.allclose(share, (picture + 1) / 2, atol=1e-6)  # float32
+    assert np.array_equal(utils.to_bytes(picture)[0].numpy(), gray[:, 3:7])
+
+
+@pytest.mark.parametrize(
+    "init_image, mask, words",
+    [
+        ("nothing.png", "", ["--init_image=nothing.png is not a file"]),
+        ("", "", ["--init_image= is not a file"]),
+        (".", "", ["--init_image=. is not a file"]),
+        ("text.jpg", "", ["--init_image=text.jpg is not a picture that can be read"]),
+        ("wide.png", "nothing.png", ["--mask=nothing.png is not a file"]),
+        ("wide.png", "text.jpg", ["--mask=text.jpg is not a picture that can be read"]),
+        ("wide.png", "tall.png", ["--mask=tall.png is 8 pixels wide and 12 high", "--init_image=wide.png 12"]),
+        ("sideways.jpg", "wide.png", ["--mask=wide.png is 12 pixels wide", "--init_image=sideways.jpg 8"]),
+        ("", "wide.png", ["--mask=wide.png", "--init_image"]),
+    ],
+)
+def test_what_cannot_be_begun_from_is_refused(init_image, mask, words, place):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 8)).save("wide.png")
+    Image.new("RGB", (8, 12)).save("tall.png")
+    Image.new("RGB", (12, 8)).save("sideways.jpg", exif=exif)
+    Path("text.jpg").write_text("no picture")
+    with pytest.raises(UserError) as refusal:
+        reading.read_start(init_image, mask, (8, 8), "RGB")
+    assert all(word in str(refusal.value) for word in words)
 
 
 # ---- damaged files ---------------------------------------------------------------------------------------------------
@@ -379,11 +565,11 @@ DECODER_ERRORS += [Image.UnidentifiedImageError, Image.DecompressionBombError]
 
 @pytest.mark.parametrize("error", DECODER_ERRORS)
 def test_whatever_a_decoder_raises_is_the_reason(error, tmp_path, monkeypatch):
-    def fail(_) -> None:
+    def fail(*_) -> None:
         raise error("so it is")
 
     Image.fromarray(UPRIGHT).save(tmp_path / "x.png")
-    monkeypatch.setattr(reading, "to_rgb", fail)
+    monkeypatch.setattr(reading, "to_mode", fail)
     pixels, reason = reading.read_image(tmp_path / "x.png", (6, 10))
     assert pixels is None
     assert "x.png" in reason and "so it is" in reason
@@ -442,16 +628,66 @@ def test_half_of_the_pictures_may_be_bad_but_no_more(place):
     assert not list(place.rglob("*.unfinished"))
 
 
+# ---- gray or colour --------------------------------------------------------------------------------------------------
+
+
+def save_gray(folder: Path) -> None:
+    """Gray pictures as every kind of file has them, colour files too."""
+    folder.mkdir()
+    Image.fromarray(GRAY).save(folder / "gray.png")
+    Image.fromarray(GRAY).save(folder / "gray.jpg")
+    Image.fromarray(rgb(GRAY)).save(folder / "as_colour.jpg")
+    Image.fromarray(rgb(GRAY)).resize((31, 17)).save(folder / "as_colour.png")
+    with_alpha(GRAY, HALF).save(folder / "hidden.png")
+
+
+def test_gray_pictures_are_a_gray_data_set(place):
+    save_gray(place / "x")
+    data = reading.load_dataset(place / "x", (8, 8))
+    assert (data.mode, data.images.shape) == ("L", (5, 1, 8, 8))
+    asked = reading.load_dataset(place / "x", (8, 8), "L")
+    assert asked.mode == "L"
+    assert np.array_equal(data.images, asked.images)
+    colour = reading.load_dataset(place / "x", (8, 8), "RGB")
+    assert (colour.mode, colour.images.shape) == ("RGB", (5, 3, 8, 8))
+
+
+def test_one_coloured_pixel_makes_a_colour_data_set(place):
+    save_gray(place / "x")
+    spot = rgb(GRAY)
+    spot[7, 7, 2] += 1
+    Image.fromarray(spot).save(place / "x" / "a_spot.png")  # the first
+    data = reading.load_dataset(place / "x", (8, 8))
+    assert (data.mode, data.images.shape) == ("RGB", (6, 3, 8, 8))
+
+
+def test_auto_and_colour_are_decoded_once_and_other_modes_on_their_own(place, monkeypatch):
+    paint(place / "x", count=3)
+    modes, read_image = [], reading.read_image
+    monkeypatch.setattr(reading, "read_image", lambda *inputs: modes.append(inputs[2]) or read_image(*inputs))
+    data = {mode: reading.load_dataset(place / "x", (8, 8), mode) for mode in ("auto", "RGB", "L", "RGBA", "auto")}
+    assert collections.Counter(modes) == {"RGB": 3, "L": 3, "RGBA": 3}
+    assert {mode: one.mode for mode, one in data.items()} == {"auto": "RGB", "RGB": "RGB", "L": "L", "RGBA": "RGBA"}
+    for mode, one in data.items():
+        assert one.images.shape == (3, reading.CHANNELS[one.mode], 8, 8), mode
+        expected = [read_image(path, (8, 8), one.mode)[0] for path in reading.list_images(place / "x").paths]
+        assert np.array_equal(one.images, expected), mode
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def assert_same(one: reading.Dataset, other: reading.Dataset) -> None:
+    assert np.array_equal(one.images, other.images)
+    assert np.array_equal(one.labels, other.labels)
+    assert (one.fingerprint, one.remarks, one.mode) == (other.fingerprint, other.remarks, other.mode)
 
 
 def test_pictures_are_decoded_once(place, monkeypatch):
     break_files(paint(place / "x", count=5), 3)
     first = reading.load_dataset(place / "x", (8, 8))
-    monkeypatch.setattr(reading, "decode", forbid)
-    second = reading.load_dataset(place / "x", (8, 8))
-    assert np.array_equal(first.images, second.images)
-    assert first[1:] == second[1:]
+    monkeypatch.setattr(reading, "read_image", forbid)
+    assert_same(first, reading.load_dataset(place / "x", (8, 8)))
 
 
 def touch_one(folder) -> None:
@@ -542,21 +778,318 @@ def test_half_a_cache_is_not_used(place):
     assert np.array_equal(reading.load_dataset(place / "x", (8, 8)).images, whole)
 
 
-def test_a_decoding_that_was_stopped_leaves_nothing_to_be_used(place, monkeypatch):
-    paint(place / "x", count=6)
-    read_image = reading.read_image
+def test_two_at_once_decode_once(place, monkeypatch):
+    """The second one waits for the first."""
+    paint(place / "x", count=4)
+    seen, read_image = [], reading.read_image
 
-    def stop_at_the_third(path, size):
-        if path.name == "picture_0002.png":
+    def read_slowly(path, *how):
+        time.sleep(0.05)
+        seen.append(path)
+        return read_image(path, *how)
+
+    monkeypatch.setattr(reading, "read_image", read_slowly)
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda _: reading.load_dataset(place / "x", (8, 8)), range(2))
+    assert_same(one, other)
+    assert len(seen) == 4
+
+
+# ---- decoding that is interrupted ------------------------------------------------------------------------------------
+
+
+def cache_files(place: Path) -> tuple[Path, Path]:
+    """The pictures' bytes, and the note beside them."""
+    [cache], [note] = (list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
+    return cache, note
+
+
+def noted(place: Path) -> int:
+    """How many pictures a decoding has noted so far."""
+    notes = list((place / reading.CACHE).glob("*.json"))
+    return json.loads(notes[0].read_text())["seen"] if notes else 0
+
+
+def paint_many(folder: Path) -> Path:
+    """Twelve pictures in two classes, some of which there is something to tell of."""
+    paint(folder / "a", count=6)
+    break_files(folder / "a", 1, 4)
+    paint(folder / "b", count=6, size=(9, 7), first_seed=6)
+    break_files(folder / "b", 9)
+    return folder
+
+
+def decoded_at_once(place: Path, name: str) -> tuple[reading.Dataset, bytes]:
+    """The data set as an uninterrupted decoding makes it, and its bytes; the cache is empty again."""
+    data = reading.load_dataset(Path(name), (8, 8))
+    whole = cache_files(place)[0].read_bytes()
+    shutil.rmtree(place / reading.CACHE)
+    return data, whole
+
+
+@pytest.mark.parametrize("stopped_at", range(0, 12, 2))
+def test_an_interrupted_decoding_goes_on_where_it_was(stopped_at, place, monkeypatch):
+    """And equals an uninterrupted one byte for byte."""
+    expected, whole = decoded_at_once(place, paint_many(place / "x").name)
+    monkeypatch.setattr(reading, "NOTE_EVERY", 0)
+    paths, read_image, seen = reading.list_images(Path("x")).paths, reading.read_image, []
+
+    def read_until(end: int, path, *how):
+        seen.append(path)
+        if path == paths[end]:
             raise KeyboardInterrupt
-        return read_image(path, size)
+        return read_image(path, *how)
 
-    monkeypatch.setattr(reading, "read_image", stop_at_the_third)
+    monkeypatch.setattr(reading, "read_image", functools.partial(read_until, stopped_at))
     with pytest.raises(KeyboardInterrupt):
-        reading.load_dataset(place / "x", (8, 8))
-    assert not [name for name in files_below(place / reading.CACHE) if not name.endswith(".lock")]
-    monkeypatch.setattr(reading, "read_image", read_image)
-    assert len(reading.load_dataset(place / "x", (8, 8)).images) == 6
+        reading.load_dataset(Path("x"), (8, 8))
+    seen.clear()
+    monkeypatch.setattr(reading, "read_image", lambda path, *how: seen.append(path) or read_image(path, *how))
+    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert sorted(seen) == paths[stopped_at:]
+    assert cache_files(place)[0].read_bytes() == whole
+
+
+def interrupt(place: Path, monkeypatch, name: str = "x", seen: int = 6) -> None:
+    """Have the decoding of a folder end when so many pictures have been noted."""
+    write_whole = reading.write_whole
+
+    def write_some(path, write) -> None:
+        write_whole(path, write)
+        if json.loads(path.read_text())["seen"] == seen:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "NOTE_EVERY", 0)
+        patch.setattr(reading, "write_whole", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            reading.load_dataset(Path(name), (8, 8))
+
+
+def forget_some_bytes(cache: Path, note: Path) -> None:
+    cache.write_bytes(cache.read_bytes()[:-1])
+
+
+def forget_all_bytes(cache: Path, note: Path) -> None:
+    cache.unlink()
+
+
+def forget_the_note(cache: Path, note: Path) -> None:
+    note.unlink()
+
+
+def tear_the_note(cache: Path, note: Path) -> None:
+    note.write_bytes(note.read_bytes()[:-9])
+
+
+def write_other_facts(cache: Path, note: Path) -> None:
+    note.write_text('{"count": 1, "remarks": []}')
+
+
+def write_no_facts(cache: Path, note: Path) -> None:
+    note.write_text("[1, 2]")
+
+
+DAMAGES = [forget_some_bytes, forget_all_bytes, forget_the_note, tear_the_note, write_other_facts, write_no_facts]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_note_that_does_not_match_is_not_believed(damage, is_whole, place, monkeypatch):
+    expected, whole = decoded_at_once(place, paint_many(place / "x").name)
+    if is_whole:
+        reading.load_dataset(Path("x"), (8, 8))
+    else:
+        interrupt(place, monkeypatch)
+    damage(*cache_files(place))
+    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert cache_files(place)[0].read_bytes() == whole
+
+
+def test_what_was_written_after_the_note_is_written_again(place, monkeypatch):
+    """A death comes between the pictures and their note."""
+    expected, whole = decoded_at_once(place, paint_many(place / "x").name)
+    interrupt(place, monkeypatch)
+    with open(cache_files(place)[0], "ab") as file:
+        file.write(b"more" * 10_000)
+    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert cache_files(place)[0].read_bytes() == whole
+
+
+def test_a_decoding_that_begins_anew_leaves_the_pictures_of_another_process_alone(place):
+    """That has the file in its memory: cut short under it, it would die of a bus error."""
+    reading.load_dataset(paint_many(place / "x"), (8, 8))
+    cache, note = cache_files(place)
+    os.link(cache, place / "in_memory")  # as a map of it keeps it
+    forget_the_note(cache, note)
+    reading.load_dataset(place / "x", (8, 8))
+    assert not os.path.samefile(cache, place / "in_memory")
+
+
+def test_a_full_disk_ends_the_decoding_and_it_goes_on_when_there_is_room(place, monkeypatch):
+    resource = pytest.importorskip("resource")
+    expected, whole = decoded_at_once(place, paint_many(place / "x").name)
+    monkeypatch.setattr(reading, "NOTE_EVERY", 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            reading.load_dataset(Path("x"), (8, 8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < noted(place) < 12
+    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert cache_files(place)[0].read_bytes() == whole
+
+
+def test_pictures_are_on_the_disk_before_the_note_that_tells_of_them(place, monkeypatch):
+    paint(place / "x", count=4)
+    synced, fsync, write_whole = [], os.fsync, reading.write_whole
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size) or fsync(number))
+
+    def look(path, write) -> None:
+        before = synced[-1]
+        write_whole(path, write)
+        assert before == json.loads(path.read_text())["count"] * 3 * 8 * 8
+
+    monkeypatch.setattr(reading, "NOTE_EVERY", 0)
+    monkeypatch.setattr(reading, "write_whole", look)
+    reading.load_dataset(Path("x"), (8, 8))
+
+
+def test_few_pictures_are_in_memory_at_a_time(place, monkeypatch):
+    """However slowly they are taken."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    started = []
+    monkeypatch.setattr(reading, "read_image", lambda path, *how: started.append(path))
+    portions = reading.read_all([str(number) for number in range(1000)], (8, 8), "RGB")
+    for taken in range(1, 20):
+        next(portions)
+        assert len(started) <= taken + 2 * 2
+    portions.close()
+    assert len(started) < 30
+
+
+# ---- decoding by processes -------------------------------------------------------------------------------------------
+
+# Loads the pictures in x by processes. They import this file as well: it slows them down, so that they can be hit.
+LOADER = """
+import os, sys, time
+from pathlib import Path
+import reading
+from command_line import run_command_line
+
+read_image, way = reading.read_image, os.environ["WAY"]
+
+def read_slowly(path, *how):
+    time.sleep(0.02)
+    if way == "a process dies" and path.endswith("picture_0100.png"):
+        os._exit(1)
+    return read_image(path, *how)
+
+def load() -> None:
+    'Load.'
+    reading.load_dataset(Path("x"), (8, 8))
+
+reading.read_image, reading.NOTE_EVERY, reading.PROCESSES_FROM, reading.PORTION = read_slowly, 0, 0, 7
+if __name__ == "__main__":
+    run_command_line("loader.py", {"load": load}, {})
+"""
+
+
+@contextlib.contextmanager
+def loader_in(place: Path, way: str = "") -> Iterator[subprocess.Popen]:
+    """A process that decodes by others, in a group of its own: as from a terminal. None of them outlives the test."""
+    (place / "loader.py").write_text(LOADER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WAY": way}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    loader = subprocess.Popen([sys.executable, "loader.py", "load"], cwd=place, env=environment, **options)
+    try:
+        yield loader
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(loader.pid, signal.SIGKILL)
+
+
+def wait_until(is_so, seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(group: int) -> bool:
+    """Whether any process of a group lives."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+on_posix = pytest.mark.skipif(not hasattr(os, "killpg"), reason="this system has no groups of processes")
+
+
+@pytest.mark.parametrize("mode", ["auto", "RGBA"])
+def test_processes_decode_what_threads_do(mode, place, monkeypatch):
+    paint_many(place / "x")
+    expected = reading.load_dataset(place / "x", (8, 8), mode)
+    shutil.rmtree(place / reading.CACHE)
+    monkeypatch.setattr(reading, "PROCESSES_FROM", 0)
+    monkeypatch.setattr(reading, "PORTION", 5)  # of twelve pictures
+    monkeypatch.setattr(reading, "read_image", forbid)  # in this process
+    assert_same(reading.load_dataset(place / "x", (8, 8), mode), expected)
+
+
+@on_posix
+@pytest.mark.parametrize(
+    "number, moment",
+    [
+        (signal.SIGKILL, "as it reads"),
+        (signal.SIGTERM, "as it reads"),
+        (signal.SIGINT, "as it reads"),
+        (signal.SIGINT, "as its processes start"),
+    ],
+)
+def test_processes_end_with_the_one_that_started_them(number, moment, place):
+    """kill strikes that one alone, Ctrl-C in a terminal all of them; the next one goes on where it was."""
+    paint(place / "x", count=300)
+    break_files(place / "x", 3, 200)
+    expected, whole = decoded_at_once(place, "x")
+    with loader_in(place) as loader:
+        if moment == "as it reads":
+            wait_until(lambda: noted(place) > 20)
+        else:
+            wait_until(lambda: list((place / reading.CACHE).glob("*.bytes")))
+            time.sleep(0.3)  # they import PyTorch
+        (os.killpg if number == signal.SIGINT else os.kill)(loader.pid, number)
+        _, err = loader.communicate(timeout=100)
+        wait_until(lambda: not is_alive(loader.pid))
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert loader.returncode == 130
+        assert err.splitlines()[-1] == "loader.py: stopped"
+    before = noted(place)
+    assert before < 300
+    seen, read_image = [], reading.read_image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "read_image", lambda *inputs: seen.append(inputs) or read_image(*inputs))
+        assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert len(seen) == 300 - before
+    assert cache_files(place)[0].read_bytes() == whole
+
+
+@on_posix
+def test_a_process_that_dies_is_told_of_in_one_line(place):
+    paint(place / "x", count=140)
+    with loader_in(place, "a process dies") as loader:
+        _, err = loader.communicate(timeout=100)
+        wait_until(lambda: not is_alive(loader.pid))
+    assert loader.returncode == 2
+    [line] = [line for line in err.splitlines() if "loader.py:" in line]
+    named = int(line.partition("picture_")[2][:4])
+    assert noted(place) == named <= 100
+    assert "died" in line and "goes on" in line
+    assert "Traceback" not in err
 
 
 # ---- the order of an epoch -------------------------------------------------------------------------------------------
@@ -596,14 +1129,18 @@ def test_every_epoch_and_every_seed_has_its_own_order():
     assert tuple(range(50)) not in shown
 
 
-def test_about_half_are_mirrored_and_nothing_else_is_done():
+def test_about_half_are_mirrored():
     torch.manual_seed(0)
-    images = torch.rand(4000, 3, 2, 5)
-    seen = reading.mirror_half(images)
-    as_it_was = (seen == images).flatten(1).all(dim=1)
-    mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
-    assert (as_it_was ^ mirrored).all()
+    mirrored = reading.draw_mirrored(4000, torch.device("cpu"))
+    assert (mirrored.shape, mirrored.dtype) == ((4000,), torch.bool)
     assert abs(mirrored.sum() - 2000) < 5 * math.sqrt(4000) / 2  # five standard deviations of 4,000 coins
+
+
+def test_those_drawn_are_mirrored_and_nothing_else_is_done():
+    images, mirrored = torch.rand(6, 3, 2, 5), torch.tensor([True, False, False, True, True, False])
+    seen = reading.mirror_half(images, mirrored)
+    assert torch.equal(seen[mirrored], images[mirrored].flip(3))
+    assert torch.equal(seen[~mirrored], images[~mirrored])
 
 
 # ---- levels and files ------------------------------------------------------------------------------------------------
@@ -705,5 +1242,5 @@ def test_it_trains_on_300_images_of_every_kind_in_nested_folders(run, place):
     (folder / "broken.jpg").write_text("no picture")
     result = run("train", "--dataset=\u00fcber all", *TINY, "--epochs=1")
     assert steps_done(result) == 300 // 4
-    assert "300 images of 8x8" in result.out
+    assert re.search("300 [a-z ]*images of 8x8", result.out)
     assert "1 unreadable, left out: broken.jpg" in result.out

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import diffusers
 import numpy as np
@@ -122,7 +123,7 @@ def test_loss_has_its_weights_applied():
 def test_draw_gives_every_step_alike_and_standard_noise():
     torch.manual_seed(0)
     count, noise_steps = 50_000, 10
-    t, eps = Diffusion(noise_steps).draw(torch.zeros(count, 1, 1, 2))
+    t, eps = Diffusion(noise_steps).draw((count, 1, 1, 2))
     seen, times = t.unique(return_counts=True)
     assert seen.tolist() == list(range(1, noise_steps + 1))
     expected = count / noise_steps
@@ -265,9 +266,12 @@ def test_ddpm_keeps_mean_and_spread(schedule, steps, least_spread):
 # ---- the walk with a network -----------------------------------------------------------------------------------------
 
 
-def toy_network(x_t: Tensor, t: Tensor) -> Tensor:
+def toy_network(x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
     """Stands in for a network: looks at every pixel, its neighbour and the step."""
     return torch.tanh(x_t + 0.5 * x_t.roll(1, dims=3)) * torch.cos(t / 300).view(-1, 1, 1, 1)
+
+
+toy_network.channels = 3
 
 
 @pytest.mark.parametrize(("schedule", "their_schedule"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
@@ -317,9 +321,11 @@ def test_image_hangs_on_its_seed_alone(sampler):
     """To the bit, with a network that only multiplies; kernels that round by the batch are not the noise's doing."""
     seen = []
 
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, labels: None) -> Tensor:
         seen.append(x_t)
         return x_t * 0.5
+
+    network.channels = 3
 
     def images(*seeds: int) -> Tensor:
         *_, (x_t, _) = ddpm.walk(network, Diffusion(1000, "cosine", "v"), seeds, (8, 12), sampler, 10)
@@ -333,6 +339,95 @@ def test_image_hangs_on_its_seed_alone(sampler):
     assert (others > 0.1).all(), "other seeds, other images"
 
 
+def class_network(diffusion: Diffusion, means: Tensor) -> Callable:
+    """The perfect answer, in x_0: class c is a Gaussian of variance 1 around means[c]; without class, around 0.
+
+    E[x_0 | x_t] = mean + signal (x_t - signal mean), for the variance of x_t is 1, too.
+    """
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        signal, mean = diffusion.at(t)[0], torch.cat([means, torch.zeros(1)])[labels].view(-1, 1, 1, 1)
+        return mean + signal * (x_t - signal * mean)
+
+    network.channels, network.null_class = 1, len(means)
+    return network
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0, 3.5])
+def test_guidance_moves_gaussian_classes_as_far_as_it_says(guidance):
+    """Between N(0, 1) and N(m, 1), guidance w is the answer of N(w m, 1): 0 ignores the class, 1 is plain."""
+    diffusion, means = Diffusion(1000, "cosine", "x0"), torch.tensor([-0.1, 0.04])
+    network, labels = class_network(diffusion, means), torch.tensor([0, 1, 1])
+    wanted = class_network(diffusion, guidance * means)
+    x_t, t = torch.randn(3, 1, 4, 4), torch.tensor([10, 500, 990])
+    answer = ddpm.guided(network, x_t, t, labels, guidance)
+    assert (answer - wanted(x_t, t, labels)).abs().max() < 1e-6  # float32, values near 1
+
+
+@pytest.mark.parametrize(("guidance", "size"), [(0, 3), (1, 3), (2, 6)])
+def test_guidance_asks_the_network_once_a_step(guidance, size):
+    """With class and without go through it as one batch; where one of the two does not count, it is left out."""
+    sizes, network = [], class_network(Diffusion(1000, "cosine", "x0"), torch.tensor([0.5]))
+
+    def counting(x_t: Tensor, *others: Tensor) -> Tensor:
+        sizes.append(len(x_t))
+        return network(x_t, *others)
+
+    counting.null_class = 1
+    ddpm.guided(counting, torch.randn(3, 1, 4, 4), torch.full((3,), 5), torch.zeros(3, dtype=torch.long), guidance)
+    assert sizes == [size]
+
+
+def test_classes_take_turns_by_the_number_of_the_image():
+    assert ddpm.take_turns([2, 0, 5], range(1, 6)).tolist() == [0, 5, 2, 0, 5]
+    assert ddpm.take_turns([], range(3)) is None
+
+
+# ---- from a picture --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 1000), st.data())
+def test_less_strength_is_the_end_of_the_same_path(noise_steps, data):
+    diffusion, steps = Diffusion(noise_steps), data.draw(st.integers(1, noise_steps))
+    whole, strength = diffusion.path(steps), data.draw(st.floats(0, 1))
+    path = diffusion.path(steps, strength)
+    assert path[0] == round(strength * noise_steps)
+    assert path[-1] == 0
+    assert path[1:] == [t for t in whole if t < path[0]]
+    assert diffusion.path(steps, 1.0) == whole
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("strength", [0.0, 0.02, 0.4, 1.0])
+def test_what_must_not_change_comes_out_as_it_went_in(sampler, strength):
+    """Black is kept to the bit, gray is mixed, and all else is new."""
+    torch.manual_seed(0)
+    picture, anew = torch.rand(3, 8, 8) * 2 - 1, torch.zeros(1, 8, 8)
+    anew[:, :, 4:], anew[:, :, 3] = 1.0, 0.5
+    walk = ddpm.walk(toy_network, Diffusion(), range(2), (8, 8), sampler, 10, None, 1.0, picture, anew, strength)
+    *_, (images, guess) = walk
+    assert torch.equal(images[:, :, :, :3], picture[:, :, :3].expand(2, -1, -1, -1))
+    is_new = (images - picture).abs().amax(dim=(0, 1, 2)) > 0.01
+    assert is_new.tolist() == [False] * 3 + [strength > 0] * 5
+    assert torch.equal(images, guess)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_strength_goes_from_the_picture_itself_to_plain_sampling(sampler):
+    picture, diffusion = torch.rand(3, 8, 8, generator=torch.manual_seed(0)) * 2 - 1, Diffusion()
+
+    def images(**begin) -> Tensor:
+        *_, (x_t, _) = ddpm.walk(toy_network, diffusion, [3, 4], (8, 8), sampler, 12, **begin)
+        return x_t
+
+    begin = {"picture": picture, "anew": torch.ones(1, 8, 8)}
+    plain = images()
+    assert torch.equal(images(strength=1.0, **begin), plain)
+    assert torch.equal(images(strength=0.0, **begin), picture.expand(2, -1, -1, -1))
+    assert torch.equal(images(strength=0.0004, **begin), picture.expand(2, -1, -1, -1))  # less than half a step
+    assert not torch.equal(images(strength=0.9, **begin), plain)
+
+
 @pytest.fixture(scope="module")
 def two_colours() -> tuple[nn.Module, Diffusion, Tensor]:
     """A network that has seen nothing but red and blue pictures, its noising process, and the two pictures."""
@@ -344,7 +439,7 @@ def two_colours() -> tuple[nn.Module, Diffusion, Tensor]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(1, 201):
         x_0 = colours[torch.randint(2, (32,))]
-        diffusion.loss(network, x_0, *diffusion.draw(x_0)).mean().backward()
+        diffusion.loss(network, x_0, *diffusion.draw(x_0.shape)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, network, step, decay=0.99)

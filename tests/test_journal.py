@@ -61,10 +61,10 @@ def course(**changed) -> Course:
 # ---- how far a training is ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("speed, laid_aside", [(0, 0), (10, 30), (1000, 0.3), (0.1, 150)])
+@pytest.mark.parametrize("speed, laid_aside", [(0, 0), (10, 32), (1000, 0.32), (0.1, 150)])
 @pytest.mark.parametrize("max_minutes", [0, 10])
 def test_steps_and_clock_both_count_and_the_larger_share_holds(clock, max_minutes, speed, laid_aside):
-    """Without a budget only the steps count; with one the last preview, too: the time of 300 images, if known."""
+    """Without a budget only the steps count; with one the last preview, too: the time of 320 images, if known."""
     training = course(max_minutes=max_minutes)
     training.speed = speed
     assert training.last_step == 100
@@ -136,7 +136,7 @@ def test_an_epoch_ends_with_the_step_that_completes_it(batch_size, ends):
 def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(run, place, slow_steps, monkeypatch):
     """5 minutes of steps of 6 seconds and one preview of 30 that is foreseen; the rate is cos^2 of the time gone."""
     paint(place / "pictures")
-    monkeypatch.setattr(Course, "PREVIEW_COST", 5 * 4)  # five steps of four images: 30 seconds
+    monkeypatch.setattr(Course, "PREVIEW_COST", 5 * 4 / 16)  # of 16 previews five steps of four images: 30 seconds
     monkeypatch.setattr(journal, "ROW_EVERY", 5)
     assert run(*TRAIN, "--max_minutes=5").status == 0
     assert slow_steps.seconds - 1000 == pytest.approx(300, abs=6)

@@ -29,6 +29,7 @@ import journal
 import reading
 import utils
 from journal import plot_curves
+from modules import ResidualBlock, UNet
 
 LAST_STEP = 8  # of 3 epochs of 10 pictures, 4 a step: no epoch but the second ends with a batch
 CHECKPOINT, PREVIOUS = Path("models/run/checkpoint.pt"), Path("models/run/checkpoint.previous.pt")
@@ -36,7 +37,7 @@ LOG, PREVIEWS = Path("results/run/log.csv"), Path("results/run/training_progress
 # Another value than the tiny run's for every option that makes it another run.
 OTHER = {"seed": 1, "flip": "no", "img_size": 16, "width": 32, "multipliers": "1,1", "blocks": 2, "attention_size": 0}
 OTHER |= {"dropout": 0.5, "noise_steps": 16, "schedule": "cosine", "objective": "v", "min_snr": 0.1, "batch_size": 3}
-OTHER |= {"lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
+OTHER |= {"mode": "L", "lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
 
 
 def words(**options) -> list[str]:
@@ -593,10 +594,95 @@ def test_a_training_outlives_its_terminal(train, uninterrupted):
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_float64(monkeypatch):
+    """So that what differs by more than 1e-10 is not the order of additions."""
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(ddpm, "walk", lambda *_: iter([(torch.zeros(16, 3, 8, 8),) * 2]))  # its noise is float32
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def out_of_memory_above(images: int) -> Callable:
+    """The network's forward pass on a GPU that holds so many images; the last moment at which memory can run out."""
+    forward = UNet.forward
+
+    def forward_or_fail(self: UNet, x: Tensor, *others: Tensor) -> Tensor:
+        answer = forward(self, x, *others)
+        if self.training and len(x) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answer
+
+    return forward_or_fail
+
+
+def distance(one: dict, two: dict) -> float:
+    """The largest difference of weights or of what the log tells, relative to 1 and to the larger of the two."""
+    one, two = (leaves({key: state[key] for key in ("network", "average", "log")}) for state in (one, two))
+    assert one.keys() == two.keys()
+    return max(float((torch.as_tensor(one[key]) - torch.as_tensor(two[key])).abs().max()) for key in one)
+
+
+@pytest.mark.parametrize("fits", [1, 2, 3])
+@pytest.mark.parametrize("way", ["asked for", "found out"])
+def test_however_a_batch_is_cut_the_same_is_learnt(train, in_float64, monkeypatch, way, fits):
+    """By --micro_batch, or because memory runs out, which is said once for each halving."""
+    options = {"epochs": 15, "batch_size": 6}
+    assert train(**options).status == 0
+    whole = stored()
+    forget()
+    if way == "asked for":
+        assert train(**options, micro_batch=fits).status == 0
+    else:
+        monkeypatch.setattr(UNet, "forward", out_of_memory_above(fits))
+        result = train(**options)
+        assert result.status == 0, result.err
+        halvings = [3, 2, 1][: 4 - fits] if fits < 3 else [3]
+        assert [line for line in result.out.splitlines() if "out of memory" in line] == [
+            f"out of memory: --micro_batch={size} from now on, which learns the same" for size in halvings
+        ]
+    assert len(whole["log"]) == 1  # of 25 steps
+    assert distance(stored(), whole) < 1e-10
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 2}, {"batch_size": 1}])
+def test_memory_that_does_not_suffice_is_said_in_one_line(train, monkeypatch, options):
+    """Where the parts were asked for, or a single image is too large."""
+    monkeypatch.setattr(UNet, "forward", out_of_memory_above(options.get("micro_batch", 1) - 1))
+    result = train(**options)
+    assert result.status == 2
+    assert result.err.splitlines()[-1].startswith("ddpm.py: out of memory; a smaller --micro_batch, --batch_size")
+
+
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_what_is_computed_twice_is_the_same(train, monkeypatch, dropout):
+    """To the bit, and with the same activations dropped; every block is computed again once a step."""
+    calls, forward = [], ResidualBlock.forward
+    monkeypatch.setattr(ResidualBlock, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    assert train(dropout=dropout, epochs=1).status == 0
+    once, number = stored(), len(calls)
+    forget()
+    assert train(dropout=dropout, epochs=1, grad_checkpointing="yes").status == 0
+    assert len(calls) - number > number
+    del once["settings"]
+    assert differences(once, {key: part for key, part in stored().items() if key != "settings"}) == []
+
+
+def test_parts_of_a_batch_drop_other_activations(train):
+    """Else two GPUs, or two parts, would drop the same: the seed knows where a part begins."""
+    assert train(dropout=0.5, epochs=1).status == 0
+    whole = stored()
+    forget()
+    assert train(dropout=0.5, epochs=1, micro_batch=2).status == 0
+    assert differences({"average": stored()["average"]}, {"average": whole["average"]})
+
+
 def test_every_option_is_tried():
     """A new option of train belongs to OTHER, or to those that may change."""
     assert (
-        OTHER.keys() | set(ddpm.MAY_CHANGE) | {"run_name", "init_from"}
+        OTHER.keys() | set(ddpm.MAY_CHANGE) | {"run_name", "init_from", "conditional"}
         == inspect.signature(ddpm.train).parameters.keys()
     )
 
@@ -616,8 +702,8 @@ def test_seed_and_step_decide_order_and_noise(train, monkeypatch):
         orders[-1].extend(indices := batch_indices(*numbers))
         return indices
 
-    def note_noise(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
-        noises.append(draw(self, x_0))
+    def note_noise(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        noises.append(draw(self, shape))
         return noises[-1]
 
     monkeypatch.setattr(reading, "batch_indices", note_order)
@@ -641,7 +727,7 @@ def test_the_same_command_learns_the_same(train, finished):
 
 def test_a_checkpoint_describes_its_run(train, finished):
     asked_for = {"run_name": "run", "img_size": (8, 8), "multipliers": (1, 2), "lr": 1e-3, "epochs": 1, "flip": True}
-    assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys()
+    assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys() | {"classes"}
     assert asked_for.items() <= finished["settings"].items()
     assert finished["data"] == reading.load_dataset(Path("pictures"), (8, 8)).fingerprint
     network, _ = ddpm.build(finished["settings"], "cpu")
