@@ -260,8 +260,11 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        if hasattr(signal, "SIGHUP"):  # the terminal was closed: the training goes on
-            self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if hasattr(
+            signal, "SIGHUP"
+        ):  # the terminal was closed: the training goes on; but torchrun does not wait for it
+            wanted = self.note if processes.count() > 1 else signal.SIG_IGN
+            self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, wanted)
         return self
 
     def note(self, number: int, _frame) -> None:

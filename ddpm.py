@@ -482,9 +482,10 @@ def train(
     finally:
         if lock:
             lock.release()
+    processes.wait()  # a process that leaves has torchrun stop the others, which may be saving
     if stopping and done < 1:
         print(f"stopped and saved at step {step:,} of {course.last_step:,}; the same command goes on from there")
-        raise SystemExit(stopping)
+        raise SystemExit(int(stopping))
     print(log.report(run_name))
 
 

@@ -35,7 +35,7 @@ MODES = {"auto": "L or RGB", "L": "gray", "RGB": "colour", "RGBA": "colour and a
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 CACHE = Path("datasets", ".cache")
 NOTE_EVERY = 5  # seconds; so much is decoded again after a kill -9
-PROCESSES_FROM = 5_000  # pictures; fewer are read by threads before processes have imported PyTorch
+PROCESSES_FROM = 10_000  # pictures; threads have read fewer before the processes have imported PyTorch
 PORTION, PORTION_BYTES = 64, 2**22  # what a process reads before it hands it over: pictures and bytes, at most
 
 

@@ -89,8 +89,8 @@ def progress_bar(
 
     The hundredth is of `total`, or of `budget` in seconds if that is given: then nobody knows yet what total comes out.
     """
-    title = f"{title}: " if title else None
-    bar = functools.partial(tqdm, total=total, initial=done, unit=unit, unit_scale=True, desc=title)
+    title, is_another = f"{title}: " if title else None, int(os.environ.get("LOCAL_RANK", 0)) > 0  # torchrun's
+    bar = functools.partial(tqdm, total=total, initial=done, unit=unit, unit_scale=True, desc=title, disable=is_another)
     times = "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     if sys.stderr.isatty():
         return bar(dynamic_ncols=True, bar_format="{desc}{percentage:3.0f}%|{bar}| " + times)
