@@ -1,7 +1,9 @@
 """What `tools.evaluate` promises: figures with known answers, each moved by its own fault and by no other."""
 
 import csv
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -254,6 +256,72 @@ def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
         judge(samples, data[:31], few_features(), CPU)
 
 
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+
+def in_mode(mode: str, images: Tensor) -> Tensor:
+    """RGB pictures (N, 3, H, W) as gray ones, or as transparent ones whose colours are times alpha."""
+    if mode == "L":
+        return images[:, :1]
+    alpha = images[:, 2:].flip(1) // 2 + 128
+    return torch.cat([(images * (alpha / 255)).to(torch.uint8), alpha], dim=1)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_pictures_of_every_mode_are_judged_as_they_are_seen_over_white(place, mode):
+    """The same as RGB pictures that look so, to the last digit."""
+    images, samples = in_mode(mode, pictures(120, seed=0)), in_mode(mode, pictures(50, seed=20))
+    samples[:9] = images[:9]
+    seen, shown = (utils.over_white(side).contiguous() for side in (images, samples))
+    few = few_features()
+    assert judge(samples, images.numpy(), few, CPU) == judge(shown, seen.numpy(), few, CPU)
+    for one, other in zip(
+        find_nearest(samples, images.numpy(), 3, CPU), find_nearest(shown, seen.numpy(), 3, CPU), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert find_copies(samples, images.numpy(), CPU)[:9].all()
+    pairs = evaluate.pair_up(samples, images.numpy(), CPU)
+    assert torch.equal(pairs, evaluate.pair_up(shown, seen.numpy(), CPU))
+    assert torch.equal(pairs[:9, :, :16], pairs[:9, :, 16:])
+
+
+def test_what_is_transparent_is_white(place):
+    nothing = torch.zeros(32, 4, 8, 8, dtype=torch.uint8)
+    figures = judge(nothing[:16], nothing.numpy(), few_features(), CPU)
+    assert [figures[name] for name in ("red", "green_real", "blue", "contrast")] == [255, 255, 255, 0]
+
+
+def test_cached_features_of_one_mode_are_not_those_of_another(place):
+    """The same colours, times alpha or not, look different."""
+    images, samples = in_mode("RGBA", pictures(64, seed=0)), pictures(32, seed=20)
+    figures = [judge(samples, data.numpy(), few_features(), CPU) for data in (images, images[:, :3].contiguous())]
+    assert figures[0]["distance_real"] != figures[1]["distance_real"]
+    shutil.rmtree("datasets")
+    assert figures[1] == judge(samples, images[:, :3].contiguous().numpy(), few_features(), CPU)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_data_set_is_read_in_portions(place, monkeypatch, mode):
+    class OnDisk:
+        """A data set that notes how many pictures were asked for at a time."""
+
+        def __init__(self, images: Tensor):
+            self.images, self.read = images.numpy(), []
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, which) -> np.ndarray:
+            self.read.append(len(self.images[which]))
+            return self.images[which]
+
+    monkeypatch.setattr(evaluate, "CHUNK", 20)
+    data, samples = OnDisk(in_mode(mode, pictures(300, seed=0))), in_mode(mode, pictures(16, seed=20))
+    judge(samples, data, few_features(), CPU)
+    evaluate.pair_up(samples, data, CPU)
+    assert max(data.read) == 32, "two sets as large as that of the samples"
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -332,21 +400,41 @@ def test_inception_says_so_where_its_weights_cannot_be_had(monkeypatch):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+def paint_transparent(folder: Path, count: int) -> Path:
+    """As `paint`, with an alpha that rises from the left to the right."""
+    for path in paint(folder, count).iterdir():
+        picture = Image.open(path)
+        picture.putalpha(Image.linear_gradient("L").rotate(90).resize(picture.size))
+        picture.save(path)
+    return folder
+
+
+TINY_RUN = ("train", "--noise_steps=30", "--epochs=1", *TINY)
+RUNS = {
+    "tiny": (*TINY_RUN, "--dataset=pictures"),
+    "gray": (*TINY_RUN, "--dataset=pictures", "--mode=L"),
+    # pictures of two classes, three times as many of the one, twice as wide as they are high, and transparent
+    "sorted": (*TINY_RUN[:3], *TINY[1:], "--img_size=8x16", "--dataset=sorted", "--mode=RGBA", "--conditional"),
+}
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A place with a trained run and its data set: made once."""
+    """A place with trained runs and their data sets: made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("trained"))
         paint(Path("pictures"), count=40)
-        words = ("train", "--dataset=pictures", "--run_name=tiny", "--noise_steps=30", *TINY, "--epochs=1")
-        command_line.plan("ddpm.py", {"train": ddpm.train}, list(words))()
+        for name, count in {"cats": 10, "dogs": 30}.items():
+            paint_transparent(Path("sorted", name), count)
+        for name, words in RUNS.items():
+            command_line.plan("ddpm.py", {"train": ddpm.train}, [*words, f"--run_name={name}"])()
         return Path.cwd()
 
 
 @pytest.fixture
 def run_tool(place, trained, monkeypatch, run_main):
-    """Run `tools.evaluate WORDS...` within this process, in a place with that run and its data set."""
-    for name in ("models", "pictures"):
+    """Run `tools.evaluate WORDS...` within this process, in a place with those runs and their data sets."""
+    for name in ("models", "pictures", "sorted"):
         shutil.copytree(trained / name, place / name)
     monkeypatch.setitem(evaluate.FEATURES, "efficientnet", few_features)
     return lambda *words: run_main(evaluate.main, *words)
@@ -355,8 +443,11 @@ def run_tool(place, trained, monkeypatch, run_main):
 QUICK = ("--run_name=tiny", "--n_img=20", "--steps=2", "--device=cpu")
 
 
-def rows() -> list[dict]:
-    with open("results/tiny/evaluation.csv", newline="") as file:
+SORTED = ("--run_name=sorted", *QUICK[1:])
+
+
+def rows(run_name: str = "tiny") -> list[dict]:
+    with open(f"results/{run_name}/evaluation.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -374,13 +465,18 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
         assert picture.text["run"] == "tiny"
 
 
-def test_the_images_are_those_that_sample_makes(run_tool):
+@pytest.mark.parametrize("run_name", RUNS)
+def test_the_images_are_those_that_sample_makes(run_tool, run_name):
     """In batches of another size, so a level of 255 may be the rounding's, or four in bfloat16."""
-    stored = ddpm.load_run("tiny")
+    stored = ddpm.load_run(run_name)
     images = evaluate.make_samples(stored, range(5, 22), "ddim", 3, 4, CPU)
-    ddpm.sample(run_name="tiny", n_img=17, seed=5, sampler="ddim", steps=3, device="cpu")
-    saved = [np.asarray(Image.open(path), dtype=int) for path in sorted(Path("results/tiny").rglob("sample_*.png"))]
-    assert np.abs(np.stack(saved).transpose(0, 3, 1, 2) - images.numpy()).max() <= 4
+    ddpm.sample(run_name=run_name, n_img=17, seed=5, sampler="ddim", steps=3, device="cpu", save_grid=False)
+    for path, image in zip(sorted(Path("results", run_name).rglob("sample_*.png")), images, strict=True):
+        saved, made = (
+            np.asarray(side.convert("RGBA").convert("RGBa"), int)
+            for side in (Image.open(path), utils.to_picture(image))
+        )
+        assert np.abs(saved - made).max() <= 4
 
 
 @pytest.mark.parametrize("words", [("--seed=1",), ("--steps=3",), ("--sampler=ddpm",), ("--n_img=19",)])
@@ -390,6 +486,93 @@ def test_every_option_moves_the_figures(run_tool, words):
     assert run_tool(*(word for word in QUICK if word.partition("=")[0] not in changed), *words).status == 0
     first, second = rows()
     assert first["distance"] != second["distance"]
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+def data_of(labels: np.ndarray) -> reading.Dataset:
+    """A data set of which all that matters is which folder a picture lies in."""
+    return reading.Dataset(np.zeros((len(labels), 1, 1, 1), np.uint8), "", [], "L", labels)
+
+
+def test_classes_are_those_of_pictures_that_images_are_not_judged_by():
+    """Of the pictures in the fixed order, the first half are cats and the second dogs; dogs are the run's class 0."""
+    labels = np.zeros(40, dtype=np.int64)
+    labels[evaluate.in_fixed_order(40)[20:]] = 1
+    found = evaluate.draw_labels(("dogs", "cats"), data_of(labels), ("cats", "dogs"), 20)
+    assert found.tolist() == [0] * 20
+    assert evaluate.draw_labels((), data_of(labels), ("cats", "dogs"), 20) is None
+
+
+def test_classes_are_in_the_proportions_of_the_data_and_the_same_for_any_number():
+    labels = np.random.default_rng(0).choice(3, size=4000, p=[0.1, 0.3, 0.6])
+    found = evaluate.draw_labels(("a", "b", "c"), data_of(labels), ("a", "b", "c"), 2000)
+    counts = np.bincount(found.numpy()) / 2000
+    assert np.abs(counts - [0.1, 0.3, 0.6]).max() < 0.03  # three standard errors
+    assert torch.equal(evaluate.draw_labels(("a", "b", "c"), data_of(labels), ("a", "b", "c"), 50), found[:50])
+
+
+@pytest.mark.parametrize("run_name", RUNS)
+def test_runs_of_every_mode_shape_and_kind_are_judged(run_tool, place, monkeypatch, run_name):
+    drawn, walk = [], ddpm.walk
+
+    def listen(network, diffusion, seeds, size, sampler, steps, labels, guidance):
+        drawn.append((labels, guidance))
+        return walk(network, diffusion, seeds, size, sampler, steps, labels, guidance)
+
+    monkeypatch.setattr(ddpm, "walk", listen)
+    assert run_tool(f"--run_name={run_name}", *QUICK[1:]).status == 0
+    [(labels, guidance)] = drawn
+    assert (labels is None) == (run_name != "sorted")
+    if labels is not None:
+        assert (len(labels), guidance) == (20, ddpm.GUIDANCE)
+        listing = reading.list_images(Path("sorted"))
+        assert labels.tolist() == listing.labels[evaluate.in_fixed_order(40)[:19:-1]].tolist()
+    [row] = rows(run_name)
+    assert row["guidance"] == ("2.0" if run_name == "sorted" else "")
+    for end in ("", "_real"):
+        assert (row[f"red{end}"] == row[f"green{end}"] == row[f"blue{end}"]) == (run_name == "gray")
+    with Image.open(f"results/{run_name}/evaluation.png") as picture:
+        height, width = ddpm.load_run(run_name)["settings"]["img_size"]
+        assert (picture.mode, picture.size) == ("RGB", (5 * width, 4 * 2 * height))
+
+
+def test_guidance_moves_the_figures_and_stands_beside_them(run_tool):
+    for words in ((), ("--guidance=8",)):
+        assert run_tool(*SORTED, *words).status == 0
+    first, second = rows("sorted")
+    assert (first["guidance"], second["guidance"]) == ("2.0", "8.0")
+    assert first["distance"] != second["distance"]
+
+
+def test_pictures_of_other_classes_cannot_tell_which_to_make(run_tool, place):
+    paint(place / "others", count=50)
+    paint(place / "others/cats", count=3)
+    result = run_tool(*SORTED, "--dataset=others")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "50 pictures are in no folder named as a class of the run, such as cats" in result.err
+    assert not Path("results").exists()
+    shutil.move("others/cats", "others/dogs")
+    assert run_tool(*SORTED, "--dataset=others").status == 2
+    for path in Path("others").glob("*.png"):
+        path.rename(Path("others/dogs", f"more_{path.name}"))
+    assert run_tool(*SORTED, "--dataset=others").status == 0
+
+
+# ---- the table, remarks, refusals ------------------------------------------------------------------------------------
+
+
+def test_a_table_of_other_columns_is_not_torn(run_tool):
+    table = Path("results/tiny/evaluation.csv")
+    table.parent.mkdir(parents=True)
+    table.write_text("date,run,step,sampler,steps,seed\n")
+    result = run_tool(*QUICK)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert f"{table} has other columns than this version writes; move it away" in result.err
+    assert table.read_text() == "date,run,step,sampler,steps,seed\n"
+    table.unlink()
+    assert run_tool(*QUICK).status == 0
 
 
 def test_too_many_images_are_lowered_with_a_remark(run_tool):
@@ -411,7 +594,9 @@ def test_other_pictures_than_those_of_the_training_are_remarked_on(run_tool, pla
     "words, message",
     [
         ((), "--run_name is missing"),
-        (("--run_name=tniy",), "tniy is not a trained run; runs there are: tiny"),
+        (("--run_name=tniy",), "tniy is not a trained run; runs there are: gray, sorted, tiny"),
+        ((*QUICK, "--guidance=3"), "--guidance=3 is for runs that know classes, trained with --conditional"),
+        ((*SORTED, "--guidance=-1"), "--guidance=-1.0 is out of range"),
         (("--run_name=../tiny",), "is not a usable name"),
         ((*QUICK, "--stpes=3"), "did you mean --steps?"),
         ((*QUICK, "--batch_size=0"), "--batch_size=0 is out of range"),
@@ -461,5 +646,50 @@ def test_the_help_names_every_option(run_tool):
     result = run_tool("--help")
     assert result.status == 0
     assert result.out.startswith("usage: python -m tools.evaluate [--option=value ...]\n")
-    for flag in ("run_name", "dataset", "n_img", "seed", "features", "sampler", "steps", "batch_size", "device"):
+    options = (
+        "run_name",
+        "dataset",
+        "n_img",
+        "seed",
+        "features",
+        "sampler",
+        "steps",
+        "guidance",
+        "batch_size",
+        "device",
+    )
+    for flag in options:
         assert f"--{flag}=" in result.out
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def run_torch(*words: str, processes: int) -> subprocess.CompletedProcess:
+    """Run `torchrun --nproc_per_node=PROCESSES -m tools.evaluate WORDS...` here."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, "-m", "tools.evaluate", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_judge_the_same_images_as_one(place, trained, run_main):
+    for package in EFFICIENTNET:
+        pytest.importorskip(package)
+    for name in ("models", "sorted"):
+        shutil.copytree(trained / name, place / name)
+    words = (*SORTED, "--batch_size=6")
+    assert run_main(evaluate.main, *words).status == 0
+    picture = Path("results/sorted/evaluation.png")
+    alone = picture.read_bytes()
+    picture.unlink()
+    result = run_torch(*words, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("of 20 images") == 1, "only the first prints"
+    first, second = rows("sorted")
+    assert {**first, "date": ""} == {**second, "date": ""}
+    assert picture.read_bytes() == alone
+    result = run_torch(*words, "--dataset=nowhere", processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("--dataset=nowhere does not exist") == 1
+    assert len(rows("sorted")) == 2

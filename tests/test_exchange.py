@@ -83,6 +83,15 @@ def test_a_published_run_is_not_gone_on_with_and_says_what_it_is_for(exchange, r
     assert run(*TRAIN, "--run_name=mine", "--init_from=public").status == 0
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_published_run_keeps_its_mode_and_its_classes(exchange, run, here, mode):
+    make_run("mine", mode=mode, classes=("cats", "dogs"))
+    assert exchange("publish", "--run_name=mine", "--to=public").status == 0
+    assert run("sample", "--run_name=public", "--label=dogs", "--n_img=2", "--steps=2", "--device=cpu").status == 0
+    with Image.open("results/public/samples/sample_0002.png") as picture:
+        assert (picture.mode, picture.text["label"]) == (mode, "dogs")
+
+
 def test_a_published_run_stands_in_the_table(exchange, run):
     assert exchange("publish", "--run_name=tiny", "--to=public").status == 0
     lines = [line.split() for line in run("sample").out.splitlines()]
@@ -267,11 +276,11 @@ def same_noise(monkeypatch):
     """Has diffusers draw its noise as `ddpm.walk` draws that of one image of seed 5; and all compute in float32."""
     monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
 
-    def begin(size: tuple[int, int]):
+    def begin(shape: tuple[int, int, int]):
         generator = np.random.default_rng(5)
 
         def draw(*_, **__) -> Tensor:
-            return torch.from_numpy(generator.standard_normal((1, 3, *size), dtype=np.float32))
+            return torch.from_numpy(generator.standard_normal((1, *shape), dtype=np.float32))
 
         places = ("pipelines.ddpm.pipeline_ddpm", "pipelines.ddim.pipeline_ddim", "schedulers.scheduling_ddpm")
         for place in places:
@@ -282,7 +291,7 @@ def same_noise(monkeypatch):
 
 
 def our_image(run_name: str, sampler: str, steps: int) -> Tensor:
-    """The image (1, 3, H, W) of seed 5."""
+    """The image (1, C, H, W) of seed 5."""
     stored = ddpm.load_run(run_name)
     network, diffusion = ddpm.build_trained(stored, torch.device("cpu"))
     *_, (image, _) = ddpm.walk(network, diffusion, [5], stored["settings"]["img_size"], sampler, steps)
@@ -290,12 +299,13 @@ def our_image(run_name: str, sampler: str, steps: int) -> Tensor:
 
 
 def their_image(pipeline: DDPMPipeline, sampler: str, steps: int, same_noise) -> Tensor:
-    """The image (1, 3, H, W) that diffusers makes from the same noise.
+    """The image (1, C, H, W) that diffusers makes from the same noise.
 
     Their thresholding with a ceiling of 1 is the clip to [-1, 1].
     """
-    size = pipeline.unet.config.sample_size
-    draw, config = same_noise((size, size) if isinstance(size, int) else tuple(size)), pipeline.scheduler.config
+    size, config = pipeline.unet.config.sample_size, pipeline.scheduler.config
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    draw = same_noise((pipeline.unet.config.in_channels, *size))
     if sampler == "dpm++":
         scheduler = DPMSolverMultistepScheduler.from_config(
             config, thresholding=True, sample_max_value=1.0, timestep_spacing="trailing"
@@ -333,7 +343,7 @@ def test_what_is_imported_answers_and_samples_as_diffusers_does(exchange, place,
     size = pipeline.unet.config.sample_size
     x = torch.randn(3, 3, *((size, size) if isinstance(size, int) else size))
     t = torch.tensor([1, diffusion.steps // 2, diffusion.steps])
-    same_noise(x.shape[2:])  # and float32
+    same_noise(x.shape[1:])  # and float32
     with torch.no_grad():
         answer = network(x, t)
         assert distance(answer, pipeline.unet(x, t - 1).sample) < 1e-4  # float32, and attention in another order
@@ -411,9 +421,12 @@ def import_changed(whole: Path, exchange, place: Path, named: str, file: str, ch
         ({"center_input_sample": True}, "center_input_sample=True"),
         ({"downsample_type": "resnet"}, "downsample_type=resnet"),
         ({"downsample_padding": 2}, "downsample_padding=2 is out of range"),
-        ({"in_channels": 1}, "in_channels=1"),
+        ({"in_channels": 1}, "out_channels=3"),
+        ({"in_channels": 2, "out_channels": 2}, "in_channels=2; 1 is gray, 3 RGB and 4 RGBA"),
         ({"out_channels": 6}, "out_channels=6"),
-        ({"num_class_embeds": 10}, "num_class_embeds=10"),
+        ({"num_class_embeds": 10}, "classes.json must name all but the last one, which stands for no class"),
+        ({"num_class_embeds": 0}, "knows classes (num_class_embeds=0)"),
+        ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
         ({"something_new": 3}, "something_new=3"),
         ({"_class_name": "UNet2DConditionModel"}, "_class_name=UNet2DConditionModel"),
         ({"sample_size": None}, "no sample_size"),
@@ -429,6 +442,40 @@ def import_changed(whole: Path, exchange, place: Path, named: str, file: str, ch
 )
 def test_a_network_that_cannot_be_expressed_is_refused_by_name(whole, exchange, place, changed, named):
     import_changed(whole, exchange, place, named, "unet/config.json", changed)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (None, "classes.json must name all but the last one, which stands for no class"),
+        ('["cats"]', "(num_class_embeds=3); classes.json must name"),
+        ('["cats", "dogs", "suns"]', "classes.json must name"),
+        ('["cats", "cats"]', "classes.json must name"),
+        ('["cats", "dogs", "dogs"]', "classes.json must name"),
+        ('["cats", "dogs,wolves"]', "classes.json must name"),
+        ('["cats", "all"]', "classes.json must name"),
+        ('["cats", ""]', "classes.json must name"),
+        ('["cats", 3]', "classes.json must name"),
+        ('{"cats": 0, "dogs": 1}', "classes.json must name"),
+        ('["cats", "do', "cannot be read"),
+    ],
+)
+def test_a_network_by_class_is_refused_where_its_classes_are_not_told(exchange, place, quick_picture, text, named):
+    make_run("mine", classes=("cats", "dogs"))
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    path = Path("model/classes.json")
+    path.unlink() if text is None else path.write_text(text)
+    refused(exchange, place, named, "import", "--source=model", "--run_name=again")
+
+
+def test_of_four_channels_it_is_said_what_they_are_taken_for(exchange, place):
+    for channels, is_said in {1: False, 3: False, 4: True}.items():
+        kind = {"in_channels": channels, "out_channels": channels}
+        UNet2DModel(**MODELS["attention on two levels"][0] | kind).save_pretrained(place / str(channels))
+        result = exchange("import", f"--source={channels}", f"--run_name=of_{channels}")
+        assert result.status == 0
+        assert ("taken for colours times alpha, and alpha" in result.out) == is_said
+    assert [ddpm.load_run(f"of_{channels}")["settings"]["mode"] for channels in (1, 3, 4)] == ["L", "RGB", "RGBA"]
 
 
 @pytest.mark.parametrize(
@@ -524,7 +571,8 @@ def make_run(name: str, **changes) -> None:
     """A run of 8x8 pixels with random weights."""
     settings = {"run_name": name, "dataset": "/a/secret place/pictures", "img_size": (8, 8), "width": 16}
     settings |= {"multipliers": (1, 2), "blocks": 1, "attention_size": 4, "noise_steps": 20, "min_snr": 0.0}
-    settings |= {"schedule": "linear", "objective": "eps", "dropout": 0.0, **changes}
+    settings |= {"schedule": "linear", "objective": "eps", "dropout": 0.0, "mode": "RGB", "classes": (), **changes}
+    settings["conditional"] = bool(settings["classes"])
     torch.manual_seed(0)
     network = ddpm.build(settings, "cpu")[0]
     nn.init.normal_(network.conv_out.weight, std=0.1)
@@ -537,11 +585,21 @@ RUNS = [
     {"schedule": "sigmoid", "objective": "x0", "noise_steps": 1000, "img_size": (16, 8)},
     {"noise_steps": 1000, "attention_size": 8, "multipliers": (2, 3), "min_snr": 5.0},
     {"head_width": 99, "attention_levels": (0,), "norm_groups": 2, "frequency_shift": 1.0, "downsample_padding": 0},
+    {"mode": "L", "objective": "v"},
+    {"mode": "RGBA", "img_size": (8, 16)},
+]
+BY_CLASS = [
+    {"classes": ("cats", "dogs", "suns")},
+    {"classes": ("cats", "dogs"), "mode": "RGBA", "img_size": (8, 16), "objective": "v"},
 ]
 
 
+def as_words(changes: dict) -> str:
+    return "-".join(map(str, changes.values()))
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own affair
-@pytest.mark.parametrize("changes", RUNS, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("changes", RUNS, ids=as_words)
 def test_what_is_exported_answers_and_samples_as_here(exchange, place, quick_picture, same_noise, changes):
     make_run("mine", **changes)
     result = exchange("export", "--run_name=mine", "--to=out/model")
@@ -549,9 +607,9 @@ def test_what_is_exported_answers_and_samples_as_here(exchange, place, quick_pic
     assert [path.name for path in Path("out").iterdir()] == ["model"]
     pipeline = DDPMPipeline.from_pretrained("out/model")
     network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
-    x = torch.randn(3, 3, *ddpm.load_run("mine")["settings"]["img_size"])
+    x = torch.randn(3, network.conv_in.in_channels, *ddpm.load_run("mine")["settings"]["img_size"])
     t = torch.tensor([1, diffusion.steps // 2, diffusion.steps])
-    same_noise(x.shape[2:])  # and float32
+    same_noise(x.shape[1:])  # and float32
     with torch.no_grad():
         answer = network(x, t)
         assert distance(answer, pipeline.unet(x, t - 1).sample) < 1e-4  # float32, and attention in another order
@@ -560,18 +618,18 @@ def test_what_is_exported_answers_and_samples_as_here(exchange, place, quick_pic
         ours, theirs = our_image("mine", sampler, 5), their_image(pipeline, sampler, 5, same_noise)
         assert distance(ours, theirs) < 1e-4  # float32 over 5 steps, in another order
     if diffusion.steps < 1000:  # the pipelines as they are
-        same_noise(x.shape[2:])
+        same_noise(x.shape[1:])
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(num_inference_steps=diffusion.steps, output_type="pt").images * 2 - 1
         assert distance(our_image("mine", "ddpm", diffusion.steps), images) < 1e-4
-    same_noise(x.shape[2:])
+    same_noise(x.shape[1:])
     pipeline = DDIMPipeline.from_pretrained("out/model")
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(num_inference_steps=5, output_type="pt", use_clipped_model_output=True).images * 2 - 1
     assert distance(our_image("mine", "ddim", 5), images) < 1e-4
 
 
-@pytest.mark.parametrize("changes", RUNS, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("changes", [*RUNS, *BY_CLASS], ids=as_words)
 def test_what_was_exported_and_imported_is_the_run(exchange, place, quick_picture, changes):
     """All but min_snr, a matter of training, and what says the same in other words."""
     make_run("mine", **changes)
@@ -579,10 +637,84 @@ def test_what_was_exported_and_imported_is_the_run(exchange, place, quick_pictur
     assert exchange("import", "--source=model", "--run_name=again").status == 0
     mine, again = ddpm.load_run("mine"), ddpm.load_run("again")
     other_words = {"min_snr", "attention_size", "head_width"} if "head_width" in changes else {"min_snr"}
-    for name in {*ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING} - other_words:
+    kept = {"mode", "classes", "conditional", *ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING}
+    for name in kept - other_words:
         assert mine["settings"].get(name) == again["settings"].get(name), name
     assert all(torch.equal(weight, again["average"][name]) for name, weight in mine["average"].items())
     assert torch.equal(our_image("mine", "dpm++", 5), our_image("again", "dpm++", 5))
+
+
+@pytest.mark.parametrize("changes", BY_CLASS, ids=as_words)
+def test_an_exported_network_answers_by_class_as_here_and_its_last_class_is_none(
+    exchange, place, quick_picture, monkeypatch, changes
+):
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    make_run("mine", **changes)
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    theirs = UNet2DModel.from_pretrained("model", subfolder="unet")
+    network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
+    count = len(changes["classes"])
+    x = torch.randn(1, network.conv_in.in_channels, *changes.get("img_size", (8, 8))).repeat(count + 1, 1, 1, 1)
+    t, labels = torch.full((count + 1,), diffusion.steps // 2), torch.arange(count + 1)
+    with torch.no_grad():
+        answer = network(x, t, labels)
+        assert distance(answer, theirs(x, t - 1, labels).sample) < 1e-4  # float32, in another order
+        assert distance(answer[-1], network(x[:1], t[:1])[0]) < 1e-4
+    assert torch.pdist(answer.flatten(1)).min() > 0.1, "classes are told apart"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own affair
+@pytest.mark.parametrize("changes", [*RUNS[-2:], *BY_CLASS], ids=as_words)
+def test_the_lines_of_the_card_make_the_images_that_are_made_here(exchange, place, quick_picture, monkeypatch, changes):
+    """A level of 255 may be the rounding's."""
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    make_run("mine", **changes)
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
+    size, last = changes.get("img_size", (8, 8)), len(changes.get("classes", ())) - 1
+    labels = torch.tensor([0, 0, last, last]) if last > 0 else None
+    *_, (images, _) = ddpm.walk(network, diffusion, range(4), size, "ddim", 20, labels)
+    noise = [np.random.default_rng(seed).standard_normal(images.shape[1:], dtype=np.float32) for seed in range(4)]
+    noise, names = torch.from_numpy(np.stack(noise)), {}
+    monkeypatch.setattr(torch, "randn", lambda *shape: noise.view(shape))
+    monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda shape, **_: noise.view(shape))
+    exec(re.search("```python\n(.*?)```", Path("model/README.md").read_text(), re.DOTALL)[1], names)
+    assert len(names["images"]) == 4
+    for image, expected in zip(names["images"], map(utils.to_picture, utils.to_bytes(images)), strict=True):
+        assert (image.mode, image.size) == (expected.mode, expected.size)
+        premultiplied = [np.asarray(side.convert("RGBA").convert("RGBa"), dtype=int) for side in (image, expected)]
+        assert np.abs(premultiplied[0] - premultiplied[1]).max() <= 1
+
+
+@pytest.mark.parametrize("changes", [*RUNS[-2:], *BY_CLASS], ids=as_words)
+def test_the_card_tells_what_kind_of_images_there_are(exchange, place, quick_picture, changes):
+    make_run("mine", **changes)
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    card = huggingface_hub.ModelCard.load("model/README.md")
+    for part, is_told in {"by class": "classes" in changes, "premultiplied": changes.get("mode") == "RGBA"}.items():
+        words = {"by class": f"{len(changes.get('classes', ()))} stands for no class"}.get(part, part)
+        assert (words in card.text) == is_told
+    tag = "unconditional-image-generation"
+    assert [tag in card.data.tags, card.data.pipeline_tag == tag] == ["classes" not in changes] * 2
+    assert f"| mode | {changes.get('mode', 'RGB')} |" in card.text
+    assert Path("model/classes.json").exists() == ("classes" in changes)
+
+
+@pytest.mark.parametrize("count, shown", [(0, (4, 4)), (3, (4, 3)), (20, (4, 16))])
+def test_the_cards_picture_has_a_row_for_each_class(exchange, place, monkeypatch, count, shown):
+    """Of 16 classes at most; the images that stand in for those of a network are as bright as their class says."""
+
+    def make_samples(stored, seeds, sampler, steps, batch_size, device, labels) -> Tensor:
+        labels = torch.zeros(len(seeds)) if labels is None else labels
+        return (10 * labels).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
+
+    monkeypatch.setattr("tools.model_card.make_samples", make_samples)
+    make_run("mine", classes=tuple(f"class {number:02d}" for number in range(count)))
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    with Image.open("model/samples.png") as picture:
+        pixels = np.asarray(picture)[:, :, 0]
+    assert pixels.shape == (8 * shown[1], 8 * shown[0])
+    assert (pixels == (np.arange(shown[1]) * 10 * (count > 0)).repeat(8)[:, None]).all()
 
 
 @pytest.mark.parametrize(
@@ -633,6 +765,18 @@ def test_the_cards_picture_is_the_newest_of_these_weights(exchange, run, here):
     assert exchange("export", "--run_name=tiny", "--to=two").status == 0
     with Image.open("two/samples.png") as picture:
         assert picture.size == (32, 32), "16 new images"
+
+
+@pytest.mark.parametrize(
+    "words", [("--label=dogs",), ("--label=dogs,cats",), ("--init_image=pictures/picture_0000.png",)]
+)
+def test_the_cards_picture_is_of_all_classes_and_of_no_other_picture(exchange, run, here, words):
+    make_run("mine", classes=("cats", "dogs"))
+    command = ("sample", "--run_name=mine", "--n_img=4", "--steps=4", "--device=cpu")
+    for options in ((), words):
+        assert run(*command, *options).status == 0
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    assert Path("model/samples.png").read_bytes() == Path("results/mine/samples/samples.png").read_bytes()
 
 
 def test_the_card_keeps_where_the_pictures_lay_to_itself(exchange, place, quick_picture):
@@ -697,3 +841,15 @@ def test_a_run_begun_from_an_imported_one_keeps_its_network_and_goes_on(here, ru
         mine = ddpm.load_run("mine")["settings"]
         assert [mine[name] for name in ("norm_eps", "downsample_padding", "frequency_shift")] == [0.1, 0, 1.0]
     assert distance(our_image("mine", "dpm++", 5), our_image("theirs", "dpm++", 5)) < 1e-3
+
+
+def test_a_run_by_class_that_was_imported_is_one_to_begin_from(here, run, exchange, quick_picture):
+    make_run("mine", classes=("cats", "dogs"))
+    assert exchange("export", "--run_name=mine", "--to=model").status == 0
+    assert exchange("import", "--source=model", "--run_name=theirs").status == 0
+    for name in ("cats", "dogs"):
+        paint(here / "sorted" / name, count=4)
+    words = [word for word in TRAIN if not word.startswith(("--dataset=", "--epochs="))]
+    words += ["--dataset=sorted", "--epochs=1", "--run_name=new", "--init_from=theirs"]
+    assert "to fit it, add --conditional=True" in run(*words).err
+    assert run(*words, "--conditional").status == 0

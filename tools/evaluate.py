@@ -1,9 +1,11 @@
 """How good are the images of a run, and are they new?
 
     python -m tools.evaluate --run_name=my_run
+    torchrun --nproc_per_node=2 -m tools.evaluate --run_name=my_run
     python -m tools.evaluate --help
 
-A Frechet distance alone says little: beside every figure of the samples stands that of real pictures in their place.
+Pictures of every mode are judged as they are seen: over white. A Frechet distance alone says little: beside every
+figure of the samples stands that of real pictures in their place.
 
 Reading order: features; figures; judge, which tells all figures of an array of images; evaluate, the command.
 """
@@ -11,6 +13,7 @@ Reading order: features; figures; judge, which tells all figures of an array of 
 import csv
 import datetime
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch import Tensor
 
 import command_line
 import ddpm
+import processes
 import reading
 import utils
 from utils import UserError
@@ -32,6 +36,8 @@ NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
 CHUNK = 256  # pictures that are compared with as many others at a time
 SHOWN = 64  # samples in evaluation.png
+COMPARED = ("distance", "precision", "recall")  # with a set of real pictures
+COLOURS = ("red", "green", "blue", "contrast")
 
 # ---- features --------------------------------------------------------------------------------------------------------
 
@@ -98,7 +104,7 @@ def extract_all(images: Tensor, features: Features, device: torch.device, batch_
 def extract_cached(images: Tensor, features: Features, device: torch.device, batch_size: int) -> Tensor:
     """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the pictures: others are others."""
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
-    key.update(images.numpy())
+    key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
     path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a second process waits, and finds the work done
@@ -140,8 +146,8 @@ def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.
     """The `count` pictures nearest to each query, pixel by pixel, as they are or mirrored; the nearest first.
 
     Args:
-        queries: pictures (N, 3, H, W) uint8.
-        images: pictures (M, 3, H, W) uint8; they are read in portions, so they may be a file mapped into memory.
+        queries: pictures (N, C, H, W) uint8.
+        images: pictures (M, C, H, W) uint8; they are read in portions, so they may be a file mapped into memory.
 
     Returns:
         their distances, and their indices in `images`, both (N, count).
@@ -149,9 +155,10 @@ def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.
     found = []
     with utils.progress_bar(len(queries), title="nearest pictures") as bar:
         for part in queries.split(CHUNK):
-            wanted, columns = utils.from_bytes(part.to(device)).flatten(1), []
+            wanted, columns = utils.from_bytes(utils.over_white(part.to(device))).flatten(1), []
             for start in range(0, len(images), CHUNK):
-                others = utils.from_bytes(torch.from_numpy(images[start : start + CHUNK]).to(device))
+                portion = torch.from_numpy(images[start : start + CHUNK]).to(device)
+                others = utils.from_bytes(utils.over_white(portion))  # (B, 3, H, W)
                 distances = [torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))]
                 columns.append(torch.minimum(*distances))
             found.append(torch.cat(columns, dim=1).topk(count, largest=False))
@@ -160,7 +167,7 @@ def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.
 
 
 def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
-    """Which samples (N, 3, H, W) copy one of `images` (M, 3, H, W), both uint8: (N,) bool.
+    """Which samples (N, C, H, W) copy one of `images` (M, C, H, W), both uint8: (N,) bool.
 
     A copy is less than half as far from a training picture as that picture's third-nearest fellow is. Pixels are
     compared, for features see the kind of a picture, not the very one; what is shifted by several pixels is not found.
@@ -178,7 +185,7 @@ def measure_colours(images: Tensor) -> dict[str, float]:
     parts = [torch.std_mean(part.double(), dim=(2, 3), correction=0) for part in images.split(CHUNK)]  # (B, 3) each
     contrast = torch.cat([deviation for deviation, _ in parts]).mean().item()
     colours = torch.cat([mean for _, mean in parts]).mean(dim=0).tolist()
-    return dict(zip(("red", "green", "blue", "contrast"), [*colours, contrast], strict=True))
+    return dict(zip(COLOURS, [*colours, contrast], strict=True))
 
 
 # ---- all figures -----------------------------------------------------------------------------------------------------
@@ -191,6 +198,11 @@ def comparable(n_img: int, count: int) -> int:
     return min(n_img, count // 2)
 
 
+def in_fixed_order(count: int) -> np.ndarray:
+    """The order in which pictures of a data set are drawn, (count,): by its first ones, samples are judged."""
+    return np.random.default_rng(0).permutation(count)
+
+
 def judge(
     samples: Tensor, images: np.ndarray, features: Features, device: torch.device, batch_size: int = 64
 ) -> dict[str, str | int | float]:
@@ -201,8 +213,8 @@ def judge(
     so they can be compared for the same n only.
 
     Args:
-        samples: (N, 3, H, W) uint8; the first `n` count, half as many as there are real pictures at most.
-        images: the data set, (M, 3, H, W) uint8.
+        samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real pictures at most.
+        images: the data set, (M, C, H, W) uint8.
         features: what one of FEATURES returns for this device.
         device: where features and distances are computed.
         batch_size: pictures shown to the network at a time.
@@ -211,8 +223,8 @@ def judge(
         UserError: the data set is too small.
     """
     n = comparable(len(samples), len(images))
-    samples, order = samples[:n], np.random.default_rng(0).permutation(len(images))
-    real = torch.from_numpy(images[order[: 2 * n]])
+    samples = utils.over_white(samples[:n])  # (n, 3, H, W)
+    real = utils.over_white(torch.from_numpy(images[in_fixed_order(len(images))[: 2 * n]]))  # (2 n, 3, H, W)
     first, second = extract_cached(real, features, device, batch_size).split(n)
     figures = {"measure": features.measure, "n": n}
     for end, judged in (("", extract_all(samples, features, device, batch_size)), ("_real", second)):
@@ -225,8 +237,9 @@ def judge(
 
 
 def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
-    """Samples (N, 3, H, W), each above the nearest of `images`, mirrored if so it is nearer: (N, 3, 2 H, W) uint8."""
-    nearest = torch.from_numpy(images[find_nearest(samples, images, 1, device)[1][:, 0].numpy()])
+    """Samples (N, C, H, W), each above the nearest of `images`, mirrored if so it is nearer: (N, 3, 2 H, W) uint8."""
+    nearest = images[find_nearest(samples, images, 1, device)[1][:, 0].numpy()]
+    samples, nearest = utils.over_white(samples), utils.over_white(torch.from_numpy(nearest))
     sides = torch.stack([nearest, nearest.flip(3)])  # (2, N, 3, H, W)
     side = (sides.float() - samples).square().mean(dim=(2, 3, 4)).argmin(dim=0)
     return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
@@ -235,18 +248,64 @@ def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 LIMITS = ddpm.LIMITS | {"features": FEATURES, "n_img": (FEWEST, 10**9)}
+COLUMNS = ("date", "run", "step", "sampler", "steps", "guidance", "seed", "dataset", "measure", "n")  # evaluation.csv
+COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
+COLUMNS += (*COLOURS, *(f"{name}_real" for name in COLOURS))
 
 
-def make_samples(stored: dict, seeds: range, sampler: str, steps: int, batch_size: int, device: torch.device) -> Tensor:
-    """The images of a checkpoint, one for each seed: (N, 3, H, W) uint8, on the CPU."""
+def check_table(path: Path) -> None:
+    """Refuse, before anything is made, a table that a row could not be added to."""
+    if path.exists():
+        with open(path, newline="", errors="replace") as file:
+            if next(csv.reader(file), None) != [*COLUMNS]:
+                raise UserError(f"{path} has other columns than this version writes; move it away")
+
+
+def draw_labels(classes: tuple[str, ...], data: reading.Dataset, folders: tuple[str, ...], n: int) -> Tensor | None:
+    """Which of a run's `classes` to make, (n,) int64, in the proportions of a data set; None where it knows none.
+
+    They are those of the pictures that come last in the fixed order, which are not those that images are judged by.
+
+    Raises:
+        UserError: a picture lies in none of the data set's `folders` that are named as a class.
+    """
+    if not classes:
+        return None
+    numbers = [classes.index(name) if name in classes else -1 for name in folders] + [-1]  # -1: in no folder at all
+    labels = np.array(numbers)[data.labels]
+    if (labels == -1).any():
+        example = f"such as {classes[0]}; sort them, or judge by others"
+        raise UserError(f"{(labels == -1).sum():,} pictures are in no folder named as a class of the run, {example}")
+    return torch.from_numpy(labels[in_fixed_order(len(labels))[::-1][:n]])
+
+
+def make_samples(
+    stored: dict,
+    seeds: range,
+    sampler: str,
+    steps: int,
+    batch_size: int,
+    device: torch.device,
+    labels: Tensor | None = None,
+    guidance: float = ddpm.GUIDANCE,
+) -> Tensor:
+    """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU; processes share out the batches.
+
+    Without `labels` (N,), the classes take turns, where there are any.
+    """
     network, diffusion = ddpm.build_trained(stored, device)
-    images, size = [], stored["settings"]["img_size"]
-    with utils.progress_bar(steps * math.ceil(len(seeds) / batch_size), unit="step", title="samples") as bar:
-        for start in range(0, len(seeds), batch_size):
-            for x_t, _ in ddpm.walk(network, diffusion, seeds[start : start + batch_size], size, sampler, steps):
+    settings, images = stored["settings"], []
+    if labels is None:
+        labels = ddpm.take_turns(range(len(settings["classes"])), range(len(seeds)))
+    parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
+    mine = processes.share(len(parts))
+    with utils.progress_bar(steps * len(mine), unit="step", title="samples") as bar:
+        for part in (parts[number] for number in mine):
+            told = (None if labels is None else labels[part], guidance)
+            for x_t, _ in ddpm.walk(network, diffusion, seeds[part], settings["img_size"], sampler, steps, *told):
                 bar.update()
             images.append(utils.to_bytes(x_t).cpu())
-    return torch.cat(images)
+    return torch.cat(list(itertools.chain(*processes.gather(images))))
 
 
 def evaluate(
@@ -259,6 +318,7 @@ def evaluate(
     features: str = "efficientnet",
     sampler: str = "dpm++",
     steps: int = 25,
+    guidance: float = ddpm.GUIDANCE,
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
@@ -268,7 +328,8 @@ def evaluate(
 
     Tells the Frechet distance of the images' features from those of as many real pictures, precision (the share of
     images that could be real), recall (the share of real pictures that could have been made), the share of copies of
-    training pictures, mean colours and contrast; and what real pictures score in the images' place.
+    training pictures, mean colours and contrast; and what real pictures score in the images' place. Classes are made in
+    the proportions of the data set and judged all together.
 
     Adds a row to results/RUN/evaluation.csv, and writes results/RUN/evaluation.png anew: images, each above the
     training picture nearest to it.
@@ -278,15 +339,17 @@ def evaluate(
         dataset: the pictures to judge by; those it was trained on if left out.
         n_img: how many images; fewer are quicker, but distances can be compared for the same number only. Lowered, with
             a remark, to half the number of real pictures.
-        seed: image number i is made from seed + i alone.
+        seed: image number i is made from seed + i, and its class, alone.
         features: the network that looks at images; only inception gives FID. It downloads 91 MB the first time.
         sampler: how images are made, as in sampling.
         steps: how many of the noising steps are visited, as in sampling.
+        guidance: how strictly an image keeps to its class, as in sampling, for runs trained with --conditional. 1 makes
+            images as they were learnt, and more clears them at the cost of variety, which recall shows.
         batch_size: images made, and looked at, at the same time.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        UserError: a flag, package, checkpoint or data set that does not fit.
+        UserError: a flag, package, checkpoint, table or data set that does not fit.
     """
     command_line.check_limits(locals(), LIMITS)
     if not run_name:
@@ -294,33 +357,42 @@ def evaluate(
     command_line.check_name("run_name", run_name)
     device = utils.pick_device(device)
     stored = ddpm.load_run(run_name)
-    settings = stored["settings"]
+    settings, folder = stored["settings"], Path("results", run_name)
+    classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
-    extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
-    data = reading.load_dataset(Path(dataset), settings["img_size"])
-    n = comparable(n_img, len(data.images))
-    if n < n_img:
-        needed = "an image is compared with one, and takes the place of another"
-        print(f"--n_img={n_img} is lowered to {n}: {dataset} holds {len(data.images):,} pictures; {needed}")
-    if data.fingerprint != stored["data"]:
-        print(f"{dataset} is not what {run_name} was trained on: copies of its training pictures are not found")
-
-    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps, "seed": seed}
-    samples = make_samples(stored, range(seed, seed + n), sampler, steps, batch_size, device)
+    if guidance != ddpm.GUIDANCE and not classes:
+        raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+    device, is_first, wanted = processes.join(device), processes.is_first(), None
+    if is_first:
+        check_table(table)
+        extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
+        listing = reading.list_images(Path(dataset))
+        data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
+        n = comparable(n_img, len(data.images))
+        wanted = n, draw_labels(classes, data, listing.classes, n)
+        if n < n_img:
+            needed = "an image is compared with one, and takes the place of another"
+            print(f"--n_img={n_img} is lowered to {n}: {dataset} holds {len(data.images):,} pictures; {needed}")
+        if data.fingerprint != stored["data"]:
+            print(f"{dataset} is not what {run_name} was trained on: copies of its training pictures are not found")
+    n, labels = processes.from_first(wanted)
+    samples = make_samples(stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance)
+    if not is_first:
+        return
     figures = judge(samples, data.images, extractor, device, batch_size)
     print(f"{figures['measure']} of {n:,} images\n{'':10}{'images':>10}{'real':>10}")
-    for name in ("distance", "precision", "recall", "copies", "red", "green", "blue", "contrast"):
+    for name in (*COMPARED, "copies", *COLOURS):
         real = f"{figures[f'{name}_real']:10.3f}" if f"{name}_real" in figures else ""
         print(f"{name:10}{figures[name]:10.3f}{real}")
 
-    folder = Path("results", run_name)
-    table, picture = folder / "evaluation.csv", folder / "evaluation.png"
+    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps, "seed": seed}
+    facts |= {"guidance": guidance if classes else ""}
     utils.save_png(pair_up(samples[:SHOWN], data.images, device), picture, **facts)
     row = {"date": datetime.datetime.now().isoformat(" ", "seconds"), **facts, "dataset": dataset, **figures}
-    header = [] if table.exists() else [row.keys()]
+    header = [] if table.exists() else [COLUMNS]
     with open(table, "a", newline="") as file:
-        csv.writer(file).writerows([*header, row.values()])
+        csv.writer(file).writerows([*header, [row[name] for name in COLUMNS]])
     print(f"added to {table}; images above their nearest training pictures: {picture}")
 
 

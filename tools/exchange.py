@@ -23,6 +23,7 @@ from torch import Tensor
 import checkpoints
 import command_line
 import ddpm
+import reading
 import utils
 from modules import SelfAttention, UNet
 from tools.model_card import write_card
@@ -79,6 +80,7 @@ UNET |= {"class_embed_type": None, "num_class_embeds": None, "num_train_timestep
 NOISING = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
 NOISING |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}
 NOISING |= {"rescale_betas_zero_snr": False, "clip_sample_range": 1.0}
+CLASSES = "classes.json"  # names, in the order of their numbers; of these diffusers has no notion
 
 
 def unet_config(network: UNet, settings: dict) -> dict:
@@ -145,7 +147,8 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         python -m tools.exchange export --run_name=my_run --to=my_model
 
     Writes unet/ (the network with its averaged weights), scheduler/ (the noising process), model_index.json,
-    samples.png and README.md, a model card: read it before you show it to others.
+    classes.json (where the run knows any), samples.png and README.md, a model card: read it before you show it to
+    others.
 
     Args:
         run_name: the run to export, a folder in models/.
@@ -170,6 +173,8 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         raise UserError(f"diffusers cannot express {run_name}: {error}") from error
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     configs["model_index.json"] = {"_class_name": "DDPMPipeline"} | parts
+    if settings["classes"]:
+        configs[CLASSES] = settings["classes"]
     copies = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in stored["average"].items()}
     weights = safetensors.torch.save(copies, {"format": "pt"})
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +186,7 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         (draft / "unet/diffusion_pytorch_model.safetensors").write_bytes(weights)
         write_card(draft, stored, run_name, license)
         draft.rename(folder)  # the folder is there whole or not at all
-    print(f"{folder}: a model of diffusers; its README.md is the model card, with three lines of Python to sample")
+    print(f"{folder}: a model of diffusers; its README.md is the model card, with the lines of Python that sample")
 
 
 # ---- import ----------------------------------------------------------------------------------------------------------
@@ -213,7 +218,25 @@ def noising_of(config: dict) -> dict:
     raise UserError(f"its noise grows by none of the schedules {', '.join(ddpm.NOISE_SCHEDULES)}")
 
 
-def network_of(config: dict, noising: dict) -> tuple[UNet, dict]:
+def classes_of(config: dict, path: Path) -> tuple[str, ...]:
+    """The names of the classes that a network knows, as an export keeps them at `path`; () if it knows none.
+
+    Raises:
+        UserError: they are missing, so that nobody knows either whether the last one stands for no class, as here; or
+            they could not be written in `--label=a,b`.
+    """
+    count = config.get("num_class_embeds")
+    if count is None:
+        return ()
+    names = json.loads(path.read_text()) if path.exists() else None
+    are_names = isinstance(names, list) and all(isinstance(name, str) and "," not in name for name in names)
+    if not are_names or not len({*names} - {"", "all"}) == len(names) == count - 1:
+        needed = f"{path.name} must name all but the last one, which stands for no class"
+        raise UserError(f"its network knows classes (num_class_embeds={count}); {needed}")
+    return tuple(names)
+
+
+def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tuple[UNet, dict]:
     """The network that UNet2DModel's description is about, on "meta" (without weights), and its settings.
 
     The settings are guessed, described as for an export, and compared: what was not understood shows as a difference.
@@ -228,10 +251,14 @@ def network_of(config: dict, noising: dict) -> tuple[UNet, dict]:
         wanted["attention_head_dim"] = None  # another word for one head
     if size is None:
         raise UserError("its config.json has no sample_size")
+    modes = {channels: mode for mode, channels in reading.CHANNELS.items()}
+    if wanted["in_channels"] not in modes:
+        raise UserError(f"its network has in_channels={wanted['in_channels']}; 1 is gray, 3 RGB and 4 RGBA")
     width, size = math.gcd(*widths), (size,) if isinstance(size, int) else tuple(size)
     wanted["sample_size"] = size[0] if len({*size}) == 1 else [*size]
     settings = {"img_size": size, "width": width, "multipliers": tuple(here // width for here in widths)}
     settings |= {"blocks": wanted["layers_per_block"], "dropout": wanted["dropout"], "min_snr": 0.0, **noising}
+    settings |= {"mode": modes[wanted["in_channels"]], "classes": classes, "conditional": bool(classes)}
     command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
     size = settings["img_size"] = command_line.check_network(settings)
     settings["attention_size"] = min(size) // 2 ** levels[0] if levels else 0
@@ -295,7 +322,8 @@ def import_(source: str = "", run_name: str = "") -> None:
         python -m tools.exchange import --source=my_folder --run_name=my_run
 
     Writes models/RUN/checkpoint.pt, a run to sample from and to begin a new run from with --init_from. The paper's own
-    models are at home there: `hf download google/ddpm-cifar10-32 --local-dir=my_folder` fetches one.
+    models are at home there: `hf download google/ddpm-cifar10-32 --local-dir=my_folder` fetches one. A network that
+    knows classes must have learnt to do without, too, as its last class; classes.json, a list, names the others.
 
     Args:
         source: the folder; its weights are read from safetensors, or from a .bin that cannot run code here.
@@ -314,7 +342,8 @@ def import_(source: str = "", run_name: str = "") -> None:
     process, is_bare = scheduler / "scheduler_config.json", not (scheduler / "scheduler_config.json").exists()
     try:
         config = json.loads((unet / "config.json").read_text())
-        network, settings = network_of(config, noising_of({} if is_bare else json.loads(process.read_text())))
+        noising = noising_of({} if is_bare else json.loads(process.read_text()))
+        network, settings = network_of(config, noising, classes_of(config, folder / CLASSES))
         weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
     except UserError as error:
         raise UserError(f"--source={source} cannot be imported: {error}") from error
@@ -324,6 +353,7 @@ def import_(source: str = "", run_name: str = "") -> None:
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}
     checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
     assumed = "; it tells nothing of its noise: the paper's is assumed" if is_bare else ""
+    assumed += "; its four channels are taken for colours times alpha, and alpha" * (settings["mode"] == "RGBA")
     number = sum(weight.numel() for weight in weights.values())
     print(f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights{assumed}")
     print(f"to make images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")

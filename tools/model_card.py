@@ -6,6 +6,7 @@ Reading order: write_picture, figures_of, write_card.
 import contextlib
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 import checkpoints
 import command_line
 import ddpm
+import reading
 import utils
 from journal import COLUMNS
 from tools.evaluate import make_samples
@@ -21,8 +23,7 @@ from tools.evaluate import make_samples
 CARD = """---
 license: {license}
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [diffusers, pytorch, unconditional-image-generation, ddpm]
+{task}tags: [diffusers, pytorch, {kind}, ddpm]
 datasets: [{dataset}]
 ---
 
@@ -30,30 +31,68 @@ datasets: [{dataset}]
 
 ![samples](samples.png)
 
-A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) for images of {size} pixels: {weights:,} weights.
+A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) for images of {size} pixels in {colours}:
+{weights:,} weights.
 
 ```python
-from diffusers import DDIMPipeline
-pipeline = DDIMPipeline.from_pretrained("{name}")
-images = pipeline(batch_size=4, num_inference_steps={few}, use_clipped_model_output=True).images
+{code}
 ```
 
-`DDPMPipeline` with `num_inference_steps={noise_steps}` is the paper's own, slower way.
+{remarks}
 
 {tables}
 """
 
+CODE = """from diffusers import DDIMPipeline
+pipeline = DDIMPipeline.from_pretrained("{name}")
+images = pipeline(batch_size=4, num_inference_steps={few}, use_clipped_model_output=True).images"""
+REMARK = "`DDPMPipeline` with `num_inference_steps={noise_steps}` is the paper's own, slower way."
+
+CODE_BY_CLASS = """import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+network = UNet2DModel.from_pretrained("{name}", subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
+scheduler.set_timesteps({few})
+labels, guidance = torch.tensor([0, 0, {last}, {last}]), {guidance}
+x_t = torch.randn(len(labels), {channels}, {height}, {width})
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        with_class = network(x_t, t, labels).sample
+        without = network(x_t, t, torch.full_like(labels, {none})).sample
+    answer = without + guidance * (with_class - without)
+    x_t = scheduler.step(answer, t, x_t, use_clipped_model_output=True).prev_sample
+images = DDIMPipeline.numpy_to_pil((x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())"""
+REMARK_BY_CLASS = """Its classes are named in `classes.json`, from number 0 to {last}; {none} stands for no class. In
+the picture above each row is of one class, the first one on top. A `guidance` of 1 makes images as they were learnt,
+more of it clearer and less varied ones; the pipelines of diffusers know neither."""
+
+CODE_STRAIGHT = """
+from PIL import Image
+images = [Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA") for image in images]"""
+REMARK_STRAIGHT = """
+
+The four channels are colours times alpha (premultiplied), and alpha; the last two lines undo that."""
+
 
 def write_picture(stored: dict, run_name: str, path: Path) -> None:
-    """The newest grid that `sample` made with these very weights; if there is none, 16 images made now."""
+    """The newest grid that `sample` made with these very weights, of all classes and from noise; or images made now.
+
+    These are 16, or a row of four for each class, of 16 classes at most.
+    """
     grids = Path("results", run_name).glob("samples*/samples.png")
-    weights = checkpoints.fingerprint_of(stored["average"])
+    weights, classes = checkpoints.fingerprint_of(stored["average"]), stored["settings"]["classes"]
     for grid in sorted(grids, key=lambda grid: grid.stat().st_mtime, reverse=True):
         with contextlib.suppress(*utils.BROKEN_FILE), Image.open(grid) as picture:
-            if picture.text["weights"] == weights:
+            flags = dict(word.partition("=")[::2] for word in shlex.split(picture.text["command"]))
+            is_whole = flags.get("--label", "") == ",".join(classes) and "--init_image" not in flags
+            if picture.text["weights"] == weights and is_whole:
                 return shutil.copyfile(grid, path)
-    steps = min(25, stored["settings"]["noise_steps"])
-    utils.save_png(make_samples(stored, range(16), "dpm++", steps, 4, utils.pick_device("auto")), path)
+    steps, rows = min(25, stored["settings"]["noise_steps"]), min(16, len(classes))
+    count = 4 * rows or 16
+    labels = ddpm.take_turns(range(rows), range(count))
+    samples = make_samples(stored, range(count), "dpm++", steps, 4, utils.pick_device("auto"), labels)
+    utils.save_png(samples, path, rows)
 
 
 def table(*rows: tuple) -> str:
@@ -74,6 +113,7 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
     judged = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     for row in [row for row in judged if row["step"] == str(stored["step"])][-1:]:
         about = f"{row['n']} images, {row['sampler']} in {row['steps']} steps"
+        about += f", guidance {row['guidance']}" if row.get("guidance") else ""  # earlier versions tell of none
         lines = [(row["measure"], row["distance"], row["distance_real"])]
         lines += [(name, row[name], row[f"{name}_real"]) for name in ("precision", "recall")]
         lines = [(name, *(f"{float(figure):.3f}" for figure in figures)) for name, *figures in lines]
@@ -85,18 +125,29 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
 def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     """README.md and samples.png of the model in `folder`, whose name is the model's."""
     settings = stored["settings"]
-    told = [name for name in (*ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING) if name in settings]
+    classes, mode, size, noise_steps = (settings[name] for name in ("classes", "mode", "img_size", "noise_steps"))
+    told = [name for name in ("mode", *ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING) if name in settings]
     told += ["flip", "batch_size", "lr", "warmup", "lr_decay", "ema_decay"] if stored["log"] else []
     rows = [(name, command_line.as_typed(name, settings[name])) for name in told]
     write_picture(stored, run_name, folder / "samples.png")
+    kind = "class-conditional-image-generation" if classes else "unconditional-image-generation"
+    code, remarks = (CODE_BY_CLASS, REMARK_BY_CLASS) if classes else (CODE, REMARK)
+    if mode == "RGBA":
+        code, remarks = code + CODE_STRAIGHT, remarks + REMARK_STRAIGHT
+    facts = {"name": folder.name, "channels": reading.CHANNELS[mode], "height": size[0], "width": size[1]}
+    facts |= {"guidance": ddpm.GUIDANCE, "last": len(classes) - 1, "none": len(classes), "noise_steps": noise_steps}
+    facts |= {"few": max(steps for steps in range(1, 51) if noise_steps % steps == 0)}  # so that all are equal
     text = CARD.format(
         license=license,
+        task="" if classes else f"pipeline_tag: {kind}\n",
+        kind=kind,
         dataset=json.dumps(Path(settings["dataset"]).name),  # where it lay on a disk is nobody's business
         name=folder.name,
-        size=command_line.as_typed("img_size", settings["img_size"]),
+        size=command_line.as_typed("img_size", size),
+        colours=reading.MODES[mode],
         weights=sum(weight.numel() for weight in stored["average"].values()),
-        few=max(steps for steps in range(1, 51) if settings["noise_steps"] % steps == 0),  # so that all are equal
-        noise_steps=settings["noise_steps"],
+        code=code.format(**facts),
+        remarks=remarks.format(**facts),
         tables="\n\n".join([table(("setting", ""), *rows), *figures_of(stored, run_name)]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
