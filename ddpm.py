@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import command_line
+import devices
 import processes
 import reading
 import utils
@@ -321,7 +322,7 @@ def train(
     if not dataset:
         raise UserError("--dataset= is empty; it takes any folder of images")
     size = settings["img_size"] = command_line.check_network(settings)
-    device = utils.pick_device(device)
+    device = devices.pick_device(device)
     if init_from:
         command_line.check_name("init_from", init_from)
     if tensorboard:
@@ -342,7 +343,7 @@ def train(
 
     settings = {name: was[name] for name in IMPORTED if name in was} | settings  # of these no flag tells
     settings["mode"] = data.mode
-    utils.keep_memory()
+    devices.keep_memory()
     torch.manual_seed(utils.seed_of(seed))
     network, diffusion = build(settings, device)
     network.to(memory_format=torch.channels_last)
@@ -391,7 +392,7 @@ def train(
             if dropout:
                 torch.manual_seed(utils.seed_of(seed, step, part.start))  # else all processes would drop the same
             x_0 = load(indices[part], mirrored[part])  # (b, C, H, W)
-            with utils.autocast(device):
+            with devices.autocast(device):
                 of_part = diffusion.loss(network, x_0, t[part], eps[part], told[part] if classes else None)  # (b,)
             (of_part.sum() / batch_size).backward()
             losses[part] = of_part.detach()
@@ -434,7 +435,7 @@ def train(
         kind = f"{size[0]}x{size[1]} from {dataset}, in {reading.MODES[data.mode]}"
         print(f"data     {count:,} images of {kind}", *remarks, sep="\n         ")
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        gflop, precision = gflop_per_image(network, size), "bfloat16" if utils.has_bfloat16(device) else "float32"
+        gflop, precision = gflop_per_image(network, size), "bfloat16" if devices.has_bfloat16(device) else "float32"
         place = f"{device} in {precision}" + f", {processes.count()} processes" * (processes.count() > 1)
         print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {place}")
         print(f"length   {course.summary(step)}")
@@ -613,7 +614,7 @@ def walk(
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         steps = torch.full((len(x_t),), t, device=device)
-        with utils.autocast(device):
+        with devices.autocast(device):
             output = guided(network, x_t, steps, labels, guidance)
         x_0 = diffusion.clean(x_t, steps, output.float()).clamp(-1, 1)
         return x_0 if picture is None else torch.lerp(picture, x_0, anew)
@@ -686,8 +687,8 @@ def sample(
         print(runs_table())
         raise UserError("--run_name is missing; it takes one of the runs above")
     command_line.check_name("run_name", run_name)
-    device = utils.pick_device(device)
-    stored = load_run(run_name)
+    device, is_first = processes.join(devices.pick_device(device)), processes.is_first()
+    stored = processes.from_first(load_run(run_name) if is_first else None)
     settings = stored["settings"]
     classes = settings["classes"]
     chosen = command_line.check_labels(label, classes)
@@ -702,7 +703,6 @@ def sample(
         print(f"{run_name} was trained at {settings['img_size'][0]}x{settings['img_size'][1]}; this may look worse")
     picture, anew = reading.read_start(init_image, mask, size, settings["mode"]) if init_image or mask else (None, None)
     strength = strength if init_image else 1.0
-    device, is_first = processes.join(device), processes.is_first()
     network, diffusion = build_trained(stored, device)
     if batch_size == "auto":
         at_64_pixels = 16 if device.type == "cpu" else 256

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import command_line
-import utils
+import devices
 from benchmarks import measuring, peers
 from benchmarks.measuring import FORMATS
 
@@ -139,7 +139,7 @@ def levers(
         UserError: a flag that does not fit, or a file of other columns in the way.
     """
     command_line.check_limits(locals(), measuring.LIMITS)
-    place, path = utils.pick_device(device), measuring.RESULTS / "levers.csv"
+    place, path = devices.pick_device(device), measuring.RESULTS / "levers.csv"
     measuring.check_file(path, COLUMNS)
     rounds = (3 if quick else 7) if rounds == "auto" else rounds
     batch_size = (8 if quick else 16) if batch_size == "auto" else batch_size

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import UserError, has_bfloat16
+from devices import has_bfloat16
+from utils import UserError
 
 WARM_UP = 3  # calls that are not measured: kernels are chosen, moments allocated, networks compiled in them
 TURN_SECONDS = 0.5  # a turn is as many calls as fill this time, at least one

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import command_line
 import ddpm
+import devices
 import reading
-import utils
 from benchmarks import measuring
 from tools import evaluate
 
@@ -87,7 +87,7 @@ def quality(
         UserError: a flag, package or data set that does not fit.
     """
     command_line.check_limits(locals(), LIMITS)
-    place, path = utils.pick_device(device), measuring.RESULTS / "quality.csv"
+    place, path = devices.pick_device(device), measuring.RESULTS / "quality.csv"
     measuring.check_file(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     count, real = (len(reading.list_images(Path(folder)).paths) for folder in (dataset, held_out))

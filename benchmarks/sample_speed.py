@@ -9,7 +9,7 @@ What is measured, and how it is kept fair, stands in README.md in this folder.
 import torch
 
 import command_line
-import utils
+import devices
 from benchmarks import measuring, peers
 
 COLUMNS = (*measuring.WHAT, "steps", "ms", "ms_min", "ms_max", "ratio", "weights_m", "gflop_per_img")
@@ -69,7 +69,7 @@ def sample_speed(quick: bool = False, rounds: int | str = "auto", compile: bool 
         UserError: a flag that does not fit, or a file of other columns in the way.
     """
     command_line.check_limits(locals(), measuring.LIMITS)
-    place, path = utils.pick_device(device), measuring.RESULTS / "sample_speed.csv"
+    place, path = devices.pick_device(device), measuring.RESULTS / "sample_speed.csv"
     measuring.check_file(path, COLUMNS)
     rounds = (3 if quick else 5) if rounds == "auto" else rounds
     shape, compiled = peers.SMALL if quick else peers.REFERENCE, compile or place.type == "cuda"

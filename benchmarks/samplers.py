@@ -13,8 +13,8 @@ from pathlib import Path
 
 import command_line
 import ddpm
+import devices
 import reading
-import utils
 from benchmarks import measuring
 from benchmarks.quality import FIGURES, done_before
 from tools import evaluate
@@ -49,7 +49,7 @@ def samplers(
     """
     command_line.check_limits(locals(), LIMITS)
     command_line.check_name("run_name", run_name)
-    place, path = utils.pick_device(device), measuring.RESULTS / "samplers.csv"
+    place, path = devices.pick_device(device), measuring.RESULTS / "samplers.csv"
     measuring.check_file(path, COLUMNS)
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]

@@ -21,8 +21,8 @@ from PIL import Image
 
 import command_line
 import ddpm
+import devices
 import journal
-import utils
 from benchmarks import measuring, peers
 from benchmarks.measuring import Spread, Timing
 
@@ -131,7 +131,7 @@ def train_speed(
         UserError: a flag that does not fit, or a file of other columns in the way.
     """
     command_line.check_limits(locals(), measuring.LIMITS)
-    place, path = utils.pick_device(device), measuring.RESULTS / "train_speed.csv"
+    place, path = devices.pick_device(device), measuring.RESULTS / "train_speed.csv"
     measuring.check_file(path, COLUMNS)
     rounds = (3 if quick else 5) if rounds == "auto" else rounds
     if batch_size == "auto":

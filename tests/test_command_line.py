@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import checkpoints
 import command_line
 import ddpm
-import utils
+import devices
 from utils import UserError
 
 COMMANDS = {"train": ddpm.train, "sample": ddpm.sample}
@@ -300,7 +300,7 @@ def test_only_a_gpu_there_is_can_be_picked(text, monkeypatch):
     """PyTorch's own reader wraps 200 round to -56, and answers leading zeros and huge numbers with a traceback."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=f"--device={text}"):
-        utils.pick_device(text)
+        devices.pick_device(text)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_only_a_gpu_there_is_can_be_picked(text, monkeypatch):
 def test_auto_is_the_first_device_there_is(gpus, mps, text, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert utils.pick_device(text) == torch.device(device)
+    assert devices.pick_device(text) == torch.device(device)
 
 
 @given(st.integers(-5000, 1_000_000), st.sampled_from([2**depth for depth in range(12)]))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import checkpoints
 import command_line
 import ddpm
+import devices
 import tools.exchange
 import utils
 
@@ -57,7 +58,7 @@ def exchange(here, run_main):
 
 def test_what_is_published_is_small_and_makes_the_same_images(exchange, run, monkeypatch):
     """Half precision has 11 binary digits, down to 2^-24; a walk of few steps shows little of what is behind them."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     assert exchange("publish", "--run_name=tiny", "--to=public").status == 0
     whole, small = (checkpoints.paths_of(name)[0] for name in ("tiny", "public"))
     assert small.stat().st_size < whole.stat().st_size / 6
@@ -274,7 +275,7 @@ def quick_picture(monkeypatch):
 @pytest.fixture
 def same_noise(monkeypatch):
     """Has diffusers draw its noise as `ddpm.walk` draws that of one image of seed 5; and all compute in float32."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
 
     def begin(shape: tuple[int, int, int]):
         generator = np.random.default_rng(5)
@@ -648,7 +649,7 @@ def test_what_was_exported_and_imported_is_the_run(exchange, place, quick_pictur
 def test_an_exported_network_answers_by_class_as_here_and_its_last_class_is_none(
     exchange, place, quick_picture, monkeypatch, changes
 ):
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     make_run("mine", **changes)
     assert exchange("export", "--run_name=mine", "--to=model").status == 0
     theirs = UNet2DModel.from_pretrained("model", subfolder="unet")
@@ -667,7 +668,7 @@ def test_an_exported_network_answers_by_class_as_here_and_its_last_class_is_none
 @pytest.mark.parametrize("changes", [*RUNS[-2:], *BY_CLASS], ids=as_words)
 def test_the_lines_of_the_card_make_the_images_that_are_made_here(exchange, place, quick_picture, monkeypatch, changes):
     """A level of 255 may be the rounding's."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     make_run("mine", **changes)
     assert exchange("export", "--run_name=mine", "--to=model").status == 0
     network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))

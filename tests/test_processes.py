@@ -29,8 +29,8 @@ from conftest import TINY, files_below, paint
 
 import checkpoints
 import ddpm
+import devices
 import processes
-import utils
 from utils import UserError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -99,7 +99,7 @@ def main() -> None:
     if sys.argv[1] != "PART":
         Path(f"pid_{processes.rank()}").write_text(f"{os.getpid()}\n")
         time.sleep(float(os.environ.get("LATE", 0)) * processes.is_first())
-        utils.has_bfloat16 = lambda device: False  # its rounding would hide what a fault changes
+        devices.has_bfloat16 = lambda device: False  # its rounding would hide what a fault changes
         return ddpm.main()
     torch.set_num_threads(1)
     try:
@@ -338,7 +338,7 @@ KILLS = int(os.environ.get("KILLS", "1"))  # KILLS=20 kills as often
 @pytest.fixture
 def pictures(place, monkeypatch) -> Path:
     """A place with ten pictures, in which this process computes in float32, as those that it starts do."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     return paint(place / "pictures").parent
 
 

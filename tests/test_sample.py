@@ -16,6 +16,7 @@ from PIL import Image
 import checkpoints
 import command_line
 import ddpm
+import devices
 import utils
 
 NOISE_STEPS = 30
@@ -51,7 +52,7 @@ def sample(run, trained, place):
 @pytest.fixture
 def float32(monkeypatch):
     """What any processor computes, with or without bfloat16."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -86,7 +87,7 @@ def test_an_image_does_not_depend_on_the_others(sample, float32, sampler):
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_an_image_hardly_depends_on_the_others_in_bfloat16(sample, sampler):
     """35 dB: an error of 4.5 levels, hardly seen; bfloat16 has 3 digits, and the order of additions costs the last."""
-    if not utils.has_bfloat16(torch.device("cpu")):
+    if not devices.has_bfloat16(torch.device("cpu")):
         pytest.skip("this processor has no bfloat16")
     assert sample("--n_img=20", "--batch_size=16", f"--sampler={sampler}", "--steps=5").status == 0
     for number, (n_img, batch_size) in enumerate(LAYOUTS, 2):

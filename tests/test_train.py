@@ -25,6 +25,7 @@ from torch import Tensor
 import checkpoints
 import command_line
 import ddpm
+import devices
 import journal
 import reading
 import utils
@@ -597,7 +598,7 @@ def test_a_training_outlives_its_terminal(train, uninterrupted):
 @pytest.fixture
 def in_float64(monkeypatch):
     """So that what differs by more than 1e-10 is not the order of additions."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(ddpm, "walk", lambda *_: iter([(torch.zeros(16, 3, 8, 8),) * 2]))  # its noise is float32
     torch.set_default_dtype(torch.float64)
@@ -752,7 +753,7 @@ def test_previews_come_after_every_so_many_epochs(train, sample_every, epochs):
 
 def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
     """The averaged weights, seeds 0 to 15. A level of 255 is allowed for: kernels may add in another order."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     assert train(objective="v", lr=0.05).status == 0  # so that weights and average are far apart
     assert run("sample", "--run_name=run", "--n_img=16", "--steps=8", "--device=cpu").status == 0
     preview, samples = (

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import command_line
 import ddpm
+import devices
 import processes
 import reading
 import utils
@@ -355,15 +356,14 @@ def evaluate(
     if not run_name:
         raise UserError("--run_name is missing; `python ddpm.py sample` lists the runs there are")
     command_line.check_name("run_name", run_name)
-    device = utils.pick_device(device)
-    stored = ddpm.load_run(run_name)
+    device, is_first, wanted = processes.join(devices.pick_device(device)), processes.is_first(), None
+    stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
     settings, folder = stored["settings"], Path("results", run_name)
     classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
     if guidance != ddpm.GUIDANCE and not classes:
         raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
-    device, is_first, wanted = processes.join(device), processes.is_first(), None
     if is_first:
         check_table(table)
         extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]

@@ -15,6 +15,7 @@ from PIL import Image
 import checkpoints
 import command_line
 import ddpm
+import devices
 import reading
 import utils
 from journal import COLUMNS
@@ -91,7 +92,7 @@ def write_picture(stored: dict, run_name: str, path: Path) -> None:
     steps, rows = min(25, stored["settings"]["noise_steps"]), min(16, len(classes))
     count = 4 * rows or 16
     labels = ddpm.take_turns(range(rows), range(count))
-    samples = make_samples(stored, range(count), "dpm++", steps, 4, utils.pick_device("auto"), labels)
+    samples = make_samples(stored, range(count), "dpm++", steps, 4, devices.pick_device("auto"), labels)
     utils.save_png(samples, path, rows)
 
 
