@@ -250,11 +250,11 @@ def train(
     blocks: int = 2,
     attention_size: int = 16,
     dropout: float = 0.0,
-    # noise
+    # noise; why these: benchmarks/README.md, "cosine, v, min-SNR 5"; linear, eps and 0 are the paper's
     noise_steps: int = 1000,
-    schedule: str = "linear",
-    objective: str = "eps",
-    min_snr: float = 0.0,
+    schedule: str = "cosine",
+    objective: str = "v",
+    min_snr: float = 5.0,
     # optimization
     batch_size: int = 64,
     micro_batch: int | str = "auto",
@@ -296,8 +296,8 @@ def train(
         attention_size: levels whose shorter side has at most so many pixels get attention; the middle always has it.
         dropout: share of activations dropped in training; try 0.1 if a small data set is learnt by heart.
         noise_steps: steps from an image to pure noise, T in the paper.
-        schedule: how the noise grows over the steps.
-        objective: what the network predicts: the noise, v, or the clean image.
+        schedule: how the noise grows over the steps; linear is DDPM's.
+        objective: what the network predicts: the noise as in DDPM, v, or the clean image.
         min_snr: ceiling of the loss weight (5 in the min-SNR paper); 0 weighs all steps alike, as DDPM does.
         batch_size: images per training step, on all GPUs together.
         micro_batch: images that go through the network at the same time; auto: as many as fit into memory. What is

@@ -5,6 +5,7 @@ Reading order: list_images; how one picture is read; who reads them all; read_da
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -63,6 +64,17 @@ class Dataset(NamedTuple):
 # ---- finding pictures ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Python looks for dead circles of objects as more are made: a fifth of the time that a million names take."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@no_collections()
 def list_images(folder: Path) -> Listing:
     """All pictures below a folder; no hidden files, no pipes, no circles of links.
 
@@ -84,11 +96,13 @@ def list_images(folder: Path) -> Listing:
         below = "" if place == str(folder) else f"{Path(place).relative_to(folder).as_posix()}/"
         top = below.partition("/")[0]
         for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                with contextlib.suppress(OSError):  # a link to nothing
+            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
+                try:
                     info = os.stat(f"{place}/{name}")
-                    if stat.S_ISREG(info.st_mode):
-                        found.append((below + name, info.st_size, info.st_mtime_ns, top))
+                except OSError:  # a link to nothing
+                    continue
+                if stat.S_ISREG(info.st_mode):
+                    found.append((below + name, info.st_size, info.st_mtime_ns, top))
     if not found:
         raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     found.sort()

@@ -125,7 +125,7 @@ def train_ours(
         network.compile(dynamic=False)
 
     def step() -> None:
-        t, eps = diffusion.draw(images)
+        t, eps = diffusion.draw(images.shape)
         with autocast(images.device, precision):
             loss = diffusion.loss(network, images, t, eps).mean()
         loss.backward()

@@ -4,18 +4,23 @@ import contextlib
 import csv
 import inspect
 import io
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import paint
-from torch import nn
+from conftest import ROOT, paint
+from torch import Tensor, nn
 
 import command_line
 import ddpm
 import journal
-from benchmarks import levers, measuring, peers, quality, sample_speed, train_speed
+import reading
+from benchmarks import levers, measuring, peers, quality, quality_peers, sample_speed, train_speed
 from benchmarks.measuring import Timing
 from tools.evaluate import Features
 from utils import UserError
@@ -319,12 +324,14 @@ def test_help_names_the_command_to_type_and_every_flag(command, monkeypatch):
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
+def pixels(device: torch.device) -> Features:
+    """Stands in for a network that looks at pictures."""
+    return Features("FD (pixels)", "1", lambda images: images.float().flatten(1))
+
+
 @pytest.fixture
 def small_experiment(place, monkeypatch):
     """Two variants of the tiny network, judged by their pixels."""
-
-    def pixels(device: torch.device) -> Features:
-        return Features("FD (pixels)", "1", lambda images: images.float().flatten(1))
 
     shape = {name: (value,) if name == "img_size" else value for name, value in TINY.items()}
     variants = {"slow": {"lr": 1e-5}, "fast": {"lr": 1e-3}}
@@ -369,3 +376,343 @@ def test_every_variant_is_a_training_that_can_be(place):
             assert settings.keys() <= names
             command_line.check_limits(settings, ddpm.LIMITS)
             command_line.check_network({"blocks": 2} | settings)
+
+
+# ---- quality, against the peers --------------------------------------------------------------------------------------
+
+SIDE = 32  # diffusers' six levels need it
+
+
+@pytest.fixture
+def small_peers(monkeypatch):
+    """Their networks as small as may be, sampled in three steps; gives the trainer of a project that is installed."""
+    monkeypatch.setitem(quality_peers.DIFFUSERS, "block_out_channels", (8,) * 6)
+    monkeypatch.setitem(quality_peers.DIFFUSERS, "layers_per_block", 1)
+    monkeypatch.setitem(quality_peers.DIFFUSERS, "norm_num_groups", 2)
+    monkeypatch.setattr(
+        quality_peers, "LUCIDRAINS", {"dim": 8, "dim_mults": (1, 1, 1), "attn_heads": 1, "attn_dim_head": 8}
+    )
+    monkeypatch.setattr(quality_peers, "PEER_STEPS", 3)
+
+    def trainer(project: str):
+        pytest.importorskip(quality_peers.PEERS[project][0])
+        return quality_peers.PEERS[project][1]
+
+    return trainer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when a batch is drawn, by `clock.tick` seconds."""
+    hands = SimpleNamespace(now=0.0, tick=1.0, drawn=0)
+    draw = quality_peers.Task.batches
+
+    def batches(task, batch_size):
+        for batch in draw(task, batch_size):
+            hands.now, hands.drawn = hands.now + hands.tick, hands.drawn + 1
+            yield batch
+
+    monkeypatch.setattr(quality_peers.Task, "batches", batches)
+    monkeypatch.setattr(quality_peers, "time", SimpleNamespace(monotonic=lambda: hands.now))
+    return hands
+
+
+def task(place: Path, images: np.ndarray | None = None, minutes: float = 0.25) -> quality_peers.Task:
+    """A quarter of a minute, of noisy pictures if no others are given."""
+    paint(place / "pictures", count=100)  # as many as lucidrains' Trainer asks for
+    if images is None:
+        images = np.random.default_rng(0).integers(0, 256, (100, 3, SIDE, SIDE), dtype=np.uint8)
+    measuring.RESULTS.mkdir(parents=True, exist_ok=True)
+    return quality_peers.Task("pictures", images, minutes, 0, CPU)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 60), (7.0, 9), (100.0, 1)])
+def test_training_ends_with_the_first_step_that_passes_its_minutes(seconds, steps, monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(quality_peers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(done: float) -> None:
+        told.append(done)
+        now[0] += seconds
+
+    assert quality_peers.train_by_clock(step, minutes=1) == (steps, steps * seconds)
+    assert told == [number * seconds / 60 for number in range(steps)]
+
+
+def test_first_step_does_not_count_for_how_many_fit(monkeypatch):
+    now, durations = [0.0], iter((20.0, 0.5, 1.0))
+    monkeypatch.setattr(quality_peers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(done: float) -> None:
+        now[0] += next(durations)
+
+    assert quality_peers.steps_that_fit(step, minutes=1) == 80
+
+
+@pytest.mark.parametrize(("project", "tried"), [("diffusers", 3), ("lucidrains", 0)])
+def test_peer_is_shown_a_batch_a_step_for_its_minutes_and_tries_are_not_counted(
+    project, tried, small_peers, clock, place
+):
+    learnt = small_peers(project)("fp32", task(place))
+    assert learnt.images == 15 * 16
+    assert (learnt.prepared_s, learnt.trained_s) == (tried, 15)
+    assert clock.drawn == tried + 15
+
+
+@pytest.mark.parametrize("slower", [1, 3])
+def test_rate_of_diffusers_warms_up_and_ends_with_the_minutes_even_on_a_machine_that_slows_down(
+    slower, small_peers, clock, place, monkeypatch
+):
+    class Noted(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            clock.tick = slower if len(rates) > 20 else 1
+            return super().step()
+
+    rates = []
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    small_peers("diffusers")("fp32", task(place, minutes=1))
+    rates = rates[3:]  # those that see how many fit
+    peak = rates.index(max(rates))
+    assert rates[0] == 0
+    assert rates[peak] == pytest.approx(1e-4)
+    assert peak == 6, "a tenth of the 60 steps that fit"
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 1e-6  # a last step of 3 seconds begins at 57: 0.8% of the cosine's height are left
+
+
+@pytest.mark.parametrize("project", quality_peers.PEERS)
+def test_samples_come_from_the_averaged_weights(project, small_peers, clock, place, monkeypatch):
+    train, used = small_peers(project), []
+    if project == "diffusers":
+        import diffusers
+        from diffusers import training_utils
+
+        class Kept(training_utils.EMAModel):
+            def copy_to(self, parameters):
+                kept = list(parameters)
+                averages.append((self.shadow_params, [weight.detach().clone() for weight in kept]))
+                assert self.optimization_step == 15, "those that see how many fit do not count"
+                super().copy_to(kept)
+
+        class Pipeline(diffusers.DDPMPipeline):
+            def __call__(self, *args, **options):
+                used.append(list(self.unet.parameters()))
+                return super().__call__(*args, **options)
+
+        averages = []
+        monkeypatch.setattr(training_utils, "EMAModel", Kept)
+        monkeypatch.setattr(diffusers, "DDPMPipeline", Pipeline)
+        train("fp32", task(place)).sample(2)
+        average, last = averages[-1]
+    else:
+        import denoising_diffusion_pytorch as package
+
+        class Kept(package.Trainer):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                trainers.append(self)
+
+        def sample(self, batch_size):
+            used.append(list(self.parameters()))
+            return torch.zeros(batch_size, 3, SIDE, SIDE)
+
+        trainers = []
+        monkeypatch.setattr(package, "Trainer", Kept)
+        monkeypatch.setattr(package.GaussianDiffusion, "sample", sample)
+        train("fp32", task(place)).sample(2)
+        average, last = list(trainers[0].ema.ema_model.parameters()), list(trainers[0].model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(used[0], average, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(used[0], last, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("project", quality_peers.PEERS)
+def test_one_colour_is_learnt_and_made_when_the_network_knows_it(
+    project, precision, small_peers, clock, place, monkeypatch
+):
+    """Images go in and come out in the range of each: a network that knows the colour finds pure noise beside it."""
+    train, colour = small_peers(project), torch.tensor([250, 128, 20], dtype=torch.uint8).view(3, 1, 1)
+    x_0, found, types = colour / 127.5 - 1, [], set()
+
+    def beside(x_t, t, alpha_bar):
+        signal, noise = (part[t].view(-1, 1, 1, 1).float() for part in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+        eps = (x_t - signal * x_0) / noise
+        found.append(eps)
+        return eps, signal, noise
+
+    if project == "diffusers":
+        import diffusers
+
+        alpha_bar, walk_on = diffusers.DDPMScheduler().alphas_cumprod, diffusers.DDPMScheduler.step
+
+        def step(self, output, *args, **options):
+            assert output.dtype == torch.float32, "only the network itself works in bfloat16"
+            return walk_on(self, output, *args, **options)
+
+        monkeypatch.setattr(diffusers.DDPMScheduler, "step", step)
+
+        class Knowing(diffusers.UNet2DModel):
+            def forward(self, x_t, t):
+                output = super().forward(x_t, t)  # whose weights must have a gradient
+                types.add(output.sample.dtype)
+                eps, _, _ = beside(x_t, t.expand(len(x_t)), alpha_bar)
+                return type(output)(eps.to(output.sample.dtype) + 0 * output.sample)
+
+        monkeypatch.setattr(diffusers, "UNet2DModel", Knowing)
+    else:
+        import denoising_diffusion_pytorch as package
+
+        alpha_bar = package.GaussianDiffusion(package.Unet(8), image_size=SIDE).alphas_cumprod
+
+        class Knowing(package.Unet):
+            def forward(self, x_t, t, _condition=None):
+                eps, signal, noise = beside(x_t, t, alpha_bar)
+                output = super().forward(x_t, t)
+                types.add(output.dtype)
+                return signal * eps - noise * x_0 + 0 * output
+
+        monkeypatch.setattr(package, "Unet", Knowing)
+    learnt = train(precision, task(place, images=colour.expand(100, 3, SIDE, SIDE).numpy()))
+    assert types == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+    seen = torch.cat([eps.flatten(1) for eps in found])
+    assert len(seen) >= 15 * 16
+    assert abs(seen.mean()) < 0.02  # of half a million draws, float32's rounding divided by the noise of t = 1 included
+    assert abs(seen.std() - 1) < 0.02
+    samples = learnt.sample(3)
+    assert (samples.shape, samples.dtype) == ((3, 3, SIDE, SIDE), torch.uint8)
+    assert (samples.int() - colour.int()).abs().max() <= 1
+
+
+@pytest.fixture
+def small_contest(place, monkeypatch):
+    """One who gives back real pictures, and one who stumbles the first time and then gives black ones."""
+
+    def learnt(image: Callable[[int], Tensor]) -> quality_peers.Learnt:
+        return quality_peers.Learnt(160, 1.5, 2.0, 60.0, "ddim", 50, image)
+
+    def perfect(task: quality_peers.Task) -> quality_peers.Learnt:
+        calls.append(("perfect", task.seed))
+        images = reading.load_dataset(Path("unseen"), (SIDE, SIDE)).images
+        order = np.random.default_rng(0).permutation(len(images))
+        return learnt(lambda n: torch.from_numpy(images[order[n : 2 * n]]))  # whom `evaluate.judge` calls real
+
+    def black(task: quality_peers.Task) -> quality_peers.Learnt:
+        calls.append(("black", task.seed))
+        if len(calls) == 2:
+            raise UserError("stumbled")
+        return learnt(lambda n: torch.zeros(n, 3, SIDE, SIDE, dtype=torch.uint8))
+
+    calls = []
+    monkeypatch.setattr(quality_peers, "contenders", lambda device: {"perfect": perfect, "black": black})
+    monkeypatch.setattr(quality_peers.evaluate, "load_efficientnet", pixels)
+    paint(place / "pictures", count=100)
+    paint(place / "unseen", count=40, first_seed=1000)
+    return calls
+
+
+CONTEST = ["--dataset=pictures", "--held_out=unseen", "--n_img=16", "--device=cpu", "--minutes=0.25"]
+
+
+def contest(monkeypatch, *words: str) -> tuple[int, str, str]:
+    """The contest, `words` instead of the same flags above."""
+    given = {word.split("=")[0] for word in words}
+    kept = [word for word in CONTEST if word.split("=")[0] not in given]
+    return run("benchmarks.quality_peers", quality_peers.quality_peers, [*kept, *words], monkeypatch)
+
+
+def rows_of_contest() -> list[dict]:
+    with open("results/benchmarks/quality_peers.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_perfect_samples_score_the_floor_and_others_more(small_contest, monkeypatch):
+    small_contest += ["nobody stumbles"] * 2
+    status, out, err = contest(monkeypatch)
+    assert status == 0, err
+    perfect, black = rows_of_contest()
+    for name in ("distance", "contrast"):
+        assert perfect[name] == perfect[f"{name}_real"] == black[f"{name}_real"]
+    assert float(black["distance"]) > float(black["distance_real"])
+    assert float(black["contrast"]) == 0
+    title, *_ = [line for line in out.splitlines() if line.startswith("contender")]
+    table = {line.split()[0]: line.split() for line in out[out.index(title) :].splitlines()[2:]}
+    column = title.replace("weights M", "weights").split().index("excess") + 1  # "ddim 50" is two
+    assert float(table["perfect"][column]) == 0
+    excess = float(black["distance"]) - float(black["distance_real"])
+    assert float(table["black"][column]) == pytest.approx(excess, rel=1e-3)  # a digit is shown, and six are kept
+    assert list(table) == ["perfect", "black"], "the best is on top"
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_contest_goes_on_where_it_was_stopped(small_contest, monkeypatch):
+    assert contest(monkeypatch)[0] == 2
+    assert [row["contender"] for row in rows_of_contest()] == ["perfect"], "written before the other one began"
+    assert contest(monkeypatch)[0] == 0
+    assert contest(monkeypatch, "--seeds=2")[0] == 0
+    assert small_contest == [("perfect", 0), ("black", 0), ("black", 0), ("perfect", 1), ("black", 1)]
+    rows = rows_of_contest()
+    assert [(row["contender"], row["seed"]) for row in rows] == [
+        ("perfect", "0"),
+        ("black", "0"),
+        ("perfect", "1"),
+        ("black", "1"),
+    ]
+    assert {(row["minutes"], row["images"], row["sampler"], row["n"]) for row in rows} == {
+        ("0.25", "160", "ddim", "16")
+    }
+    assert len(list(Path("results/benchmarks/quality_peers").glob("*.png"))) == 4
+
+
+def test_every_contender_learns_samples_and_is_judged(small_peers, place, monkeypatch):
+    """All parts together, with networks as small as may be, for a second each."""
+    small = {name: value for name, value in TINY.items() if name != "img_size"}
+    monkeypatch.setattr(quality_peers, "OURS", {"ours": ("defaults", small | {"batch_size": 4})})
+    monkeypatch.setattr(quality_peers.evaluate, "load_efficientnet", pixels)
+    paint(place / "pictures", count=100)
+    paint(place / "unseen", count=40, first_seed=1000)
+    status, out, err = contest(monkeypatch, "--minutes=0.017")
+    assert status == 0, err
+    rows = rows_of_contest()
+    assert [row["contender"] for row in rows] == list(quality_peers.contenders(CPU))
+    for row in rows:
+        assert int(row["images"]) > 0
+        assert float(row["trained_s"]) >= 1.0199, "60 times 0.017 minutes, and the rest of the last step"
+        assert row["contender"] in out[out.index("---") :]
+
+
+def test_contenders_are_ours_alone_where_nothing_is_installed_and_it_says_so(installed, hurried, capsys):
+    installed()
+    assert list(quality_peers.contenders(CPU)) == ["ours", "ours, for a CPU"]
+    out = capsys.readouterr().out
+    assert "left out: bf16" in out
+    for package in peers.PIP_NAMES.values():
+        assert f"pip install {package}\n" in out
+
+
+def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_readme():
+    (_, defaults), (_, first) = quality_peers.OURS.values()
+    assert defaults == {}
+    command = re.search(r"ddpm.py train (--run_name=first .*?) &&", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    parameters = {name: value.annotation for name, value in inspect.signature(ddpm.train).parameters.items()}
+    flags = command_line.read_flags("train", parameters, command.group(1).replace("\\\n", "").split())
+    settings = {name: command_line.FLAG_TYPES[parameters[name]][0](text) for name, text in flags.items()}
+    assert settings == first | {"run_name": "first", "epochs": settings["epochs"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes=0"], "--minutes=0.0 is out of range, which is 0.01 to 1e+06"),
+        (["--img_size=48"], "--img_size=48 is not a multiple of 32"),
+        (["--dataset=unseen"], "--dataset=unseen holds fewer than 100 images"),
+        (["--held_out=nowhere"], "nowhere does not exist"),
+        (["--sampler=ddim"], "--sampler is not an option"),
+    ],
+)
+def test_contest_that_cannot_be_is_refused_before_any_work(words, message, small_contest, monkeypatch):
+    status, out, err = contest(monkeypatch, *words)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert small_contest == []

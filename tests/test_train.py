@@ -37,7 +37,7 @@ CHECKPOINT, PREVIOUS = Path("models/run/checkpoint.pt"), Path("models/run/checkp
 LOG, PREVIEWS = Path("results/run/log.csv"), Path("results/run/training_progress")
 # Another value than the tiny run's for every option that makes it another run.
 OTHER = {"seed": 1, "flip": "no", "img_size": 16, "width": 32, "multipliers": "1,1", "blocks": 2, "attention_size": 0}
-OTHER |= {"dropout": 0.5, "noise_steps": 16, "schedule": "cosine", "objective": "v", "min_snr": 0.1, "batch_size": 3}
+OTHER |= {"dropout": 0.5, "noise_steps": 16, "schedule": "linear", "objective": "eps", "min_snr": 0.1, "batch_size": 3}
 OTHER |= {"mode": "L", "lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
 
 
