@@ -303,7 +303,7 @@ def train(
         micro_batch: images that go through the network at the same time; auto: as many as fit into memory. What is
             learnt is the same.
         lr: learning rate after the warm-up.
-        warmup: steps over which the learning rate rises from 0.
+        warmup: steps over which the learning rate rises from 0; at most a tenth of the training.
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -400,7 +400,8 @@ def train(
         parts.go_through(work, undo=optimizer.zero_grad)
         processes.add_up([losses, *(parameter.grad for parameter in network.parameters())])
         norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
-        rate = lr * min(1.0, (step + 1) / max(1, warmup)) * LR_DECAYS[lr_decay](done)
+        warmth = min(1.0, max((step + 1) / max(1, warmup), 10 * done))
+        rate = lr * warmth * LR_DECAYS[lr_decay](done)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()

@@ -595,6 +595,16 @@ def test_a_training_outlives_its_terminal(train, uninterrupted):
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("warmup", "rising"), [(0, 0), (2, 1), (1000, 4)])
+def test_the_learning_rate_rises_over_the_warmup_or_a_tenth_of_the_training(train, monkeypatch, warmup, rising):
+    monkeypatch.setattr(journal, "ROW_EVERY", 1)
+    assert train(warmup=warmup, epochs=16, lr_decay="none").status == 0  # 40 steps
+    rates = [row[journal.COLUMNS.index("lr")] / 1e-3 for row in stored()["log"]]
+    expected = [min(1, max((step + 1) / max(1, warmup), step / 4)) for step in range(40)]
+    assert rates == pytest.approx(expected)
+    assert sum(rate < 0.999 for rate in rates) == rising
+
+
 @pytest.fixture
 def in_float64(monkeypatch):
     """So that what differs by more than 1e-10 is not the order of additions."""
@@ -817,7 +827,10 @@ def test_the_log_tells_what_happened(train, monkeypatch):
         assert 0 < float(row[5]) < math.inf
         assert int(row[6]) in range(4)
         assert float(row[-1]) > 0
-    rates = [1e-3 * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / LAST_STEP)) / 2 for step in (2, 5)]
+    rates = [
+        1e-3 * min(1, max((step + 1) / 5, 10 * step / LAST_STEP)) * (1 + math.cos(math.pi * step / LAST_STEP)) / 2
+        for step in (2, 5)
+    ]
     assert [float(row[4]) for row in rows] == pytest.approx(rates)
     with Image.open("results/run/loss.png") as curve:
         assert min(curve.size) > 100
