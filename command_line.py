@@ -74,6 +74,11 @@ def choices(limit: dict) -> str:
     return "; ".join(explained) or ", ".join(limit)
 
 
+def in_short(names: tuple[str, ...]) -> str:
+    """The first twenty, and whether there are more."""
+    return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+
+
 def did_you_mean(word: str, known) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -206,6 +211,7 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: t
     differences = [
         f"--{name} was {as_typed(name, was.get(name))}, is now {as_typed(name, value)}"
         for name, value in settings.items()
+        if name != "classes"  # these hang on --conditional and on the images
         if name not in was or (name not in may_change and value not in (was[name], "auto"))
     ]
     if stored["data"] != fingerprint:
@@ -232,7 +238,8 @@ def check_same_network(name: str, was: dict, settings: dict) -> None:
     if flags:
         raise UserError(f"--init_from={name} has another network; to fit it, add {' '.join(flags)}")
     if settings["classes"] != was["classes"]:
-        raise UserError(f"--init_from={name} knows other classes: {', '.join(was['classes'])}")
+        known = in_short(was["classes"])
+        raise UserError(f"--init_from={name} knows other classes; it takes folders of these names: {known}")
 
 
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
@@ -243,10 +250,8 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
         raise UserError(f"--label={label} is for runs that know classes, trained with --conditional")
     for name in label.split(","):
         if name not in classes:
-            known = ", ".join(classes[:20]) + ", ..." * (len(classes) > 20)
-            raise UserError(
-                f"--label={name} is not a class of this run{did_you_mean(name, classes)} (there are: {known})"
-            )
+            known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
+            raise UserError(f"--label={name} is not a class of this run{known}")
     return [classes.index(name) for name in label.split(",")]
 
 
@@ -260,9 +265,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        if hasattr(
-            signal, "SIGHUP"
-        ):  # the terminal was closed: the training goes on; but torchrun does not wait for it
+        # the terminal was closed: the training goes on; torchrun would not let it, so there it stops
+        if hasattr(signal, "SIGHUP"):
             wanted = self.note if processes.count() > 1 else signal.SIG_IGN
             self.before[signal.SIGHUP] = signal.signal(signal.SIGHUP, wanted)
         return self
@@ -353,6 +357,9 @@ def try_command(program: str, commands: dict[str, Callable], limits: dict, words
         words_for_it = "out of memory|allocate memory|not enough memory"
         if isinstance(error, RuntimeError) and not re.search(words_for_it, str(error)):
             raise
-        return "out of memory; a smaller --micro_batch, --batch_size, --img_size or --width takes less", 2
+        known = inspect.signature(commands[words[0]]).parameters
+        flags = [f"--{flag}" for flag in ("batch_size", "img_size", "micro_batch", "width") if flag in known]
+        more = "; so does --grad_checkpointing" if "grad_checkpointing" in known else ""
+        return f"out of memory; a smaller {' or '.join(flags)} takes less{more}", 2
     except KeyboardInterrupt:
         return "stopped", 130

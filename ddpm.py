@@ -4,9 +4,8 @@
     python ddpm.py sample --run_name=my_run --n_img=16
     python ddpm.py --help
 
-Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py, reading
-a folder of images in reading.py, writing in utils.py, what a training tells in journal.py, the command line's manners
-in command_line.py, what several GPUs take in processes.py.
+Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; a folder
+of images is read by reading.py, a checkpoint by checkpoints.py, and what a training tells is in journal.py.
 """
 
 import contextlib
@@ -145,9 +144,9 @@ class Diffusion:
         return self.weight(t) * error
 
     def path(self, steps: int, strength: float = 1.0) -> list[int]:
-        """The noising steps to visit, T first and 0 last, evenly spaced ("trailing": Lin et al. 2024, table 2).
+        """The noising steps to visit, from T to 0, evenly spaced ("trailing": Lin et al. 2024, table 2).
 
-        With less strength, the walk joins this path at the share `strength` of T (SDEdit: Meng et al. 2022).
+        With less strength, from that share of T on, where this path is joined (SDEdit: Meng et al. 2022).
         """
         start = round(self.steps * strength)
         return [start] + [t for t in (round(self.steps * (1 - i / steps)) for i in range(steps + 1)) if t < start]
@@ -214,14 +213,13 @@ LIMITS |= dict.fromkeys(
 )
 LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_steps": (2, 100_000)}
 LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999), "mode": reading.MODES, "micro_batch": (1, 10**9)}
-LIMITS |= {"guidance": (0, 1000), "strength": (0, 1)}
+LIMITS |= {"guidance": (0, 1000), "strength": (0, 1), "head_width": (0, 10**9), "norm_groups": (0, 10**9)}
+LIMITS |= {"norm_eps": (0, 1), "frequency_shift": (0, 1), "downsample_padding": (0, 1)}
 MAY_CHANGE = ("dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every")  # as a run goes on
 MAY_CHANGE += ("tensorboard", "dry_run", "micro_batch", "grad_checkpointing")
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 IMPORTED = {"attention_levels": tuple, "head_width": int, "norm_groups": int, "downsample_padding": int}
 IMPORTED |= {"norm_eps": float, "frequency_shift": float}  # what the settings of a network from elsewhere may add
-LIMITS |= {"head_width": (0, 10**9), "norm_groups": (0, 10**9), "norm_eps": (0, 1), "frequency_shift": (0, 1)}
-LIMITS |= {"downsample_padding": (0, 1)}
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
 FORGOTTEN = 0.1  # share of the labels that a network is not told, so that it learns to do without: for guidance
@@ -301,7 +299,7 @@ def train(
         min_snr: ceiling of the loss weight (5 in the min-SNR paper); 0 weighs all steps alike, as DDPM does.
         batch_size: images per training step, on all GPUs together.
         micro_batch: images that go through the network at the same time; auto: as many as fit into memory. What is
-            learnt is the same.
+            learnt is the same (with dropout: as good).
         lr: learning rate after the warm-up.
         warmup: steps over which the learning rate rises from 0; at most a tenth of the training.
         lr_decay: how the learning rate falls over the whole run.
@@ -337,7 +335,9 @@ def train(
     stored, source = processes.from_first((stored, source))
     was = (source or stored).get("settings", {})
     with processes.first_alone():
-        data = reading.read_dataset(listing, size, was["mode"] if source and mode == "auto" else mode)
+        data = reading.read_dataset(listing, size, mode)
+        if was and mode == "auto" and data.mode != was["mode"]:  # the run, or the one it begins from, knows better
+            data = reading.read_dataset(listing, size, was["mode"])
     if len(set(processes.gather((data.fingerprint, len(data.images))))) > 1:
         raise UserError(f"--dataset={dataset} is not the same for all processes")
 
@@ -358,10 +358,10 @@ def train(
     labels = torch.from_numpy(data.labels).to(device)
     count, batch_size = len(images), min(batch_size, len(images))
     if batch_size < processes.count():
-        raise UserError(f"--batch_size={batch_size} is less than an image for each of {processes.count()} processes")
+        raise UserError(f"{batch_size} images a step, of {count:,}, are too few for {processes.count()} processes")
     shown = range(min(64, len(classes) * math.ceil(PREVIEWS / len(classes))) if classes else PREVIEWS)  # class by class
     lengths = (count, batch_size, epochs, max_minutes, save_every, sample_every, step, stored["minutes"], began)
-    course = Course(*lengths, previews=len(shown) * (2 if classes else 1))
+    course = Course(*lengths, previews=len(shown) * (2 if classes else 1))  # guidance asks the network twice
     board = Path("runs", run_name) if tensorboard else None
     log = Log(results, course, noise_steps, device, stored["log"], stored["sums"], board)
     parts = processes.MicroBatches(processes.share(batch_size), micro_batch)
@@ -377,7 +377,8 @@ def train(
 
         All that is random in a step is drawn for the whole batch and hangs on (seed, step) alone. So a run that was
         stopped and goes on is, to the bit, the run that was not, and no generator's state has to be kept; and however
-        the batch is cut up among processes and by memory, but for the order of additions it is the same step.
+        the batch is cut up among processes and by memory, but for the order of additions (and with dropout, what is
+        dropped) it is the same step.
         """
         torch.manual_seed(utils.seed_of(seed, step))
         indices = reading.batch_indices(count, batch_size, step, seed)  # (B,)
@@ -614,10 +615,10 @@ def walk(
         return torch.from_numpy(np.stack(noise)).to(device)  # (B, C, H, W)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
-        steps = torch.full((len(x_t),), t, device=device)
+        times = torch.full((len(x_t),), t, device=device)
         with devices.autocast(device):
-            output = guided(network, x_t, steps, labels, guidance)
-        x_0 = diffusion.clean(x_t, steps, output.float()).clamp(-1, 1)
+            output = guided(network, x_t, times, labels, guidance)
+        x_0 = diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
         return x_0 if picture is None else torch.lerp(picture, x_0, anew)
 
     x_t = draw_noise()
@@ -664,7 +665,7 @@ def sample(
         save_grid: also save samples.png, the first 256 images side by side.
         gif: also film how the first batch, or 16 of it, comes out of the noise: left the images, right what the network
             takes them for.
-        seed: image number i is made from seed + i alone, whatever the other options.
+        seed: image number i is made from seed + i, and its class, alone, whatever n_img and batch_size.
         img_size: another size than the run was trained at, such as 48x96; it may not look as good.
         label: the classes to make, in turn: a name, several (cats,dogs), or all; for runs trained with --conditional.
         guidance: how strictly an image keeps to its class: 0 not at all, 1 as learnt, more for clearer and less varied
@@ -724,16 +725,17 @@ def sample(
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
     folder = processes.from_first(utils.claim_folder(Path("results", run_name, name)) if is_first else None)
     starts, visited = range(0, n_img, batch_size), max(1, len(diffusion.path(steps, strength)) - 1)
-    mine, digits, grid, film = processes.share(len(starts)), max(4, len(str(n_img))), [], []
+    mine, digits = processes.share(len(starts)), max(4, len(str(n_img)))
+    grid, film = [], []
     with utils.progress_bar(visited * len(mine), unit="step") as bar:
-        for start in (starts[number] for number in mine):
+        for start in starts[mine.start : mine.stop]:
             numbers = range(start, min(n_img, start + batch_size))
             seeds, labels = [seed + number for number in numbers], take_turns(chosen, numbers)
-            begin = (labels, guidance, picture, anew, strength)
-            for count, (x_t, guess) in enumerate(walk(network, diffusion, seeds, size, sampler, steps, *begin), 1):
+            how = (sampler, steps, labels, guidance, picture, anew, strength)
+            for count, (x_t, guess) in enumerate(walk(network, diffusion, seeds, size, *how), 1):
                 bar.update()
                 if gif and start == 0 and count * FILM_FRAMES // visited > (count - 1) * FILM_FRAMES // visited:
-                    sides = [utils.tile(utils.to_bytes(side[:FILM_IMAGES]).cpu()) for side in (x_t, guess)]
+                    sides = [utils.tile(utils.to_bytes(side[:FILM_IMAGES]).cpu(), len(chosen)) for side in (x_t, guess)]
                     film.append(torch.cat(sides, dim=2))  # (3, H, 2 W): what there is, and what it is taken for
             images = utils.to_bytes(x_t).cpu()  # (B, C, H, W)
             for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
@@ -741,7 +743,7 @@ def sample(
                 own = {"seed": seeds[place], "command": again}
                 own |= {"label": classes[labels[place]]} if classes else {}
                 utils.save_png(image[None], folder / f"sample_{number + 1:0{digits}d}.png", **facts, **own)
-            grid += images[: max(0, GRID_IMAGES - start)]
+            grid += [image.clone() for image in images[: max(0, GRID_IMAGES - start)]]  # not views of the whole batch
     grid = list(itertools.chain(*processes.gather(grid)))
     if not is_first:
         return

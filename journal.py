@@ -58,7 +58,7 @@ class Course:
         step: int,
         minutes: float,
         began: float,
-        previews: int = 16,
+        previews: int,
     ):
         self.count, self.batch_size, self.epochs, self.max_minutes = count, batch_size, epochs, max_minutes
         self.save_every, self.sample_every = save_every, sample_every

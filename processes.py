@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from utils import UserError
 
@@ -91,6 +92,8 @@ def join(device: torch.device) -> torch.device:
     """
     if count() == 1:
         return device
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set in the environment, but not by torchrun; unset it, or use torchrun")
     local_rank, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if not dist.is_initialized():
         gpus = torch.cuda.device_count()
@@ -114,8 +117,8 @@ def leave() -> None:
     """Part from the other processes; to be called in a `finally` around the whole command.
 
     On the way out of an error this ends the process at once, with the error's traceback and status: a GPU may be in an
-    addition that will never have all its terms, and nccl would wait for that. What went wrong before they met, all
-    processes find alike, and one says it: torchrun ends all as soon as one has ended, so that the others wait for it.
+    addition that will never have all its terms, and nccl would wait for that. What was asked for and is not possible,
+    all processes find alike, and one says it: torchrun ends all as soon as one has ended, so the others wait for it.
     """
     error = sys.exc_info()[1]
     if error is None and dist.is_initialized():
@@ -126,7 +129,7 @@ def leave() -> None:
             sys.excepthook(*sys.exc_info())
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        if not dist.is_initialized() and not is_first_here():
+        if not is_first_here() and (status == 2 or not dist.is_initialized()):
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(10)
         os._exit(status)
@@ -224,4 +227,4 @@ class MicroBatches:
             undo()
             torch.cuda.empty_cache()
             self.size = math.ceil(self.size / 2)
-            print(f"out of memory: --micro_batch={self.size} from now on, which learns the same", flush=True)
+            tqdm.write(f"out of memory: --micro_batch={self.size} from now on, which learns the same")

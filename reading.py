@@ -133,7 +133,7 @@ def check_classes(listing: Listing) -> None:
             f"move them into one of the folders in {folder}"
         )
     for name in classes:
-        if "," in name or name == "all":
+        if "," in name or name == "all" or not name.isprintable():
             raise UserError(f"--conditional: the folder {folder / name} cannot be written as --label={name}; rename it")
 
 

@@ -103,7 +103,9 @@ def quality(
         ddpm.train(dataset=dataset, run_name=run_name, **settings)
         stored = ddpm.load_run(run_name)
         samples = evaluate.make_samples(stored, range(n), "dpm++", 25, 64, place)
-        pictures = reading.load_dataset(Path(held_out), stored["settings"]["img_size"]).images
+        pictures = reading.load_dataset(
+            Path(held_out), stored["settings"]["img_size"], stored["settings"]["mode"]
+        ).images
         figures = evaluate.judge(samples, pictures, features, place)
         row = key | {"measure": figures["measure"], "minutes": stored["minutes"]}
         row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)

@@ -54,7 +54,7 @@ def samplers(
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]
     features = evaluate.load_efficientnet(place)
-    pictures = reading.load_dataset(Path(settings["dataset"]), settings["img_size"]).images
+    pictures = reading.load_dataset(Path(settings["dataset"]), settings["img_size"], settings["mode"]).images
     n = evaluate.comparable(n_img, len(pictures))
     shared = {"run": run_name, "step": stored["step"], "n": n}
 

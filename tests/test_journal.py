@@ -55,7 +55,7 @@ def slow_steps(clock, monkeypatch) -> SimpleNamespace:
 def course(**changed) -> Course:
     """A training of 10 epochs of 100 images, 10 a step."""
     facts = {"count": 100, "batch_size": 10, "epochs": 10, "max_minutes": 0, "save_every": 10, "sample_every": 0}
-    return Course(**facts | {"step": 0, "minutes": 0.0, "began": journal.time.monotonic()} | changed)
+    return Course(**facts | {"previews": 16, "step": 0, "minutes": 0.0, "began": journal.time.monotonic()} | changed)
 
 
 # ---- how far a training is ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from PIL import Image
 
 import checkpoints
 import ddpm
+import processes
 import reading
 import utils
 from modules import UNet
@@ -89,6 +90,26 @@ def test_a_run_goes_on_in_its_own_mode(place, train, mode):
     assert train("--epochs=3", f"--mode={mode}").status == 0
 
 
+@pytest.mark.parametrize(("learnt", "of"), [("RGB", "L"), ("RGBA", "RGB"), ("L", "RGB")])
+def test_auto_is_the_mode_of_the_run_that_goes_on(place, train, learnt, of):
+    """Also where it would be another mode for a new run."""
+    draw(place / "pictures", of)
+    assert train("--epochs=1", f"--mode={learnt}").status == 0
+    assert train("--epochs=2").status == 0
+    assert checkpoints.load("run")["settings"]["mode"] == learnt
+
+
+def test_a_run_that_begins_from_another_has_its_mode(place, train, run):
+    """Gray pictures for a network of colours, in the first call and in the next."""
+    draw(place / "pictures", "RGB")
+    draw(place / "gray", "L")
+    assert train("--epochs=1").status == 0
+    for epochs in (1, 2):
+        result = run("train", *TINY, "--dataset=gray", "--run_name=two", "--init_from=run", f"--epochs={epochs}")
+        assert result.status == 0, result.err
+    assert checkpoints.load("two")["settings"]["mode"] == "RGB"
+
+
 def test_a_checkpoint_of_a_version_that_knew_no_modes_is_of_colours(place, train, run):
     draw(place / "pictures", "RGB")
     assert train("--epochs=1").status == 0
@@ -126,6 +147,14 @@ def classes(place):
         folder.mkdir(parents=True)
         for number in range(4):
             Image.new("L", (8, 8), level + number).save(folder / f"{number}.png")
+
+
+def test_a_grid_that_is_sent_to_another_process_is_no_larger_than_it_looks(three_classes, run, monkeypatch):
+    """A view of a batch would be sent with the whole batch, once for each image."""
+    sent = []
+    monkeypatch.setattr(processes, "gather", lambda what: sent.append(what) or [what])
+    assert run("sample", "--run_name=run", "--n_img=12", STEPS).status == 0
+    assert [image.untyped_storage().nbytes() for image in sent[0]] == [8 * 8] * 12
 
 
 def test_without_the_flag_folders_are_mentioned_only(classes, train):

@@ -331,7 +331,8 @@ def test_if_the_first_fails_alone_the_others_are_abandoned(place):
 
 # ---- the program under torchrun --------------------------------------------------------------------------------------
 
-TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", "--lr_decay=none", *TINY]
+TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", "--lr_decay=none", "--warmup=0"]
+TRAIN += [word for word in TINY if not word.startswith("--warmup")]  # without it, how far a run will go changes nothing
 KILLS = int(os.environ.get("KILLS", "1"))  # KILLS=20 kills as often
 
 
@@ -418,7 +419,7 @@ def test_what_is_refused_is_said_once_even_if_the_first_is_late(pictures, flag, 
     ended = Ended(start_torchrun([*words, flag], pictures, LATE=str(late)))
     assert (ended.status, ended.out) == (1, "")  # torchrun's status, whatever the processes' own is
     assert [advice in line for line in own_lines(ended)] == [True], ended.err
-    assert {path.name for path in pictures.iterdir()} == {"pictures", "pid_0", "pid_1"}
+    assert {path.name for path in pictures.iterdir()} <= {"pictures", "pid_0", "pid_1"}
 
 
 def wait_for_a_save(processes_: list[subprocess.Popen]) -> int:

@@ -664,7 +664,9 @@ def test_memory_that_does_not_suffice_is_said_in_one_line(train, monkeypatch, op
     monkeypatch.setattr(UNet, "forward", out_of_memory_above(options.get("micro_batch", 1) - 1))
     result = train(**options)
     assert result.status == 2
-    assert result.err.splitlines()[-1].startswith("ddpm.py: out of memory; a smaller --micro_batch, --batch_size")
+    assert result.err.splitlines()[-1].startswith(
+        "ddpm.py: out of memory; a smaller --batch_size or --img_size or --micro_batch"
+    )
 
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
