@@ -4,8 +4,8 @@
     python ddpm.py sample --run_name=my_run --n_img=16
     python ddpm.py --help
 
-Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; a folder
-of images is read by reading.py, a checkpoint by checkpoints.py, and what a training tells is in journal.py.
+Reading order: noise schedules, Diffusion (all of the mathematics), train, sample. The network is in modules.py; folders
+of images are read by reading.py, checkpoints by checkpoints.py, and what a training tells is in journal.py.
 """
 
 import contextlib
@@ -305,7 +305,7 @@ def train(
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
         device: auto, cpu, cuda, cuda:N or mps.
-        grad_checkpointing: compute things twice rather than keep them: far less memory, a third more time.
+        grad_checkpointing: compute things twice rather than keep them: a fourth of the memory, a quarter more time.
         sample_every: epochs between two previews; 0 for none but the last.
         save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.

@@ -139,8 +139,8 @@ class UNet(nn.Module):
         frequency_shift: see `timestep_embedding`.
 
     Attributes:
-        recompute: whether the backward pass computes what is within the blocks anew instead of having kept it: a third
-            more to compute, far less memory.
+        recompute: whether the backward pass computes what is within the blocks anew instead of having kept it: a fourth
+            of the memory, a third more to compute.
     """
 
     recompute = False

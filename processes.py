@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from utils import UserError
 
@@ -227,4 +226,4 @@ class MicroBatches:
             undo()
             torch.cuda.empty_cache()
             self.size = math.ceil(self.size / 2)
-            tqdm.write(f"out of memory: --micro_batch={self.size} from now on, which learns the same")
+            print(f"out of memory: --micro_batch={self.size} from now on, which learns the same", flush=True)

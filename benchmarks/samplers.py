@@ -19,7 +19,7 @@ from benchmarks import measuring
 from benchmarks.quality import FIGURES, done_before
 from tools import evaluate
 
-STEPS = (10, 15, 25, 50, 100, 250, 1000)
+STEPS = (10, 15, 20, 25, 50, 100, 250, 1000)
 LIMITS = measuring.LIMITS | {"n_img": (16, 10**9), "most_steps": (1, 10**9)}
 COLUMNS = ("run", "step", "sampler", "steps", "measure", "n", *FIGURES, "seconds", *measuring.WHERE)
 

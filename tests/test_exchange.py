@@ -150,7 +150,7 @@ def test_a_run_begins_with_the_average_of_another(here, run):
     [
         (("--width=32",), "--width=16"),
         (("--multipliers=1,1",), "--multipliers=1,2"),
-        (("--objective=v", "--schedule=cosine"), "--schedule=linear --objective=eps"),
+        (("--objective=eps", "--schedule=linear"), "--schedule=cosine --objective=v"),
         (("--img_size=16",), "--attention_size=8"),
         (("--attention_size=0",), "--attention_size=4"),
     ],
@@ -835,7 +835,7 @@ def test_a_run_begun_from_an_imported_one_keeps_its_network_and_goes_on(here, ru
     """Both trainings do next to nothing: their network still answers as the one that was imported."""
     make_run("theirs", norm_eps=0.1, attention_levels=(0,), downsample_padding=0, frequency_shift=1.0)
     words = [word for word in TRAIN if not word.startswith(("--lr=", "--attention_size", "--epochs"))]
-    words += ["--lr=1e-9", "--run_name=mine", "--init_from=theirs"]
+    words += ["--lr=1e-9", "--schedule=linear", "--objective=eps", "--run_name=mine", "--init_from=theirs"]
     for epochs in (2, 3):
         result = run(*words, f"--epochs={epochs}")
         assert result.status == 0, result.err
@@ -851,6 +851,7 @@ def test_a_run_by_class_that_was_imported_is_one_to_begin_from(here, run, exchan
     for name in ("cats", "dogs"):
         paint(here / "sorted" / name, count=4)
     words = [word for word in TRAIN if not word.startswith(("--dataset=", "--epochs="))]
-    words += ["--dataset=sorted", "--epochs=1", "--run_name=new", "--init_from=theirs"]
+    words += ["--schedule=linear", "--objective=eps", "--dataset=sorted", "--epochs=1"]
+    words += ["--run_name=new", "--init_from=theirs"]
     assert "to fit it, add --conditional=True" in run(*words).err
     assert run(*words, "--conditional").status == 0
