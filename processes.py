@@ -115,23 +115,23 @@ def join(device: torch.device) -> torch.device:
 def leave() -> None:
     """Part from the other processes; to be called in a `finally` around the whole command.
 
-    On the way out of an error this ends the process at once, with the error's traceback and status: a GPU may be in an
-    addition that will never have all its terms, and nccl would wait for that. What was asked for and is not possible,
-    all processes find alike, and one says it: torchrun ends all as soon as one has ended, so the others wait for it.
+    Of several, each ends here at once, with its error's traceback and status: a GPU may be in an addition that will
+    never have all its terms, for which nccl would wait, and gloo's threads may abort when Python takes them down. What
+    was asked for and is not possible, all processes find alike, and one says it: torchrun ends all as soon as one has
+    failed, so the others wait for it.
     """
+    if count() == 1:
+        return
     error = sys.exc_info()[1]
-    if error is None and dist.is_initialized():
-        dist.destroy_process_group()
-    elif error is not None and count() > 1:
-        status = (error.code or 0) if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
-            sys.excepthook(*sys.exc_info())
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        if not is_first_here() and (status == 2 or not dist.is_initialized()):
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(10)
-        os._exit(status)
+    status = (error.code or 0) if isinstance(error, SystemExit) else int(error is not None)
+    if error and not isinstance(error, SystemExit):
+        sys.excepthook(*sys.exc_info())
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if not is_first_here() and (status == 2 or (error and not dist.is_initialized())):
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(10)
+    os._exit(status)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
