@@ -208,9 +208,8 @@ LR_DECAYS = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "none": 
 # What a flag may be: its choices, or its smallest and largest value. Checks and help read it here.
 LIMITS = {"schedule": NOISE_SCHEDULES, "objective": OBJECTIVES, "sampler": SAMPLERS, "lr_decay": LR_DECAYS}
 LIMITS |= dict.fromkeys(("epochs", "batch_size", "n_img", "steps"), (1, 10**9))
-LIMITS |= dict.fromkeys(
-    ("seed", "warmup", "attention_size", "min_snr", "sample_every", "save_every", "max_minutes"), (0, math.inf)
-)
+LIMITS |= dict.fromkeys(("seed", "warmup", "attention_size", "min_snr"), (0, math.inf))
+LIMITS |= dict.fromkeys(("sample_every", "save_every", "max_minutes"), (0, math.inf))
 LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "noise_steps": (2, 100_000)}
 LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999), "mode": reading.MODES, "micro_batch": (1, 10**9)}
 LIMITS |= {"guidance": (0, 1000), "strength": (0, 1), "head_width": (0, 10**9), "norm_groups": (0, 10**9)}
