@@ -1,6 +1,7 @@
 """What the tests share: a place of their own to work in, small pictures, a tiny network, and the command line."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ TINY = ("--img_size=8", "--width=16", "--multipliers=1,2", "--blocks=1", "--atte
 TINY += ("--sample_every=0", "--warmup=5", "--lr=1e-3", "--device=cpu")
 
 torch.set_num_threads(1)  # threads cost more than they give at this size, most of all on a busy machine
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what ends in "&"; programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Result:
