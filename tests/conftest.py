@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import ddpm
+import devices
 
 ROOT = Path(__file__).resolve().parent.parent
 # The smallest run that goes through every part: 8x8 pixels, two levels, attention, 4 channels a group.
@@ -22,6 +24,27 @@ TINY += ("--sample_every=0", "--warmup=5", "--lr=1e-3", "--device=cpu")
 torch.set_num_threads(1)  # threads cost more than they give at this size, most of all on a busy machine
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what ends in "&"; programs would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def compute_in_float64(set_attribute: Callable) -> None:
+    """Have `ddpm.train` compute in float64, so that what differs by more than 1e-10 is not the order of additions.
+
+    `set_attribute` is monkeypatch.setattr, or setattr in a process of its own. The default type is the caller's to
+    set back. Previews stay empty: their noise is float32.
+    """
+    set_attribute(devices, "has_bfloat16", lambda device: False)
+    set_attribute(checkpoints, "fits", lambda *_: True)  # its weights may be float32 and float16 only
+    set_attribute(torch.Tensor, "float", torch.Tensor.double)
+    set_attribute(ddpm, "walk", lambda *_: iter([(torch.zeros(16, 3, 8, 8),) * 2]))
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """See `compute_in_float64`."""
+    compute_in_float64(monkeypatch.setattr)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 class Result:

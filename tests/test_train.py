@@ -605,17 +605,6 @@ def test_the_learning_rate_rises_over_the_warmup_or_a_tenth_of_the_training(trai
     assert sum(rate < 0.999 for rate in rates) == rising
 
 
-@pytest.fixture
-def in_float64(monkeypatch):
-    """So that what differs by more than 1e-10 is not the order of additions."""
-    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    monkeypatch.setattr(ddpm, "walk", lambda *_: iter([(torch.zeros(16, 3, 8, 8),) * 2]))  # its noise is float32
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def out_of_memory_above(images: int) -> Callable:
     """The network's forward pass on a GPU that holds so many images; the last moment at which memory can run out."""
     forward = UNet.forward
