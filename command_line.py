@@ -242,6 +242,14 @@ def check_same_network(name: str, was: dict, settings: dict) -> None:
         raise UserError(f"--init_from={name} knows other classes; it takes folders of these names: {known}")
 
 
+def check_walk(settings: dict, steps: int, guidance: float, is_led: bool) -> None:
+    """Refuse more steps than a run has, and guidance (if that was asked for) where there are no classes."""
+    if steps > settings["noise_steps"]:
+        raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
+    if is_led and not settings["classes"]:
+        raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+
+
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     """The numbers of the classes that `--label=NAME|a,b|all` names; none for a run without classes."""
     if label == "all":
@@ -354,6 +362,9 @@ def try_command(program: str, commands: dict[str, Callable], limits: dict, words
     except OSError as error:  # a folder that may not be written to, a full disk
         return f"{error.filename or 'disk'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:  # PyTorch's own errors of this kind are RuntimeErrors
+        if re.match(r"torch\._(dynamo|inductor)", type(error).__module__):
+            reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+            return f"--compile: {reason}; without it, the same is learnt", 2
         words_for_it = "out of memory|allocate memory|not enough memory"
         if isinstance(error, RuntimeError) and not re.search(words_for_it, str(error)):
             raise

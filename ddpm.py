@@ -30,7 +30,7 @@ import devices
 import processes
 import reading
 import utils
-from journal import COLUMNS, SUMS, Course, Log, check_tensorboard, gflop_per_image, hint, runs_table
+from journal import COLUMNS, SUMS, Course, Log, check_tensorboard, hint, in_figures, runs_table
 from modules import UNet, update_average
 from utils import UserError
 
@@ -215,7 +215,7 @@ LIMITS |= {"lr": (1e-9, 1), "ema_decay": (0, 0.999999), "mode": reading.MODES, "
 LIMITS |= {"guidance": (0, 1000), "strength": (0, 1), "head_width": (0, 10**9), "norm_groups": (0, 10**9)}
 LIMITS |= {"norm_eps": (0, 1), "frequency_shift": (0, 1), "downsample_padding": (0, 1)}
 MAY_CHANGE = ("dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every")  # as a run goes on
-MAY_CHANGE += ("tensorboard", "dry_run", "micro_batch", "grad_checkpointing")
+MAY_CHANGE += ("tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing")
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 IMPORTED = {"attention_levels": tuple, "head_width": int, "norm_groups": int, "downsample_padding": int}
 IMPORTED |= {"norm_eps": float, "frequency_shift": float}  # what the settings of a network from elsewhere may add
@@ -261,6 +261,7 @@ def train(
     ema_decay: float = 0.9999,
     # running
     device: str = "auto",
+    compile: bool = False,
     grad_checkpointing: bool = False,
     sample_every: int = 10,
     save_every: float = 10.0,
@@ -304,6 +305,7 @@ def train(
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
         device: auto, cpu, cuda, cuda:N or mps.
+        compile: have torch.compile fuse the network first, which takes minutes: for long trainings on a GPU.
         grad_checkpointing: compute things twice rather than keep them: a fourth of the memory, a quarter more time.
         sample_every: epochs between two previews; 0 for none but the last.
         save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
@@ -371,8 +373,8 @@ def train(
         x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
         return reading.mirror_half(x_0, mirrored) if flip else x_0
 
-    def learn(step: int, done: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Algorithm 1, lines 2 to 5: each image's loss and t (B,), the gradient's norm, the learning rate.
+    def add_gradients(step: int) -> tuple[Tensor, Tensor]:
+        """Algorithm 1, lines 2 to 5: each image's loss and t (B,), and their mean's gradient at the weights.
 
         All that is random in a step is drawn for the whole batch and hangs on (seed, step) alone. So a run that was
         stopped and goes on is, to the bit, the run that was not, and no generator's state has to be kept; and however
@@ -399,6 +401,11 @@ def train(
 
         parts.go_through(work, undo=optimizer.zero_grad)
         processes.add_up([losses, *(parameter.grad for parameter in network.parameters())])
+        return losses, t
+
+    def learn(step: int, done: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """A step against the gradient: each image's loss and t (B,), the gradient's norm, the learning rate."""
+        losses, t = add_gradients(step)
         norm = nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
         warmth = min(1.0, max((step + 1) / max(1, warmup), 10 * done))
         rate = lr * warmth * LR_DECAYS[lr_decay](done)
@@ -429,16 +436,10 @@ def train(
         first = torch.from_numpy(reading.shuffled(count, seed, epoch=0)[:64])
         first = load(first, reading.draw_mirrored(len(first), device))
         utils.save_png(utils.to_bytes(first).cpu(), results / "data.png")
-        remarks = [*data.remarks, f"a look at them: {results / 'data.png'}"]
-        if len(listing.classes) > 1:
-            known = f"{len(listing.classes):,} classes, such as {', '.join(listing.classes[:3])}"
-            remarks.insert(0, known if conditional else f"{known}; --conditional would tell them apart")
+        about = [*reading.tell_classes(listing, conditional), *data.remarks, f"a look at them: {results / 'data.png'}"]
         kind = f"{size[0]}x{size[1]} from {dataset}, in {reading.MODES[data.mode]}"
-        print(f"data     {count:,} images of {kind}", *remarks, sep="\n         ")
-        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        gflop, precision = gflop_per_image(network, size), "bfloat16" if devices.has_bfloat16(device) else "float32"
-        place = f"{device} in {precision}" + f", {processes.count()} processes" * (processes.count() > 1)
-        print(f"network  {millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {place}")
+        print(f"data     {count:,} images of {kind}", *about, sep="\n         ")
+        print(f"network  {in_figures(network, size, device)}")
         print(f"length   {course.summary(step)}")
         print(f"files    {path}, {results}{os.sep}", flush=True)
 
@@ -461,6 +462,11 @@ def train(
     try:
         if is_first:
             describe()
+        if compile:
+            network.compile(dynamic=False)  # in place: the weights keep their names
+            add_gradients(step)  # of no consequence but for what is compiled for it
+            optimizer.zero_grad()
+            print(f"compiled; {course.used():.1f} minutes are used so far", flush=True)
         stopping, done = processes.largest(0, course.done(step) if is_first else 0)
         if dry_run:
             for number in (0, 1):  # the first step takes longer than those that follow
@@ -682,23 +688,17 @@ def sample(
     """
     command_line.check_limits(locals(), LIMITS)
     command_line.check_name("name", name)
-    if not run_name and not checkpoints.run_names():
-        raise UserError("--run_name is missing, and there is no run yet; train one first")
     if not run_name:
         print(runs_table())
         raise UserError("--run_name is missing; it takes one of the runs above")
     command_line.check_name("run_name", run_name)
     device, is_first = processes.join(devices.pick_device(device)), processes.is_first()
     stored = processes.from_first(load_run(run_name) if is_first else None)
-    settings = stored["settings"]
-    classes = settings["classes"]
+    settings, classes = stored["settings"], stored["settings"]["classes"]
     chosen = command_line.check_labels(label, classes)
-    if guidance != GUIDANCE and not classes:
-        raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+    command_line.check_walk(settings, steps, guidance, is_led=guidance != GUIDANCE)
     if strength != STRENGTH and not init_image:
         raise UserError(f"--strength={strength:g} takes a picture to begin with: --init_image=...")
-    if steps > settings["noise_steps"]:
-        raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
     size = command_line.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))
     if size != settings["img_size"]:
         print(f"{run_name} was trained at {settings['img_size'][0]}x{settings['img_size'][1]}; this may look worse")

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import checkpoints
+import devices
+import processes
 import utils
 from utils import UserError
 
@@ -286,6 +288,14 @@ def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def in_figures(network: nn.Module, size: tuple[int, int], device: torch.device) -> str:
+    """How large a network is, and where it computes."""
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    precision = "bfloat16" if devices.has_bfloat16(device) else "float32"
+    place = f"{device} in {precision}" + f", {processes.count()} processes" * (processes.count() > 1)
+    return f"{millions:.1f} million weights, {gflop_per_image(network, size):.1f} GFLOP an image, on {place}"
+
+
 def check_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
@@ -326,7 +336,13 @@ def plot_curves(rows: list[list], path: Path) -> None:
 
 
 def runs_table() -> str:
-    """All runs there are, a line each: where they stand, and when they were saved."""
+    """All runs there are, a line each: where they stand, and when they were saved.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not checkpoints.run_names():
+        raise UserError("there is no run yet; `python ddpm.py train` makes one")
     lines = [("run", "images", "size", "epochs", "loss", "saved")]
     for name in checkpoints.run_names():
         try:

@@ -115,6 +115,14 @@ def list_images(folder: Path) -> Listing:
     return Listing(folder, [f"{folder}/{name}" for name in names], list(times), fingerprint, classes, labels)
 
 
+def tell_classes(listing: Listing, conditional: bool) -> list[str]:
+    """A sentence on the classes there are, whether they are to be learnt or not."""
+    if len(listing.classes) < 2:
+        return []
+    known = f"{len(listing.classes):,} classes, such as {', '.join(listing.classes[:3])}"
+    return [known if conditional else f"{known}; --conditional would tell them apart"]
+
+
 def check_classes(listing: Listing) -> None:
     """Refuse a folder whose first-level folders cannot be the classes of `--conditional`.
 

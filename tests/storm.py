@@ -60,7 +60,7 @@ def train(save_every: float, prepare: Callable[[], None] = lambda: None) -> int:
         checkpoints.save = save_and_note
         journal.plot_curves = lambda rows, path: None  # it takes as long as the whole training
         journal.ROW_EVERY = 5
-        ddpm.gflop_per_image = lambda network, size: 0.0
+        journal.gflop_per_image = lambda network, size: 0.0
         prepare()
         sys.argv = ["ddpm.py", *WORDS.split(), f"--save_every={save_every}"]
         ddpm.main()

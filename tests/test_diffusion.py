@@ -159,9 +159,10 @@ def test_fresh_noise_is_that_of_the_paper_over_all_steps_and_less_when_steps_are
         walk = diffusion.denoise(lambda x_t, t: x_T, x_T, path, "ddpm", lambda: next(draws))
         return torch.stack([x_t.squeeze() for x_t, _ in walk])
 
-    for steps in (10, 5):
-        path = diffusion.path(steps)
-        spreads = torch.stack([walk(path, pulse)[pulse] - walk(path, -1)[pulse] for pulse in range(steps)])
+    for steps, strength in itertools.product((10, 5), (1, 0.6)):
+        path = diffusion.path(steps, strength)
+        pulses = range(len(path) - 1)
+        spreads = torch.stack([walk(path, pulse)[pulse] - walk(path, -1)[pulse] for pulse in pulses])
         alpha_bar, alpha_bar_next = diffusion.alpha_bar[path[:-1]], diffusion.alpha_bar[path[1:]]
         beta = 1 - alpha_bar / alpha_bar_next
         variance = beta if steps == 10 else beta * (1 - alpha_bar_next) / (1 - alpha_bar)

@@ -57,7 +57,7 @@ def plain_curve() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "plot_curves", write_rows)
-        patch.setattr(ddpm, "gflop_per_image", lambda network, size: 0.0)
+        patch.setattr(journal, "gflop_per_image", lambda network, size: 0.0)
         yield
 
 
@@ -670,6 +670,43 @@ def test_what_is_computed_twice_is_the_same(train, monkeypatch, dropout):
     assert len(calls) - number > number
     del once["settings"]
     assert differences(once, {key: part for key, part in stored().items() if key != "settings"}) == []
+
+
+def compile_by(monkeypatch, backend: Callable) -> None:
+    """Have --compile use a backend of our own: PyTorch's would call a C++ compiler for minutes."""
+    torch.compiler.reset()
+    compile_in_place = UNet.compile
+    monkeypatch.setattr(UNet, "compile", lambda self, **options: compile_in_place(self, backend=backend, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"conditional": "yes", "grad_checkpointing": "yes"}])
+def test_a_compiled_network_learns_the_same(place, train, in_float64, monkeypatch, options):
+    """It is compiled once and whole; the same run goes on compiled or not."""
+    graphs, options = [], options | {"lr_decay": "none", "warmup": 0}
+    compile_by(monkeypatch, lambda graph, inputs: graphs.append(graph) or graph.forward)
+    shutil.rmtree("pictures")
+    for number in (1, 2):
+        paint(place / "pictures" / str(number), first_seed=5 * number, count=5)
+    assert train(**options, epochs=3).status == 0
+    as_it_is = stored()
+    forget()
+    result = train(**options, epochs=2, compile="yes")
+    assert (result.status, result.out.count("compiled; 0.")) == (0, 1)
+    assert len(graphs) == 1
+    assert train(**options, epochs=3).status == 0
+    assert distance(stored(), as_it_is) < 1e-10
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(train, monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    compile_by(monkeypatch, fail)
+    result = train(compile="yes")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith("ddpm.py: --compile: ")
+    assert "no C++ compiler; without it, the same is learnt" in result.err
+    assert not Path("models/run/checkpoint.pt").exists()
 
 
 def test_parts_of_a_batch_drop_other_activations(train):

@@ -360,10 +360,7 @@ def evaluate(
     stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
     settings, folder = stored["settings"], Path("results", run_name)
     classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
-    if steps > settings["noise_steps"]:
-        raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
-    if guidance != ddpm.GUIDANCE and not classes:
-        raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+    command_line.check_walk(settings, steps, guidance, is_led=guidance != ddpm.GUIDANCE)
     if is_first:
         check_table(table)
         extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
