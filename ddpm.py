@@ -308,7 +308,7 @@ def train(
         compile: have torch.compile fuse the network first, which takes minutes: for long trainings on a GPU.
         grad_checkpointing: compute things twice rather than keep them: a fourth of the memory, a quarter more time.
         sample_every: epochs between two previews; 0 for none but the last.
-        save_every: minutes between two saves within an epoch; the end of an epoch saves too, once a minute at most.
+        save_every: minutes between two saves; the end of an epoch saves too, in at most a hundredth of the time.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
         dry_run: learn nothing; only show the data (data.png), time a step, and say what would be done.
 
@@ -416,10 +416,10 @@ def train(
         return losses, t, norm, rate
 
     def save() -> None:
-        course.saved_at = time.monotonic()  # also of a save that fails: not every step may try again
         learnt = {"network": network.state_dict(), "average": average.state_dict()}
         progress = {"optimizer": optimizer.state_dict(), "step": step, **log.state()}
-        checkpoints.save(run_name, settings=settings, data=data.fingerprint, **learnt, **progress)
+        with course.saving():
+            checkpoints.save(run_name, settings=settings, data=data.fingerprint, **learnt, **progress)
 
     def preview_path() -> Path:
         return results / "training_progress" / f"epoch_{course.epoch(step):04d}.png"

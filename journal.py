@@ -6,11 +6,13 @@ falls as the clock moves.
 Reading order: Course, Log, plot_curves, runs_table.
 """
 
+import contextlib
 import copy
 import csv
 import datetime
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ class Course:
         batch_size: images per step.
         epochs: when the training ends, at the latest.
         max_minutes: when it ends by the clock, earlier sessions included; 0 for never.
-        save_every: minutes between saves; the end of an epoch is a good moment once a minute has passed.
+        save_every: minutes between saves; the end of an epoch is a good moment, once a minute at most.
         sample_every: epochs between previews, 0 for none but the last.
         step, minutes: where the run stood when it was saved.
         began: when this session did (time.monotonic()): reading the images counts as well.
@@ -48,6 +50,7 @@ class Course:
 
     PREVIEW_COST = 20  # images that could be trained on while one is sampled in 25 steps: 9, and a start and an end
     speed = 0.0  # images per second, the best row of this session; 0 while there is none
+    save_took = 0.0  # seconds, the last one
 
     def __init__(
         self,
@@ -116,9 +119,20 @@ class Course:
     def ends_epoch(self, step: int) -> bool:
         return step * self.batch_size % self.count < self.batch_size
 
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Takes the time of a save; also of one that fails: not every step may try again."""
+        self.saved_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self.save_took = time.monotonic() - self.saved_at
+
     def is_save_due(self, step: int) -> bool:
-        wait = min(1, self.save_every) if self.ends_epoch(step) else self.save_every
-        return time.monotonic() - self.saved_at >= 60 * wait
+        wait = 60 * self.save_every
+        if self.ends_epoch(step):  # a hundredth of the time may go into these saves: training waits for them
+            wait = min(wait, max(60, 100 * self.save_took))
+        return time.monotonic() - self.saved_at >= wait
 
     def is_preview_due(self, step: int) -> bool:
         return self.ends_epoch(step) and self.sample_every > 0 and self.epoch(step) % self.sample_every == 0

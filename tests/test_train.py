@@ -803,21 +803,25 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "save_every, steps",
+    "save_every, takes, steps",
     [
-        (0, list(range(1, 31))),
-        (1, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),  # 1.2 minutes apart; step 30 is the last
-        (3, [8, 16, 20, 28, 30]),  # 3.2 minutes apart; step 10 ends an epoch after 0.8 minutes, step 20 after 1.6
-        (math.inf, [10, 20, 30]),  # the ends of the epochs
+        (0, 0, list(range(1, 31))),
+        (1, 0, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),  # 1.2 minutes apart; step 30 is the last
+        (3, 0, [8, 16, 20, 28, 30]),  # 3.2 minutes apart; step 10 ends an epoch after 0.8 minutes, step 20 after 1.6
+        (math.inf, 0, [10, 20, 30]),  # the ends of the epochs
+        (math.inf, 2, [10, 20, 30]),  # of 242 seconds, two are less than a hundredth
+        (math.inf, 4, [10, 30]),  # four are more
+        (0, 4, list(range(1, 31))),  # but who asks for saves has them
     ],
 )
 @pytest.mark.parametrize("fails", [False, True])
-def test_saves_come_by_the_clock(train, monkeypatch, save_every, steps, fails):
+def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, fails):
     """A step takes 0.4 minutes here, and an epoch 10 steps. On a full disk, not every step tries again."""
     clock, saved, batch_indices = SimpleNamespace(seconds=0), [], reading.batch_indices
 
     def save(run_name: str, **state) -> None:
         saved.append(state["step"])
+        clock.seconds += takes
         if fails and state["step"] < 30:
             raise OSError("disk full")
 
