@@ -1,6 +1,6 @@
 """The command line's manners: everything is understood, or refused in one line, before anything runs.
 
-A command is a function: its signature is its options, its docstring is its help. Nothing here is about diffusion.
+A command is a function: its signature is its options, its docstring is its help. Nothing here computes anything.
 
 Reading order: how values are read, the plan, help, checks, signals and locks, streams, run_command_line.
 """
@@ -211,7 +211,7 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: t
     differences = [
         f"--{name} was {as_typed(name, was.get(name))}, is now {as_typed(name, value)}"
         for name, value in settings.items()
-        if name != "classes"  # these hang on --conditional and on the images
+        if name != "classes"  # these depend on --conditional and on the images
         if name not in was or (name not in may_change and value not in (was[name], "auto"))
     ]
     if stored["data"] != fingerprint:
@@ -242,11 +242,11 @@ def check_same_network(name: str, was: dict, settings: dict) -> None:
         raise UserError(f"--init_from={name} knows other classes; it takes folders of these names: {known}")
 
 
-def check_walk(settings: dict, steps: int, guidance: float, is_led: bool) -> None:
-    """Refuse more steps than a run has, and guidance (if that was asked for) where there are no classes."""
+def check_walk(settings: dict, steps: int, guidance: float, default_guidance: float) -> None:
+    """Refuse more steps than a run has, and guidance (other than the default) where there are no classes."""
     if steps > settings["noise_steps"]:
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
-    if is_led and not settings["classes"]:
+    if guidance != default_guidance and not settings["classes"]:
         raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
 
 
@@ -330,7 +330,10 @@ def steady_streams() -> None:
 
 
 def run_command_line(program: str, commands: dict[str, Callable], limits: dict) -> None:
-    """Do what `sys.argv` asks for. Exit status: 0 done, 2 what was asked for is not possible, 130 Ctrl-C.
+    """Do what `sys.argv` asks for.
+
+    Exit status: 0 done; 2 what was asked for is not possible; 1 another process of torchrun has ended, or a mistake of
+    ours; 130 Ctrl-C, 143 SIGTERM and 129 a closed terminal under torchrun, with the run saved.
 
     Of torchrun's processes only the first one prints, and of each machine the first one says what is wrong.
     """
@@ -362,9 +365,9 @@ def try_command(program: str, commands: dict[str, Callable], limits: dict, words
     except OSError as error:  # a folder that may not be written to, a full disk
         return f"{error.filename or 'disk'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:  # PyTorch's own errors of this kind are RuntimeErrors
-        if re.match(r"torch\._(dynamo|inductor)", type(error).__module__):
+        if re.match(r"torch\._(dynamo|inductor)", type(error).__module__) or "torch.compile" in str(error):
             reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-            return f"--compile: {reason}; without it, the same is learnt", 2
+            return f"--compile: {reason}; without it, the same is learnt" if processes.is_first_here() else "", 2
         words_for_it = "out of memory|allocate memory|not enough memory"
         if isinstance(error, RuntimeError) and not re.search(words_for_it, str(error)):
             raise

@@ -222,9 +222,8 @@ IMPORTED |= {"norm_eps": float, "frequency_shift": float}  # what the settings o
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
 FORGOTTEN = 0.1  # share of the labels that a network is not told, so that it learns to do without: for guidance
-GUIDANCE, STRENGTH = 2.0, 0.6
-GRID_IMAGES = 256  # nobody looks at a larger grid
-FILM_IMAGES, FILM_FRAMES = 16, 50
+STEPS, GUIDANCE, STRENGTH = 15, 2.0, 0.6  # why so few steps: benchmarks/README.md, "Samplers and steps"
+GRID_IMAGES, FILM_IMAGES, FILM_FRAMES = 256, 16, 50  # nobody looks at a larger grid
 
 
 def train(
@@ -283,8 +282,8 @@ def train(
         mode: colours of the images; auto is gray if every picture is, else RGB.
         flip: also learn from mirror images; turn it off where left and right matter, as in writing.
         epochs: how many times every image is shown, in all.
-        max_minutes: a budget of time for the whole run, the reading of the images and the last preview included; the
-            learning rate reaches 0 at its end; 0 for none.
+        max_minutes: a budget of time for the whole run, the reading of the images, compiling and the last preview
+            included; the learning rate reaches 0 at its end; 0 for none.
         resume: continue the run if it exists; --resume=no refuses to touch it.
         seed: fixes the network's start, the order of the images and the noise.
         img_size: size of the images, one number or height x width (48x96); a multiple of 2 to the power of levels - 1.
@@ -305,10 +304,10 @@ def train(
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the averaged weights follow; they are the ones that make the images.
         device: auto, cpu, cuda, cuda:N or mps.
-        compile: have torch.compile fuse the network first, which takes minutes: for long trainings on a GPU.
+        compile: compile the network with torch.compile first, which takes minutes; meant for long trainings on a GPU.
         grad_checkpointing: compute things twice rather than keep them: a fourth of the memory, a quarter more time.
         sample_every: epochs between two previews; 0 for none but the last.
-        save_every: minutes between two saves; the end of an epoch saves too, in at most a hundredth of the time.
+        save_every: minutes between saves; the end of an epoch saves too, where that takes less than 1% of the time.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
         dry_run: learn nothing; only show the data (data.png), time a step, and say what would be done.
 
@@ -376,7 +375,7 @@ def train(
     def add_gradients(step: int) -> tuple[Tensor, Tensor]:
         """Algorithm 1, lines 2 to 5: each image's loss and t (B,), and their mean's gradient at the weights.
 
-        All that is random in a step is drawn for the whole batch and hangs on (seed, step) alone. So a run that was
+        All that is random in a step is drawn for the whole batch and depends on (seed, step) alone. So a run that was
         stopped and goes on is, to the bit, the run that was not, and no generator's state has to be kept; and however
         the batch is cut up among processes and by memory, but for the order of additions (and with dropout, what is
         dropped) it is the same step.
@@ -426,7 +425,7 @@ def train(
 
     def preview() -> None:
         wanted = take_turns(range(len(classes)), shown)
-        *_, (previews, _) = walk(average, diffusion, shown, size, "dpm++", min(25, noise_steps), wanted)
+        *_, (previews, _) = walk(average, diffusion, shown, size, "dpm++", min(STEPS, noise_steps), wanted)
         previews = utils.to_bytes(previews).cpu()
         utils.save_png(previews, preview_path(), rows=len(classes), run=run_name, step=step)
         log.illustrate(utils.over_white(previews))
@@ -462,12 +461,13 @@ def train(
     try:
         if is_first:
             describe()
-        if compile:
-            network.compile(dynamic=False)  # in place: the weights keep their names
-            add_gradients(step)  # of no consequence but for what is compiled for it
-            optimizer.zero_grad()
-            print(f"compiled; {course.used():.1f} minutes are used so far", flush=True)
         stopping, done = processes.largest(0, course.done(step) if is_first else 0)
+        if compile and done < 1:
+            compiling = time.monotonic()
+            network.compile(dynamic=False)  # in place: the weights keep their names
+            add_gradients(step)  # compiles; the gradients are thrown away
+            optimizer.zero_grad()
+            print(f"compiled in {time.monotonic() - compiling:.0f} s", flush=True)
         if dry_run:
             for number in (0, 1):  # the first step takes longer than those that follow
                 step_began = time.monotonic()
@@ -494,7 +494,7 @@ def train(
     if stopping and done < 1:
         print(f"stopped and saved at step {step:,} of {course.last_step:,}; the same command goes on from there")
         raise SystemExit(int(stopping))
-    print(log.report(run_name))
+    print(log.report(run_name, STEPS))
 
 
 def open_run(settings: dict, fingerprint: str) -> tuple[FileLock, dict, dict]:
@@ -652,7 +652,7 @@ def sample(
     mask: str = "",
     # how
     sampler: str = "dpm++",
-    steps: int = 25,
+    steps: int = STEPS,
     batch_size: int | str = "auto",
     device: str = "auto",
 ) -> None:
@@ -696,7 +696,7 @@ def sample(
     stored = processes.from_first(load_run(run_name) if is_first else None)
     settings, classes = stored["settings"], stored["settings"]["classes"]
     chosen = command_line.check_labels(label, classes)
-    command_line.check_walk(settings, steps, guidance, is_led=guidance != GUIDANCE)
+    command_line.check_walk(settings, steps, guidance, GUIDANCE)
     if strength != STRENGTH and not init_image:
         raise UserError(f"--strength={strength:g} takes a picture to begin with: --init_image=...")
     size = command_line.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))

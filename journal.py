@@ -3,7 +3,7 @@
 Nothing here is about diffusion, and nothing changes what is learnt - but for a time budget, by which the learning rate
 falls as the clock moves.
 
-Reading order: Course, Log, plot_curves, runs_table.
+Reading order: Course, Log, what is said once about a run, plot_curves, runs_table.
 """
 
 import contextlib
@@ -48,9 +48,10 @@ class Course:
         previews: images of the last preview, which is part of the budget; one with guidance counts as two.
     """
 
-    PREVIEW_COST = 20  # images that could be trained on while one is sampled in 25 steps: 9, and a start and an end
+    PREVIEW_COST = 20  # images that could be trained on while one is sampled: 5 in 15 steps, and a start and an end
     speed = 0.0  # images per second, the best row of this session; 0 while there is none
     save_took = 0.0  # seconds, the last one
+    is_over = False  # the budget of time
 
     def __init__(
         self,
@@ -86,7 +87,9 @@ class Course:
         if not self.max_minutes:
             return 0.0
         preview = min(self.preview_cost / self.speed / 60, self.max_minutes / 4) if self.speed else 0.0
-        return (self.used() + preview) / self.max_minutes
+        share = (self.used() + preview) / self.max_minutes
+        self.is_over = self.is_over or share >= 1  # even if the preview looks shorter a moment later
+        return max(1.0, share) if self.is_over else share
 
     def done(self, step: int) -> float:
         """The share of the training that is done, in [0, 1]: of its steps or of its minutes, the larger one."""
@@ -265,19 +268,20 @@ class Log:
             raise
         self.written = 1 + len(self.rows)
 
-    def report(self, run_name: str) -> str:
-        """What came out, and what to do with it."""
+    def report(self, run_name: str, usual_steps: int) -> str:
+        """What came out, and what to do with it; `usual_steps` are those of a sampler if none are asked for."""
         course, last = self.course, [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
         mean = f"; loss {np.mean(last):.4f} over the last {len(last) * ROW_EVERY:,} steps" if last else ""
         time_taken = datetime.timedelta(seconds=round(60 * course.used()))
         images = self.step * course.batch_size
+        steps = f" --steps={self.noise_steps}" if self.noise_steps < usual_steps else ""  # more cannot be asked for
         return f"""trained for {images / course.count:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
 previews, log.csv and loss.png in {self.path.parent}{hint(images)}
 to make images:
-  python ddpm.py sample --run_name={run_name} --n_img=16
+  python ddpm.py sample --run_name={run_name} --n_img=16{steps}
 to judge them, and see whether they are copies:
-  python -m tools.evaluate --run_name={run_name}"""
+  python -m tools.evaluate --run_name={run_name}{steps}"""
 
     def illustrate(self, previews: Tensor) -> None:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""

@@ -408,7 +408,7 @@ def on_device(images: np.ndarray, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of 0..count - 1 that hangs on (seed, epoch) alone."""
+    """The order of one epoch: a permutation of 0..count - 1 that depends on (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 

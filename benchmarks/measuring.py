@@ -225,7 +225,7 @@ WHERE = ("device", "hardware", "threads", "torch", "malloc", "date")
 
 
 def cells_of(network: nn.Module, flop: float, per_second: float, peak: float, timing: Timing | None) -> dict:
-    """The cells of a network's row that hang on its size.
+    """The cells of a network's row that depend on its size.
 
     Args:
         network: whose weights are counted.

@@ -20,6 +20,7 @@ import devices
 import reading
 from benchmarks import measuring
 from tools import evaluate
+from utils import UserError
 
 # A small network that learns something within minutes on a CPU; every variant changes a little of it.
 BASE = {"img_size": (32,), "width": 32, "multipliers": (1, 2, 4), "attention_size": 8, "batch_size": 32, "lr": 1e-3}
@@ -58,6 +59,13 @@ def done_before(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def check_held_out(folder: str) -> None:
+    """Refuse a folder of held-out pictures that is not there, and say how they come to be."""
+    if not Path(folder).is_dir():
+        how = f"python datasets/paint_landscapes.py --first_seed=1000000 --folder={folder}"
+        raise UserError(f"--held_out={folder} does not exist; paint it: {how}")
+
+
 def quality(
     experiment: str = "noise",
     images: int = 40_000,
@@ -90,6 +98,7 @@ def quality(
     place, path = devices.pick_device(device), measuring.RESULTS / "quality.csv"
     measuring.check_file(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
+    check_held_out(held_out)
     count, real = (len(reading.list_images(Path(folder)).paths) for folder in (dataset, held_out))
     epochs, n = max(1, round(images / count)), evaluate.comparable(n_img, real)
     for seed, (variant, changed) in itertools.product(range(seeds), EXPERIMENTS[experiment].items()):
@@ -110,9 +119,8 @@ def quality(
         row = key | {"measure": figures["measure"], "minutes": stored["minutes"]}
         row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
-    rows = [
-        row for row in done_before(path) if row["experiment"] == experiment and row["images"] == str(epochs * count)
-    ]
+    shared = {"experiment": experiment, "images": str(epochs * count), "n": str(n)}
+    rows = [row for row in done_before(path) if all(row[name] == value for name, value in shared.items())]
     means = []
     for variant in EXPERIMENTS[experiment]:
         alike = [row for row in rows if row["variant"] == variant]

@@ -302,6 +302,7 @@ def quality_peers(
     place, path = devices.pick_device(device), measuring.RESULTS / "quality_peers.csv"
     measuring.check_file(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
+    quality.check_held_out(held_out)
     listings = [reading.list_images(Path(folder)) for folder in (dataset, held_out)]
     if len(listings[0].paths) < FEWEST:
         raise UserError(f"--dataset={dataset} holds fewer than {FEWEST} images, which lucidrains' Trainer asks for")

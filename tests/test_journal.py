@@ -87,6 +87,16 @@ def test_the_checkpoint_keeps_the_minutes_used_and_no_more_until_the_budget_is(c
     assert training.minutes() == pytest.approx(10.6)
 
 
+def test_a_budget_that_is_used_up_stays_so(clock):
+    """Also where the last preview looks quicker a moment later; else a finished run would be taken up again."""
+    training = course(max_minutes=10)
+    training.speed = 10  # a preview takes half a minute
+    clock.seconds += 9.5 * 60
+    assert training.done(1) == 1
+    training.speed = 1000
+    assert (training.done(1), training.minutes()) == (1, 10)
+
+
 def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch):
     paint(place / "pictures")
     read_dataset = reading.read_dataset

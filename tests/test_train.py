@@ -691,21 +691,27 @@ def test_a_compiled_network_learns_the_same(place, train, in_float64, monkeypatc
     as_it_is = stored()
     forget()
     result = train(**options, epochs=2, compile="yes")
-    assert (result.status, result.out.count("compiled; 0.")) == (0, 1)
+    assert (result.status, result.out.count("compiled in ")) == (0, 1)
     assert len(graphs) == 1
     assert train(**options, epochs=3).status == 0
     assert distance(stored(), as_it_is) < 1e-10
+    result = train(**options, epochs=3, compile="yes")
+    assert ("compiled" in result.out, "nothing to do" in result.out) == (False, True)
 
 
-def test_what_cannot_be_compiled_is_said_in_one_line(train, monkeypatch):
-    def fail(graph, inputs):
-        raise RuntimeError("no C++ compiler\nand a long story")
+@pytest.mark.parametrize("when", ["at once", "as it compiles"])
+def test_what_cannot_be_compiled_is_said_in_one_line(train, monkeypatch, when):
+    def fail(*_, **options):
+        raise RuntimeError("no C++ compiler for torch.compile\nand a long story")
 
-    compile_by(monkeypatch, fail)
+    if when == "at once":
+        monkeypatch.setattr(UNet, "compile", fail)
+    else:
+        compile_by(monkeypatch, fail)
     result = train(compile="yes")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert result.err.startswith("ddpm.py: --compile: ")
-    assert "no C++ compiler; without it, the same is learnt" in result.err
+    assert "no C++ compiler for torch.compile" in result.err and "without it, the same is learnt" in result.err
     assert not Path("models/run/checkpoint.pt").exists()
 
 

@@ -318,7 +318,7 @@ def evaluate(
     # how
     features: str = "efficientnet",
     sampler: str = "dpm++",
-    steps: int = 25,
+    steps: int = ddpm.STEPS,
     guidance: float = ddpm.GUIDANCE,
     batch_size: int = 64,
     device: str = "auto",
@@ -360,7 +360,7 @@ def evaluate(
     stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
     settings, folder = stored["settings"], Path("results", run_name)
     classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
-    command_line.check_walk(settings, steps, guidance, is_led=guidance != ddpm.GUIDANCE)
+    command_line.check_walk(settings, steps, guidance, ddpm.GUIDANCE)
     if is_first:
         check_table(table)
         extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
