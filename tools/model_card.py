@@ -89,7 +89,7 @@ def write_picture(stored: dict, run_name: str, path: Path) -> None:
             is_whole = flags.get("--label", "") == ",".join(classes) and "--init_image" not in flags
             if picture.text["weights"] == weights and is_whole:
                 return shutil.copyfile(grid, path)
-    steps, rows = min(25, stored["settings"]["noise_steps"]), min(16, len(classes))
+    steps, rows = min(ddpm.STEPS, stored["settings"]["noise_steps"]), min(16, len(classes))
     count = 4 * rows or 16
     labels = ddpm.take_turns(range(rows), range(count))
     samples = make_samples(stored, range(count), "dpm++", steps, 4, devices.pick_device("auto"), labels)
