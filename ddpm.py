@@ -251,10 +251,10 @@ def train(
     schedule: str = "cosine",
     objective: str = "v",
     min_snr: float = 5.0,
-    # optimization
+    # optimization; why this rate: benchmarks/README.md, "The same minutes for all"
     batch_size: int = 64,
     micro_batch: int | str = "auto",
-    lr: float = 2e-4,
+    lr: float = 5e-4,
     warmup: int = 500,
     lr_decay: str = "cosine",
     ema_decay: float = 0.9999,
