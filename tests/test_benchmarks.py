@@ -366,6 +366,30 @@ def test_every_variant_and_seed_is_trained_and_judged_once(small_experiment, mon
         assert f"{mean:.3f}" in out
 
 
+def test_what_changes_nothing_is_trained_once_for_all_experiments(small_experiment, monkeypatch):
+    monkeypatch.setitem(quality.EXPERIMENTS, "rate", {"slow": {"lr": 1e-5}, "as always": {"batch_size": 4}})
+    monkeypatch.setitem(quality.EXPERIMENTS, "average", {"as ever": {}, "short": {"ema_decay": 0.5}})
+    words = ["--images=40", "--dataset=pictures", "--held_out=unseen", "--device=cpu"]
+    for experiment in ("rate", "average"):
+        status, out, err = run(
+            "benchmarks.quality", quality.quality, [*words, f"--experiment={experiment}"], monkeypatch
+        )
+        assert status == 0, err
+    assert [(row["experiment"], row["variant"]) for row in judged()] == [
+        ("rate", "slow"),
+        ("rate", "base"),
+        ("average", "short"),
+    ]
+    assert [line.split()[0] for line in out.splitlines()[-2:]] in (["base", "short"], ["short", "base"])
+
+
+def test_no_two_experiments_call_different_settings_by_one_name():
+    named = [item for experiment in quality.EXPERIMENTS for item in quality.variants_of(experiment).items()]
+    settings = {}
+    for name, changed in named:
+        assert settings.setdefault(name, quality.BASE | changed) == quality.BASE | changed
+
+
 def test_every_variant_is_a_training_that_can_be(place):
     """All settings are options of train, in their limits, for a network that there can be."""
     names = inspect.signature(ddpm.train).parameters.keys()
