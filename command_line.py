@@ -5,6 +5,7 @@ A command is a function: its signature is its options, its docstring is its help
 Reading order: how values are read, the plan, help, checks, signals and locks, streams, run_command_line.
 """
 
+import csv
 import difflib
 import functools
 import inspect
@@ -248,6 +249,14 @@ def check_walk(settings: dict, steps: int, guidance: float, default_guidance: fl
         raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
     if guidance != default_guidance and not settings["classes"]:
         raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+
+
+def check_table(path: Path, columns: tuple[str, ...]) -> None:
+    """Refuse, before anything is made, a CSV file that rows of these columns could not be added to."""
+    if path.exists():
+        with open(path, newline="", errors="replace") as file:
+            if next(csv.reader(file), None) != list(columns):
+                raise UserError(f"{path} has other columns than this version writes; move it away")
 
 
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:

@@ -140,7 +140,7 @@ def levers(
     """
     command_line.check_limits(locals(), measuring.LIMITS)
     place, path = devices.pick_device(device), measuring.RESULTS / "levers.csv"
-    measuring.check_file(path, COLUMNS)
+    command_line.check_table(path, COLUMNS)
     rounds = (3 if quick else 7) if rounds == "auto" else rounds
     batch_size = (8 if quick else 16) if batch_size == "auto" else batch_size
     shape = peers.SMALL if quick else peers.REFERENCE

@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from devices import has_bfloat16
-from utils import UserError
 
 WARM_UP = 3  # calls that are not measured: kernels are chosen, moments allocated, networks compiled in them
 TURN_SECONDS = 0.5  # a turn is as many calls as fill this time, at least one
@@ -256,14 +255,6 @@ def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     return "\n".join([texts[0], "-" * (sum(widths) + 2 * len(widths) - 2), *texts[1:]])
-
-
-def check_file(path: Path, columns: tuple[str, ...]) -> None:
-    """Refuse, before anything is measured, a file that rows of these columns could not be added to."""
-    if path.exists():
-        with open(path, newline="") as file:
-            if next(csv.reader(file), None) != list(columns):
-                raise UserError(f"{path} has other columns than this version writes; move it away")
 
 
 def add_rows(path: Path, rows: list[dict], columns: tuple[str, ...]) -> None:

@@ -105,7 +105,7 @@ def quality(
     """
     command_line.check_limits(locals(), LIMITS)
     place, path = devices.pick_device(device), measuring.RESULTS / "quality.csv"
-    measuring.check_file(path, COLUMNS)
+    command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     check_held_out(held_out)
     count, real = (len(reading.list_images(Path(folder)).paths) for folder in (dataset, held_out))

@@ -300,7 +300,7 @@ def quality_peers(
     if img_size % STRIDE:
         raise UserError(f"--img_size={img_size} is not a multiple of {STRIDE}, which diffusers' network needs")
     place, path = devices.pick_device(device), measuring.RESULTS / "quality_peers.csv"
-    measuring.check_file(path, COLUMNS)
+    command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     quality.check_held_out(held_out)
     listings = [reading.list_images(Path(folder)) for folder in (dataset, held_out)]

@@ -70,7 +70,7 @@ def sample_speed(quick: bool = False, rounds: int | str = "auto", compile: bool 
     """
     command_line.check_limits(locals(), measuring.LIMITS)
     place, path = devices.pick_device(device), measuring.RESULTS / "sample_speed.csv"
-    measuring.check_file(path, COLUMNS)
+    command_line.check_table(path, COLUMNS)
     rounds = (3 if quick else 5) if rounds == "auto" else rounds
     shape, compiled = peers.SMALL if quick else peers.REFERENCE, compile or place.type == "cuda"
     rows, peaks = measure(shape, rounds, place, compiled, quick)

@@ -50,7 +50,7 @@ def samplers(
     command_line.check_limits(locals(), LIMITS)
     command_line.check_name("run_name", run_name)
     place, path = devices.pick_device(device), measuring.RESULTS / "samplers.csv"
-    measuring.check_file(path, COLUMNS)
+    command_line.check_table(path, COLUMNS)
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]
     features = evaluate.load_efficientnet(place)

@@ -132,7 +132,7 @@ def train_speed(
     """
     command_line.check_limits(locals(), measuring.LIMITS)
     place, path = devices.pick_device(device), measuring.RESULTS / "train_speed.csv"
-    measuring.check_file(path, COLUMNS)
+    command_line.check_table(path, COLUMNS)
     rounds = (3 if quick else 5) if rounds == "auto" else rounds
     if batch_size == "auto":
         batch_size = 8 if quick else 16 if place.type == "cpu" else 64

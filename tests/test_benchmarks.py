@@ -215,16 +215,16 @@ def test_table_lines_up_and_shows_what_is_not_known_as_a_dash():
 
 def test_file_keeps_what_was_measured_before_and_can_be_read(place):
     path, columns = place / "results" / "speed.csv", ("name", "speed", "memory")
-    measuring.check_file(path, columns)
+    command_line.check_table(path, columns)
     for speed in (1.5, 1 / 3):
         measuring.add_rows(path, [{"name": "ours, fp32", "speed": speed, "memory": None}], columns)
-    measuring.check_file(path, columns)
+    command_line.check_table(path, columns)
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["speed"]) for row in rows] == [1.5, 0.333333]
     assert rows[0] == {"name": "ours, fp32", "speed": "1.5", "memory": ""}
     with pytest.raises(UserError, match="other columns"):
-        measuring.check_file(path, ("name", "speed"))
+        command_line.check_table(path, ("name", "speed"))
 
 
 @pytest.mark.parametrize("benchmark", ["train_speed", "sample_speed", "levers"])

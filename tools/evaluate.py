@@ -254,14 +254,6 @@ COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
 COLUMNS += (*COLOURS, *(f"{name}_real" for name in COLOURS))
 
 
-def check_table(path: Path) -> None:
-    """Refuse, before anything is made, a table that a row could not be added to."""
-    if path.exists():
-        with open(path, newline="", errors="replace") as file:
-            if next(csv.reader(file), None) != [*COLUMNS]:
-                raise UserError(f"{path} has other columns than this version writes; move it away")
-
-
 def draw_labels(classes: tuple[str, ...], data: reading.Dataset, folders: tuple[str, ...], n: int) -> Tensor | None:
     """Which of a run's `classes` to make, (n,) int64, in the proportions of a data set; None where it knows none.
 
@@ -362,7 +354,7 @@ def evaluate(
     classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
     command_line.check_walk(settings, steps, guidance, ddpm.GUIDANCE)
     if is_first:
-        check_table(table)
+        command_line.check_table(table, COLUMNS)
         extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
         listing = reading.list_images(Path(dataset))
         data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
