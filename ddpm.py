@@ -251,8 +251,8 @@ def train(
     schedule: str = "cosine",
     objective: str = "v",
     min_snr: float = 5.0,
-    # optimization; why this rate: benchmarks/README.md, "The same minutes for all"
-    batch_size: int = 64,
+    # optimization; why this batch and rate: benchmarks/README.md, "Learning rate and batch", "The same minutes for all"
+    batch_size: int = 32,
     micro_batch: int | str = "auto",
     lr: float = 5e-4,
     warmup: int = 500,

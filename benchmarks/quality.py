@@ -24,7 +24,7 @@ from utils import UserError
 
 # A small network that learns something within minutes on a CPU; every variant changes a little of it.
 BASE = {"img_size": (32,), "width": 32, "multipliers": (1, 2, 4), "attention_size": 8, "batch_size": 32, "lr": 1e-3}
-BASE |= {"warmup": 100, "ema_decay": 0.995, "schedule": "cosine", "objective": "v", "min_snr": 5.0, "dropout": 0.0}
+BASE |= {"schedule": "cosine", "objective": "v", "min_snr": 5.0, "ema_decay": 0.9999, "dropout": 0.0}
 EXPERIMENTS = {
     "noise": {
         f"{schedule}, {objective}, min-SNR {min_snr:g}": {
@@ -39,7 +39,7 @@ EXPERIMENTS = {
         for lr, size in itertools.product((5e-4, 1e-3, 2e-3), (16, 32, 64))
     },
     # The average decays by (1 + s) / (10 + s) at most, 0.983 after 512 steps: more would change nothing there.
-    "average": {f"ema_decay {decay}": {"ema_decay": decay} for decay in (0.9, 0.97, 0.995)},
+    "average": {f"ema_decay {decay}": {"ema_decay": decay} for decay in (0.9, 0.97, 0.9999)},
     "dropout": {f"dropout {share}": {"dropout": share} for share in (0.0, 0.05, 0.1)},
     "shape": {  # at about the same number of operations
         "width 32, 1,2,4, 2 blocks": {},

@@ -230,7 +230,8 @@ def train_lucidrains(precision: str, task: Task) -> Learnt:
     return Learnt(images, millions(diffusion), prepared, seconds, "ddim", PEER_STEPS, sample)
 
 
-OURS = {"ours": ("defaults", {}), "ours, for a CPU": ("cpu", quality.BASE)}
+FOR_A_CPU = quality.BASE | {"batch_size": 16, "lr": 2e-3}
+OURS = {"ours": ("defaults", {}), "ours, for a CPU": ("cpu", FOR_A_CPU)}
 PEERS = {"diffusers": ("diffusers", train_diffusers), "lucidrains": ("denoising_diffusion_pytorch", train_lucidrains)}
 
 
