@@ -22,6 +22,7 @@ import journal
 import reading
 from benchmarks import levers, measuring, peers, quality, quality_peers, sample_speed, train_speed
 from benchmarks.measuring import Timing
+from modules import UNet
 from tools.evaluate import Features
 from utils import UserError
 
@@ -388,6 +389,18 @@ def test_no_two_experiments_call_different_settings_by_one_name():
     settings = {}
     for name, changed in named:
         assert settings.setdefault(name, quality.BASE | changed) == quality.BASE | changed
+
+
+def test_networks_of_another_shape_take_as_many_operations():
+    def flop(changed: dict) -> float:
+        settings = quality.BASE | changed
+        shape = {name: settings[name] for name in ddpm.NETWORK if name in settings} | {"img_size": 32}
+        return measuring.count_flop(UNet(**shape), 32, training=False)
+
+    base, *others = map(flop, quality.EXPERIMENTS["shape"].values())
+    assert others
+    for other in others:
+        assert other == pytest.approx(base, rel=0.06)
 
 
 def test_every_variant_is_a_training_that_can_be(place):
