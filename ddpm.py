@@ -251,7 +251,7 @@ def train(
     schedule: str = "cosine",
     objective: str = "v",
     min_snr: float = 5.0,
-    # optimization; why this batch and rate: benchmarks/README.md, "Learning rate and batch", "The same minutes for all"
+    # optimization; why these: benchmarks/README.md, "Learning rate and batch", "Average and shape"
     batch_size: int = 32,
     micro_batch: int | str = "auto",
     lr: float = 5e-4,
