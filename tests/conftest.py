@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 import checkpoints
 import ddpm
 import devices
+import journal
 
 ROOT = Path(__file__).resolve().parent.parent
 # The smallest run that goes through every part: 8x8 pixels, two levels, attention, 4 channels a group.
@@ -45,6 +46,19 @@ def in_float64(monkeypatch):
     compute_in_float64(monkeypatch.setattr)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_curve() -> Iterator[None]:
+    """Drawing and counting take longer than a tiny run: loss.png holds numbers here, but for the tests of them."""
+
+    def write_rows(rows: list[list[float]], path: Path) -> None:
+        path.write_text(repr([row[:-1] for row in rows]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "plot_curves", write_rows)
+        patch.setattr(journal, "gflop_per_image", lambda network, size: 0.0)
+        yield
 
 
 class Result:

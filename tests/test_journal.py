@@ -19,7 +19,7 @@ import checkpoints
 import ddpm
 import journal
 import reading
-from journal import Course, Log
+from journal import Course, Log, gflop_per_image, plot_curves
 from modules import UNet
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
@@ -245,7 +245,7 @@ def test_operations_are_those_of_convolutions_and_products():
     linear = [(4, 16, 1), (16, 16, 1), *[(16, 4, 1)] * 5, *[(4, 4, sides)] * 4]
     products = sum(i * o * k * sides for i, o, k in convolutions) + sum(i * o * n for i, o, n in linear)
     products += 2 * sides * sides * 4  # of the attention: weights, and the mixture
-    assert journal.gflop_per_image(network, (8, 8)) * 1e9 == pytest.approx(2 * products, rel=1e-12)
+    assert gflop_per_image(network, (8, 8)) * 1e9 == pytest.approx(2 * products, rel=1e-12)
 
 
 def test_few_images_are_given_as_the_reason_for_noise(run, place):
@@ -289,7 +289,7 @@ def test_the_curves_are_drawn_of_a_log_with_gaps(tmp_path):
         [step, step / 10, step, 1 / step, 1e-3, 1.0, 0, None, 1 / step, 2 / step, 3.0, 9.0] for step in range(1, 60)
     ]
     for count in (0, 1, 59):
-        journal.plot_curves(rows[:count], tmp_path / "loss.png")
+        plot_curves(rows[:count], tmp_path / "loss.png")
         with Image.open(tmp_path / "loss.png") as picture:
             assert picture.width > 3 * picture.height
 
