@@ -20,6 +20,7 @@ from pathlib import Path
 import fire
 from filelock import FileLock, Timeout
 
+import devices
 import processes
 from utils import UserError
 
@@ -377,8 +378,7 @@ def try_command(program: str, commands: dict[str, Callable], limits: dict, words
         if re.match(r"torch\._(dynamo|inductor)", type(error).__module__) or "torch.compile" in str(error):
             reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
             return f"--compile: {reason}; without it, the same is learnt" if processes.is_first_here() else "", 2
-        words_for_it = "out of memory|allocate memory|not enough memory"
-        if isinstance(error, RuntimeError) and not re.search(words_for_it, str(error)):
+        if not devices.is_out_of_memory(error):
             raise
         known = inspect.signature(commands[words[0]]).parameters
         flags = [f"--{flag}" for flag in ("batch_size", "img_size", "micro_batch", "width") if flag in known]

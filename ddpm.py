@@ -369,7 +369,7 @@ def train(
 
     def load(indices: Tensor, mirrored: Tensor) -> Tensor:
         """The images of a batch, (B, C, H, W) in [-1, 1], those that are `mirrored` (B,) left to right."""
-        x_0 = utils.from_bytes(images[indices.to(images.device)].to(device))
+        x_0 = utils.from_bytes(devices.send(images[indices], device))
         return reading.mirror_half(x_0, mirrored) if flip else x_0
 
     def add_gradients(step: int) -> tuple[Tensor, Tensor]:
@@ -381,17 +381,17 @@ def train(
         dropped) it is the same step.
         """
         torch.manual_seed(utils.seed_of(seed, step))
-        indices = reading.batch_indices(count, batch_size, step, seed)  # (B,)
+        indices = devices.send(reading.batch_indices(count, batch_size, step, seed), images.device)  # (B,)
         mirrored = reading.draw_mirrored(batch_size, device)
         t, eps = diffusion.draw((batch_size, *images.shape[1:]))
         told, losses = None, torch.zeros(batch_size, device=device)
         if classes:
             is_told = torch.rand(batch_size, device=device) >= FORGOTTEN
-            told = labels[indices.to(device)].where(is_told, network.null_class)
+            told = labels[indices].where(is_told, network.null_class)
 
         def work(part: slice) -> None:
             if dropout:
-                torch.manual_seed(utils.seed_of(seed, step, part.start))  # else all processes would drop the same
+                torch.manual_seed(utils.seed_of(seed, step, 1 + part.start))  # else all processes would drop the same
             x_0 = load(indices[part], mirrored[part])  # (b, C, H, W)
             with devices.autocast(device):
                 of_part = diffusion.loss(network, x_0, t[part], eps[part], told[part] if classes else None)  # (b,)
@@ -707,7 +707,7 @@ def sample(
     network, diffusion = build_trained(stored, device)
     if batch_size == "auto":
         at_64_pixels = 16 if device.type == "cpu" else 256
-        batch_size = max(1, min(at_64_pixels, at_64_pixels * 64 * 64 // (size[0] * size[1])))
+        batch_size = max(1, min(at_64_pixels, at_64_pixels * 64**3 // (math.prod(size) * settings["width"])))
 
     def command(first: int, number: int) -> str:
         """What makes `number` images from the seed `first` on again, the same to the bit: in batches as here."""

@@ -14,12 +14,24 @@ def pick_device(text: str) -> torch.device:
     """The device that `--device` names; `auto` is the first there is of: NVIDIA GPU, Apple GPU, CPU."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", text):  # PyTorch wraps 200 round to -56
         raise UserError(f"--device={text} is not one of: auto, cpu, cuda, cuda:N, mps")
-    gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for its GPU
+    has_mps = torch.backends.mps.is_available()
     text = ("cuda" if gpus else "mps" if has_mps else "cpu") if text == "auto" else text
     device = torch.device(text)
     if (device.type == "cuda" and (device.index or 0) >= gpus) or (device.type == "mps" and not has_mps):
         raise UserError(f"--device={text} is not on this machine ({gpus} CUDA devices); --device=cpu works everywhere")
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what went wrong: PyTorch has a type for it on CUDA, and words alone for the rest."""
+    words_for_it = "out of memory|allocate memory|not enough memory|STATUS_ALLOC_FAILED|Failed to CUDA [a-z]*alloc"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(re.search(words_for_it, str(error)))
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; an NVIDIA GPU goes on working meanwhile, instead of finishing first what it was given."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def keep_memory() -> None:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import devices
 from utils import UserError
 
 PATIENCE = datetime.timedelta(hours=24)  # one process decodes a large data set while the others wait
@@ -109,6 +110,8 @@ def join(device: torch.device) -> torch.device:
             store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
             store = dist.PrefixStore(os.environ.get(attempt, "0"), store)  # it still has the addresses of the dead
             dist.init_process_group(backend, store=store, rank=rank(), world_size=count(), timeout=PATIENCE)
+            if device.type == "cuda":
+                dist.all_reduce(torch.zeros(1, device="cuda"))  # nccl takes its memory before PyTorch has taken all
     return torch.device("cuda", local_rank) if device.type == "cuda" else device
 
 
@@ -220,8 +223,8 @@ class MicroBatches:
                 for start in self.share[:: self.size]:
                     work(slice(start, min(start + self.size, self.share.stop)))
                 return
-            except torch.OutOfMemoryError:
-                if self.is_fixed or self.size == 1:
+            except (RuntimeError, MemoryError) as error:
+                if not devices.is_out_of_memory(error) or self.is_fixed or self.size == 1:
                     raise
             undo()
             torch.cuda.empty_cache()

@@ -203,6 +203,7 @@ def captured(network: nn.Module, precision: str, x: Tensor) -> Callable[[Tensor,
         with torch.no_grad(), autocast(x.device, precision, cache_enabled=False):  # a cache would not outlive the graph
             return network(still_x, still_t)
 
+    torch.cuda.set_device(x.device)  # streams and graphs are of the current device, which need not be this one
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

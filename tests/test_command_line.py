@@ -299,6 +299,7 @@ def test_an_ordinary_name_is_taken(name):
 def test_only_a_gpu_there_is_can_be_picked(text, monkeypatch):
     """PyTorch's own reader wraps 200 round to -56, and answers leading zeros and huge numbers with a traceback."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=f"--device={text}"):
         devices.pick_device(text)
 
@@ -316,8 +317,19 @@ def test_only_a_gpu_there_is_can_be_picked(text, monkeypatch):
 )
 def test_auto_is_the_first_device_there_is(gpus, mps, text, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert devices.pick_device(text) == torch.device(device)
+
+
+def test_a_gpu_whose_driver_is_too_old_is_not_there(monkeypatch):
+    """PyTorch counts it all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert devices.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device=cuda is not on this machine"):
+        devices.pick_device("cuda")
 
 
 @given(st.integers(-5000, 1_000_000), st.sampled_from([2**depth for depth in range(12)]))

@@ -233,19 +233,25 @@ def test_the_end_of_another_process_is_told_by_name(error):
 
 # ---- a share in parts ------------------------------------------------------------------------------------------------
 
+# As CUDA's allocator, cuBLAS, Apple's GPU, a CPU and NumPy tell of it.
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+OUT_OF_MEMORY += [RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), MemoryError("Unable to allocate")]
+OUT_OF_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+
 
 @pytest.mark.parametrize(
     "size, failing, sizes, later",
     [("auto", {}, [7], [7]), ("auto", {0, 2}, [7, 4, 3, 2, 2, 2, 1], [2, 2, 2, 1]), (3, {}, [3, 3, 1], [3, 3, 1])],
 )
-def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes, later):
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:4])
+def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes, later, error):
     """The tries of these numbers run out of memory, one of them when a part has been done already."""
     done, tried = [], []
 
     def work(part: slice) -> None:
         tried.append(part.stop - part.start)
         if len(tried) - 1 in failing:
-            raise torch.OutOfMemoryError
+            raise error
         done.extend(range(10)[part])
 
     parts = processes.MicroBatches(range(2, 9), size)
@@ -254,6 +260,14 @@ def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes
     done.clear()
     parts.go_through(work, undo=done.clear)
     assert (done, tried) == (list(range(2, 9)), sizes + later)
+
+
+def test_another_error_is_not_taken_for_too_little_memory():
+    def work(part: slice) -> None:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    with pytest.raises(RuntimeError, match="dtype"):
+        processes.MicroBatches(range(4), "auto").go_through(work, undo=lambda: pytest.fail("tried again"))
 
 
 @pytest.mark.parametrize("size, tries", [(3, [3]), ("auto", [4, 2, 1])])

@@ -48,19 +48,6 @@ def words(**options) -> list[str]:
     return ["train", *(f"--{flag}={value}" for flag, value in flags.items())]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plain_curve() -> Iterator[None]:
-    """Drawing and counting take longer than a tiny run: loss.png holds numbers here, but for the test that draws it."""
-
-    def write_rows(rows: list[list[float]], path: Path) -> None:
-        path.write_text(repr([row[:-1] for row in rows]))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "plot_curves", write_rows)
-        patch.setattr(journal, "gflop_per_image", lambda network, size: 0.0)
-        yield
-
-
 class Death(BaseException):
     """What nothing in the program catches: the nearest to a sudden death within this process."""
 
@@ -656,6 +643,15 @@ def test_memory_that_does_not_suffice_is_said_in_one_line(train, monkeypatch, op
     assert result.err.splitlines()[-1].startswith(
         "ddpm.py: out of memory; a smaller --batch_size or --img_size or --micro_batch"
     )
+
+
+def test_what_is_dropped_hangs_on_other_numbers_than_the_noise(train, monkeypatch):
+    """A generator that began where t and the noise did would drop by the very same numbers."""
+    seeds, begin = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or begin(seed))
+    assert train(dropout=0.3, epochs=1, micro_batch=2).status == 0
+    of_steps = seeds[-3 * 3 :]  # three steps of two parts, the first of which is begun at the step's own seed
+    assert len(set(of_steps)) == 9
 
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
