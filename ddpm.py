@@ -17,6 +17,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -668,8 +669,7 @@ def sample(
         n_img: how many images.
         name: the folder to write to, below results/RUN/.
         save_grid: also save samples.png, the first 256 images side by side.
-        gif: also film how the first batch, or 16 of it, comes out of the noise: left the images, right what the network
-            takes them for.
+        gif: also film the first images (16 at most): left as they come out of the noise, right what they are taken for.
         seed: image number i is made from seed + i, and its class, alone, whatever n_img and batch_size.
         img_size: another size than the run was trained at, such as 48x96; it may not look as good.
         label: the classes to make, in turn: a name, several (cats,dogs), or all; for runs trained with --conditional.
@@ -705,9 +705,7 @@ def sample(
     picture, anew = reading.read_start(init_image, mask, size, settings["mode"]) if init_image or mask else (None, None)
     strength = strength if init_image else 1.0
     network, diffusion = build_trained(stored, device)
-    if batch_size == "auto":
-        at_64_pixels = 16 if device.type == "cpu" else 256
-        batch_size = max(1, min(at_64_pixels, at_64_pixels * 64**3 // (math.prod(size) * settings["width"])))
+    batch_size = devices.images_at_once(device, size, settings["width"]) if batch_size == "auto" else batch_size
 
     def command(first: int, number: int) -> str:
         """What makes `number` images from the seed `first` on again, the same to the bit: in batches as here."""
@@ -725,8 +723,8 @@ def sample(
     folder = processes.from_first(utils.claim_folder(Path("results", run_name, name)) if is_first else None)
     starts, visited = range(0, n_img, batch_size), max(1, len(diffusion.path(steps, strength)) - 1)
     mine, digits = processes.share(len(starts)), max(4, len(str(n_img)))
-    grid, film = [], []
-    with utils.progress_bar(visited * len(mine), unit="step") as bar:
+    grid, film, written = [], [], []
+    with utils.progress_bar(visited * len(mine), unit="step") as bar, ThreadPoolExecutor(8) as writers:
         for start in starts[mine.start : mine.stop]:
             numbers = range(start, min(n_img, start + batch_size))
             seeds, labels = [seed + number for number in numbers], take_turns(chosen, numbers)
@@ -739,9 +737,11 @@ def sample(
             images = utils.to_bytes(x_t).cpu()  # (B, C, H, W)
             for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
                 again = f"{command(seeds[0], len(seeds))}  # this is sample_{place + 1:04d}.png there"
-                own = {"seed": seeds[place], "command": again}
-                own |= {"label": classes[labels[place]]} if classes else {}
-                utils.save_png(image[None], folder / f"sample_{number + 1:0{digits}d}.png", **facts, **own)
+                own = {"seed": seeds[place], "command": again} | ({"label": classes[labels[place]]} if classes else {})
+                file = folder / f"sample_{number + 1:0{digits}d}.png"  # eight at a time: they wait for the disk
+                written.append(writers.submit(utils.save_png, image[None], file, **facts, **own))
+            while written:
+                written.pop().result()  # raises what the thread met with
             grid += [image.clone() for image in images[: max(0, GRID_IMAGES - start)]]  # not views of the whole batch
     grid = list(itertools.chain(*processes.gather(grid)))
     if not is_first:

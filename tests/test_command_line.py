@@ -322,6 +322,14 @@ def test_auto_is_the_first_device_there_is(gpus, mps, text, device, monkeypatch)
     assert devices.pick_device(text) == torch.device(device)
 
 
+def test_larger_images_and_wider_networks_go_through_in_smaller_batches():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [devices.images_at_once(device, (64, 64), 64) for device in (cpu, gpu)] == [16, 256]
+    assert [devices.images_at_once(gpu, (64, 64), width) for width in (16, 128, 256)] == [256, 128, 64]
+    assert [devices.images_at_once(gpu, size, 64) for size in ((32, 32), (64, 128), (256, 256))] == [256, 128, 16]
+    assert devices.images_at_once(cpu, (1024, 1024), 512) == 1
+
+
 def test_a_gpu_whose_driver_is_too_old_is_not_there(monkeypatch):
     """PyTorch counts it all the same."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

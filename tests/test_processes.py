@@ -415,8 +415,9 @@ def test_two_processes_write_the_samples_that_one_writes(pictures, run):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("late", [0, 3], ids=["", "late"])
-@pytest.mark.parametrize("flag, advice", [("--epohcs=3", "did you mean --epochs"), ("--dataset=nowhere", "nowhere")])
+@pytest.mark.parametrize(
+    "flag, advice, late", [("--epohcs=3", "did you mean --epochs", 0), ("--dataset=nowhere", "nowhere", 3)]
+)
 def test_what_is_refused_is_said_once_even_if_the_first_is_late(pictures, flag, advice, late):
     words = [word for word in TRAIN if not word.startswith(flag[:9])]
     ended = Ended(start_torchrun([*words, flag], pictures, LATE=str(late)))

@@ -1,5 +1,6 @@
 """What `sample` promises: an image hangs on its seed alone, nothing is overwritten, the averaged weights are used."""
 
+import errno
 import itertools
 import os
 import shlex
@@ -210,9 +211,24 @@ def test_numbers_grow_with_the_number_of_images(sample, monkeypatch, n_img, firs
     monkeypatch.setattr(utils, "save_png", lambda image, path, **facts: names.append(path.stem))
     assert sample(f"--n_img={n_img}", "--batch_size=1000").status == 0
     *singles, grid = names
+    singles.sort()  # they are written at the same time
     assert (singles[0], singles[-1], grid) == (f"sample_{first}", f"sample_{last}", "samples")
-    assert singles == sorted(singles)
-    assert len(set(singles)) == n_img
+    assert [int(name.removeprefix("sample_")) for name in singles] == list(range(1, n_img + 1))
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(sample, monkeypatch):
+    """Said at the end of its batch: the others of that are there, no later ones."""
+    save_png = utils.save_png
+
+    def save_all_but_one(image: torch.Tensor, path: Path, **facts) -> None:
+        if path.stem == "sample_0003":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_png(image, path, **facts)
+
+    monkeypatch.setattr(utils, "save_png", save_all_but_one)
+    result = sample("--n_img=12", "--batch_size=4", "--steps=1")
+    assert (result.status, result.err) == (2, f"ddpm.py: {RUN / 'samples/sample_0003.png'}: No space left on device\n")
+    assert files_below(RUN / "samples") == {f"sample_{number:04d}.png" for number in (1, 2, 4)}
 
 
 def test_every_picture_tells_how_it_was_made(sample):
