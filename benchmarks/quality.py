@@ -71,7 +71,7 @@ def done_before(path: Path) -> list[dict]:
 def check_held_out(folder: str) -> None:
     """Refuse a folder of held-out pictures that is not there, and say how they come to be."""
     if not Path(folder).is_dir():
-        how = f"python datasets/paint_landscapes.py --first_seed=1000000 --folder={folder}"
+        how = f"python datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder={folder}"
         raise UserError(f"--held_out={folder} does not exist; paint it: {how}")
 
 
@@ -89,7 +89,7 @@ def quality(
         python -m benchmarks.quality --experiment=noise
 
     Adds a row for every variant and seed to results/benchmarks/quality.csv, and prints the means of the seeds. Held-out
-    pictures come from: python datasets/paint_landscapes.py --first_seed=1000000 --folder=datasets/held_out
+    pictures come from: python datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder=datasets/held_out
 
     Args:
         experiment: which settings are varied.

@@ -283,7 +283,7 @@ def quality_peers(
 
     Adds a row for every contender and seed to results/benchmarks/quality_peers.csv, and prints the means of the seeds;
     what is there already is not done again. Held-out pictures come from:
-    python datasets/paint_landscapes.py --first_seed=1000000 --folder=datasets/held_out
+    python datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder=datasets/held_out
 
     Args:
         minutes: of training for each contender; reading the images, getting ready and sampling are not counted.
