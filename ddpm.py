@@ -247,12 +247,12 @@ def train(
     blocks: int = 2,
     attention_size: int = 16,
     dropout: float = 0.0,
-    # noise; why these: benchmarks/README.md, "cosine, v, min-SNR 5"; linear, eps and 0 are the paper's
+    # noise; why these: benchmarks/README.md, "Schedule, objective, loss weight"; linear, eps and 0 are the paper's
     noise_steps: int = 1000,
     schedule: str = "cosine",
     objective: str = "v",
     min_snr: float = 5.0,
-    # optimization; why these: benchmarks/README.md, "Learning rate and batch", "Average and shape"
+    # optimization; why these: benchmarks/README.md, "Learning rate and batch", "Average, dropout, shape"
     batch_size: int = 32,
     micro_batch: int | str = "auto",
     lr: float = 5e-4,
