@@ -337,7 +337,8 @@ def plot_curves(rows: list[list], path: Path) -> None:
 
     figure = Figure(figsize=(13, 3.6))
     axes = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.065, right=0.99, bottom=0.14, top=0.92)  # to be measured out takes as long as to draw
+    # margins by hand: a layout that is measured out takes as long as the drawing
+    figure.subplots_adjust(left=0.065, right=0.99, bottom=0.14, top=0.92, wspace=0.25)
     axes[0].loglog(column["images"], column["loss"], color="0.8", label="rows of the log")
     axes[0].loglog(column["images"], smooth(column["loss"]), label="smoothed")
     for quarter, label in enumerate(("first (details)", "second", "third", "last (composition)"), 1):
