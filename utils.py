@@ -39,7 +39,7 @@ BROKEN_FILE += (pickle.UnpicklingError, Image.DecompressionBombError, Image.Deco
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed mixed of several numbers; PyTorch's CPU generator looks at 32 bits only: mere sums would collide."""
+    """One seed of several numbers; a last 0 changes nothing. PyTorch's CPU generator sees 32 bits: sums collide."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
