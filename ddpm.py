@@ -25,15 +25,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-import checkpoints
-import command_line
-import devices
-import processes
-import reading
 import utils
-from journal import COLUMNS, SUMS, Course, Log, check_tensorboard, hint, in_figures, runs_table
+from machinery import basics, checkpoints, command_line, devices, processes, reading, runs
+from machinery.basics import UserError
+from machinery.journal import COLUMNS, SUMS, Log, check_tensorboard, hint, in_figures
+from machinery.runs import runs_table
+from machinery.session import Course
 from modules import UNet, update_average
-from utils import UserError
 
 
 def linear_alpha_bar(steps: int) -> Tensor:
@@ -320,7 +318,7 @@ def train(
     command_line.check_name("run_name", run_name)
     if not dataset:
         raise UserError("--dataset= is empty; it takes any folder of images")
-    size = settings["img_size"] = command_line.check_network(settings)
+    size = settings["img_size"] = runs.check_network(settings)
     device = devices.pick_device(device)
     if init_from:
         command_line.check_name("init_from", init_from)
@@ -345,7 +343,7 @@ def train(
     settings = {name: was[name] for name in IMPORTED if name in was} | settings  # of these no flag tells
     settings["mode"] = data.mode
     devices.keep_memory()
-    torch.manual_seed(utils.seed_of(seed))
+    torch.manual_seed(basics.seed_of(seed))
     network, diffusion = build(settings, device)
     network.to(memory_format=torch.channels_last)
     network.recompute = grad_checkpointing
@@ -355,7 +353,7 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
     if stored["step"]:
         checkpoints.restore(stored, network, average, optimizer)
-    step, images = stored["step"], reading.on_device(data.images, device)
+    step, images = stored["step"], utils.on_device(data.images, device)
     labels = torch.from_numpy(data.labels).to(device)
     count, batch_size = len(images), min(batch_size, len(images))
     if batch_size < processes.count():
@@ -365,13 +363,13 @@ def train(
     course = Course(*lengths, previews=len(shown) * (2 if classes else 1))  # guidance asks the network twice
     board = Path("runs", run_name) if tensorboard else None
     log = Log(results, course, noise_steps, device, stored["log"], stored["sums"], board)
-    parts = processes.MicroBatches(processes.share(batch_size), micro_batch)
+    parts = devices.MicroBatches(processes.share(batch_size), micro_batch)
     del stored, source  # as large as the training itself
 
     def load(indices: Tensor, mirrored: Tensor) -> Tensor:
         """The images of a batch, (B, C, H, W) in [-1, 1], those that are `mirrored` (B,) left to right."""
         x_0 = utils.from_bytes(devices.send(images[indices], device))
-        return reading.mirror_half(x_0, mirrored) if flip else x_0
+        return utils.mirror_half(x_0, mirrored) if flip else x_0
 
     def add_gradients(step: int) -> tuple[Tensor, Tensor]:
         """Algorithm 1, lines 2 to 5: each image's loss and t (B,), and their mean's gradient at the weights.
@@ -381,9 +379,9 @@ def train(
         the batch is cut up among processes and by memory, but for the order of additions (and with dropout, what is
         dropped) it is the same step.
         """
-        torch.manual_seed(utils.seed_of(seed, step))
-        indices = devices.send(reading.batch_indices(count, batch_size, step, seed), images.device)  # (B,)
-        mirrored = reading.draw_mirrored(batch_size, device)
+        torch.manual_seed(basics.seed_of(seed, step))
+        indices = devices.send(utils.batch_indices(count, batch_size, step, seed), images.device)  # (B,)
+        mirrored = utils.draw_mirrored(batch_size, device)
         t, eps = diffusion.draw((batch_size, *images.shape[1:]))
         told, losses = None, torch.zeros(batch_size, device=device)
         if classes:
@@ -392,7 +390,7 @@ def train(
 
         def work(part: slice) -> None:
             if dropout:
-                torch.manual_seed(utils.seed_of(seed, step, 1 + part.start))  # else all processes would drop the same
+                torch.manual_seed(basics.seed_of(seed, step, 1 + part.start))  # else all processes would drop the same
             x_0 = load(indices[part], mirrored[part])  # (b, C, H, W)
             with devices.autocast(device):
                 of_part = diffusion.loss(network, x_0, t[part], eps[part], told[part] if classes else None)  # (b,)
@@ -432,9 +430,9 @@ def train(
         log.illustrate(utils.over_white(previews))
 
     def describe() -> None:
-        torch.manual_seed(utils.seed_of(seed, 0))
-        first = torch.from_numpy(reading.shuffled(count, seed, epoch=0)[:64])
-        first = load(first, reading.draw_mirrored(len(first), device))
+        torch.manual_seed(basics.seed_of(seed, 0))
+        first = torch.from_numpy(utils.shuffled(count, seed, epoch=0)[:64])
+        first = load(first, utils.draw_mirrored(len(first), device))
         utils.save_png(utils.to_bytes(first).cpu(), results / "data.png")
         about = [*reading.tell_classes(listing, conditional), *data.remarks, f"a look at them: {results / 'data.png'}"]
         kind = f"{size[0]}x{size[1]} from {dataset}, in {reading.MODES[data.mode]}"
@@ -512,8 +510,8 @@ def open_run(settings: dict, fingerprint: str) -> tuple[FileLock, dict, dict]:
         raise UserError(f"--resume=no, but models/{run_name} holds a run; delete it, or choose another --run_name")
     source = load_run(init_from) if init_from and is_new else {}
     if source:
-        command_line.check_same_network(init_from, source["settings"], settings)
-    lock = command_line.lock_run(checkpoints.paths_of(run_name)[0].parent)  # held until `train` ends
+        runs.check_same_network(init_from, source["settings"], settings)
+    lock = runs.lock_run(checkpoints.paths_of(run_name)[0].parent)  # held until `train` ends
     if is_new and checkpoints.exists(run_name):
         raise UserError(f"another process has trained models/{run_name} just now; the same command goes on with it")
     if is_new:
@@ -522,7 +520,7 @@ def open_run(settings: dict, fingerprint: str) -> tuple[FileLock, dict, dict]:
     if "network" not in stored:
         ways_on = f"--init_from={run_name} with another --run_name begins a new run from them"
         raise UserError(f"models/{run_name} holds weights only, made to sample from; {ways_on}")
-    command_line.check_same_run(stored, settings, fingerprint, MAY_CHANGE)
+    runs.check_same_run(stored, settings, fingerprint, MAY_CHANGE)
     return lock, stored, {}
 
 
@@ -552,13 +550,13 @@ def load_run(run_name: str) -> dict:
         defaults |= {"mode": "RGB", "classes": ()}
         settings = stored["settings"] = defaults | stored["settings"]  # an option newer than the run
         command_line.check_limits(settings, LIMITS)
-        command_line.check_network(settings)
+        runs.check_network(settings)
         with torch.device("meta"):
             network = build(settings, "meta")[0]
         fits = checkpoints.fits(stored, network, len(COLUMNS), SUMS)
         fits = fits and all(isinstance(settings.get(name, kind()), kind) for name, kind in IMPORTED.items())
         fits = fits and all(isinstance(name, str) for name in settings["classes"])
-    except (*utils.BROKEN_FILE, UserError):
+    except (*basics.BROKEN_FILE, UserError):
         fits = False
     if not fits:
         raise UserError(f"models/{run_name} holds weights that do not fit its settings: another program's, or damaged")
@@ -695,14 +693,17 @@ def sample(
     device, is_first = processes.join(devices.pick_device(device)), processes.is_first()
     stored = processes.from_first(load_run(run_name) if is_first else None)
     settings, classes = stored["settings"], stored["settings"]["classes"]
-    chosen = command_line.check_labels(label, classes)
-    command_line.check_walk(settings, steps, guidance, GUIDANCE)
+    chosen = runs.check_labels(label, classes)
+    runs.check_walk(settings, steps, guidance, GUIDANCE)
     if strength != STRENGTH and not init_image:
         raise UserError(f"--strength={strength:g} takes a picture to begin with: --init_image=...")
-    size = command_line.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))
+    size = runs.check_size(img_size or settings["img_size"], stride=2 ** (len(settings["multipliers"]) - 1))
     if size != settings["img_size"]:
         print(f"{run_name} was trained at {settings['img_size'][0]}x{settings['img_size'][1]}; this may look worse")
-    picture, anew = reading.read_start(init_image, mask, size, settings["mode"]) if init_image or mask else (None, None)
+    picture, anew = None, None
+    if init_image or mask:
+        picture, anew = reading.read_start(init_image, mask, size, settings["mode"])
+        picture = utils.from_bytes(picture)
     strength = strength if init_image else 1.0
     network, diffusion = build_trained(stored, device)
     batch_size = devices.images_at_once(device, size, settings["width"]) if batch_size == "auto" else batch_size
@@ -720,11 +721,11 @@ def sample(
 
     facts = {"run": run_name, "step": stored["step"], "weights": checkpoints.fingerprint_of(stored["average"])}
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
-    folder = processes.from_first(utils.claim_folder(Path("results", run_name, name)) if is_first else None)
+    folder = processes.from_first(basics.claim_folder(Path("results", run_name, name)) if is_first else None)
     starts, visited = range(0, n_img, batch_size), max(1, len(diffusion.path(steps, strength)) - 1)
     mine, digits = processes.share(len(starts)), max(4, len(str(n_img)))
     grid, film, written = [], [], []
-    with utils.progress_bar(visited * len(mine), unit="step") as bar, ThreadPoolExecutor(8) as writers:
+    with basics.progress_bar(visited * len(mine), unit="step") as bar, ThreadPoolExecutor(8) as writers:
         for start in starts[mine.start : mine.stop]:
             numbers = range(start, min(n_img, start + batch_size))
             seeds, labels = [seed + number for number in numbers], take_turns(chosen, numbers)

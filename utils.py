@@ -1,94 +1,22 @@
-"""What all parts share: errors, seeds, progress, and files that are written whole. No mathematics of diffusion.
+"""Pictures in and out: batches from a folder, files from tensors. No mathematics of diffusion.
 
-Reading order: errors; seeds and progress; writing files, images above all.
+Reading order: numbers; a folder's batches; files.
 """
 
-import contextlib
 import functools
-import itertools
 import math
-import os
-import pickle
-import struct
-import sys
-import zipfile
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
-from tqdm import tqdm
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+from machinery import reading
+from machinery.basics import write_whole
+from machinery.reading import Dataset
 
-
-class UserError(Exception):
-    """Something the person at the keyboard can put right; shown as one line, without a traceback, status 2."""
-
-
-# What decoders of pictures and archives raise when a file is damaged or hostile.
-BROKEN_FILE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, ArithmeticError)
-BROKEN_FILE += (RuntimeError, MemoryError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile)
-BROKEN_FILE += (pickle.UnpicklingError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-# ---- seeds and progress ----------------------------------------------------------------------------------------------
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed of several numbers; a last 0 changes nothing. PyTorch's CPU generator sees 32 bits: sums collide."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def progress_bar(
-    total: int, done: int = 0, unit: str = "img", title: str | None = None, budget: float = math.inf
-) -> tqdm:
-    """A bar with the time left; without a terminal, a plain line at most every 15 seconds and every hundredth.
-
-    The hundredth is of `total`, or of `budget` in seconds if that is given: then nobody knows yet what total comes out.
-    """
-    title, is_another = f"{title}: " if title else None, int(os.environ.get("LOCAL_RANK", 0)) > 0  # torchrun's
-    bar = functools.partial(tqdm, total=total, initial=done, unit=unit, unit_scale=True, desc=title, disable=is_another)
-    times = "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    if sys.stderr.isatty():
-        return bar(dynamic_ncols=True, bar_format="{desc}{percentage:3.0f}%|{bar}| " + times)
-    pace = {"mininterval": 15, "miniters": total / 100}
-    if budget < math.inf:
-        pace = {"mininterval": max(15, budget / 100), "miniters": 1}
-    line = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} " + times + "\n"
-    return bar(delay=15, maxinterval=math.inf, bar_format=line, **pace)
-
-
-# ---- writing files ---------------------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable, keep: Path | None = None) -> None:
-    """Have `write(file)` fill a file that appears at `path` whole or not at all, and survives a loss of power.
-
-    The file that was there before is kept at `keep`, if given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(unfinished, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not tell it
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name != "nt":  # the new name is on disk only once its folder is; Windows sees to that by itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def from_bytes(images: Tensor) -> Tensor:
@@ -99,6 +27,53 @@ def from_bytes(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """[-1, 1] to 0..255, uint8, rounded to the nearest level."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- a folder's batches ----------------------------------------------------------------------------------------------
+
+
+def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
+    """`read_dataset` of all pictures below a folder."""
+    return reading.read_dataset(reading.list_images(folder), size, mode)
+
+
+def on_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """A data set as one tensor: on the GPU where it takes less than half of the free memory, else left on the disk."""
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return torch.from_numpy(images).to(device if fits else "cpu")
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: a permutation of 0..count - 1 that depends on (seed, epoch) alone."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Which images step `step` (0, 1, ...) is shown, (batch_size,) int64.
+
+    The orders of all epochs are laid end to end and cut into batches: every image is visited exactly once per epoch,
+    and every batch is full.
+    """
+    start, stop = step * batch_size, (step + 1) * batch_size
+    parts = []  # sliced first: a whole order may be of a million images
+    for epoch in range(start // count, (stop - 1) // count + 1):
+        begin = epoch * count
+        parts.append(shuffled(count, seed, epoch)[max(0, start - begin) : stop - begin])
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def draw_mirrored(count: int, device: torch.device) -> Tensor:
+    """Which of so many images are mirrored, (B,) bool: a coin decides."""
+    return torch.rand(count, device=device) < 0.5
+
+
+def mirror_half(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Images (B, C, H, W), turned left to right where `mirrored` (B,) says so."""
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def over_white(images: Tensor) -> Tensor:
@@ -151,13 +126,3 @@ def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
     first, *others = map(to_picture, frames)
     film = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [3000], "loop": 0}
     write_whole(path, lambda file: first.save(file, "gif", comment=comment.encode(), **film))
-
-
-def claim_folder(folder: Path) -> Path:
-    """Make `folder`, or the first of folder_2, folder_3, ... that does not exist: nothing is overwritten."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        with contextlib.suppress(FileExistsError):
-            free.mkdir()
-            return free

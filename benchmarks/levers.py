@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-import command_line
-import devices
 from benchmarks import measuring, peers
 from benchmarks.measuring import FORMATS
+from machinery import command_line, devices
 
 COLUMNS = (*measuring.WHAT, "without", "with", "gain", "gain_min", "gain_max", *measuring.WHERE)
 SHOWN = {"variant": ("lever", ""), "precision": ("precision", ""), "batch_size": ("batch", "")}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from devices import has_bfloat16
+from machinery.devices import has_bfloat16
 
 WARM_UP = 3  # calls that are not measured: kernels are chosen, moments allocated, networks compiled in them
 TURN_SECONDS = 0.5  # a turn is as many calls as fill this time, at least one

@@ -14,13 +14,12 @@ import itertools
 import statistics
 from pathlib import Path
 
-import command_line
 import ddpm
-import devices
-import reading
+import utils
 from benchmarks import measuring
+from machinery import command_line, devices, reading
+from machinery.basics import UserError
 from tools import evaluate
-from utils import UserError
 
 # A small network that learns something within minutes on a CPU; every variant changes a little of it.
 BASE = {"img_size": (32,), "width": 32, "multipliers": (1, 2, 4), "attention_size": 8, "batch_size": 32, "lr": 1e-3}
@@ -121,9 +120,7 @@ def quality(
         ddpm.train(dataset=dataset, run_name=run_name, **settings)
         stored = ddpm.load_run(run_name)
         samples = evaluate.make_samples(stored, range(n), "dpm++", 25, 64, place)
-        pictures = reading.load_dataset(
-            Path(held_out), stored["settings"]["img_size"], stored["settings"]["mode"]
-        ).images
+        pictures = utils.load_dataset(Path(held_out), stored["settings"]["img_size"], stored["settings"]["mode"]).images
         figures = evaluate.judge(samples, pictures, features, place)
         row = key | {"experiment": experiment, "measure": figures["measure"], "minutes": stored["minutes"]}
         row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)

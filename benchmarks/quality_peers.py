@@ -38,14 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import command_line
 import ddpm
-import devices
-import reading
 import utils
 from benchmarks import measuring, peers, quality
+from machinery import basics, command_line, devices, reading
+from machinery.basics import UserError
 from tools import evaluate
-from utils import UserError
 
 STRIDE = 32  # diffusers' network halves an image five times
 FEWEST = 100  # pictures that lucidrains' Trainer asks for
@@ -74,9 +72,9 @@ class Task(NamedTuple):
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Pictures (B, 3, H, W) in [-1, 1], epoch after epoch, each mirrored or not."""
         for step in itertools.count():
-            chosen = reading.batch_indices(len(self.images), batch_size, step, self.seed).numpy()
+            chosen = utils.batch_indices(len(self.images), batch_size, step, self.seed).numpy()
             images = utils.from_bytes(torch.from_numpy(self.images[chosen]).to(self.device))
-            yield reading.mirror_half(images, reading.draw_mirrored(batch_size, self.device))
+            yield utils.mirror_half(images, utils.draw_mirrored(batch_size, self.device))
 
 
 class Learnt(NamedTuple):
@@ -112,7 +110,7 @@ def steps_that_fit(step: Callable[[float], None], minutes: float) -> int:
 def in_batches(make: Callable[[int], Tensor], n: int) -> Tensor:
     """`n` images as bytes, of a function that makes some in [0, 1] and shows a progress bar of its own meanwhile."""
     found = []
-    with utils.progress_bar(n, title="samples") as bar, contextlib.redirect_stderr(io.StringIO()):
+    with basics.progress_bar(n, title="samples") as bar, contextlib.redirect_stderr(io.StringIO()):
         for start in range(0, n, BATCH):
             found.append(utils.to_bytes(2 * make(min(BATCH, n - start)) - 1).cpu())
             bar.update(len(found[-1]))

@@ -8,9 +8,8 @@ What is measured, and how it is kept fair, stands in README.md in this folder.
 
 import torch
 
-import command_line
-import devices
 from benchmarks import measuring, peers
+from machinery import command_line, devices
 
 COLUMNS = (*measuring.WHAT, "steps", "ms", "ms_min", "ms_max", "ratio", "weights_m", "gflop_per_img")
 COLUMNS += ("peak_tflop_per_s", "share_of_peak", "memory_gb", *measuring.WHERE)

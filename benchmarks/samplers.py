@@ -11,12 +11,11 @@ import itertools
 import time
 from pathlib import Path
 
-import command_line
 import ddpm
-import devices
-import reading
+import utils
 from benchmarks import measuring
 from benchmarks.quality import FIGURES, done_before
+from machinery import command_line, devices
 from tools import evaluate
 
 STEPS = (10, 15, 20, 25, 50, 100, 250, 1000)
@@ -54,7 +53,7 @@ def samplers(
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]
     features = evaluate.load_efficientnet(place)
-    pictures = reading.load_dataset(Path(settings["dataset"]), settings["img_size"], settings["mode"]).images
+    pictures = utils.load_dataset(Path(settings["dataset"]), settings["img_size"], settings["mode"]).images
     n = evaluate.comparable(n_img, len(pictures))
     shared = {"run": run_name, "step": stored["step"], "n": n}
 

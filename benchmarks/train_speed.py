@@ -19,12 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import command_line
 import ddpm
-import devices
-import journal
 from benchmarks import measuring, peers
 from benchmarks.measuring import Spread, Timing
+from machinery import command_line, devices, journal
 
 COLUMNS = (*measuring.WHAT, "img_per_s", "img_per_s_min", "img_per_s_max", "ratio", "weights_m", "gflop_per_img")
 COLUMNS += ("peak_tflop_per_s", "share_of_peak", "memory_gb", *measuring.WHERE)

@@ -12,10 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
 import ddpm
-import devices
-import journal
+from machinery import checkpoints, devices, journal
 
 ROOT = Path(__file__).resolve().parent.parent
 # The smallest run that goes through every part: 8x8 pixels, two levels, attention, 4 channels a group.

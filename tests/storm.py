@@ -29,11 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoints
 import ddpm
-import journal
-import reading
-import utils
+from machinery import basics, checkpoints, journal, reading
 
 # Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within batches.
 WORDS = "train --dataset=pictures --run_name=run --img_size=8 --width=4 --multipliers=1 --blocks=1 --attention_size=0"
@@ -80,7 +77,7 @@ def train(save_every: float, prepare: Callable[[], None] = lambda: None) -> int:
 # Between the two renames of a save the newest checkpoint has no name: that is the place to look at most.
 POINTS = [(os, "replace", "before"), (os, "replace", "before"), (os, "replace", "before"), (os, "replace", "after")]
 POINTS += [(torch, "save", "in"), (torch, "save", "after"), (os, "fsync", "before"), (os, "fsync", "after")]
-POINTS += [(utils, "write_whole", "before"), (Path, "unlink", "before"), (Path, "unlink", "after")]
+POINTS += [(checkpoints, "write_whole", "before"), (Path, "unlink", "before"), (Path, "unlink", "after")]
 
 
 def die_at(owner, name: str, moment: str, call: int) -> Callable[[], None]:
@@ -158,7 +155,7 @@ def fault_after_a_death(status: int) -> str:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             step = checkpoints.load("run")["step"]
-    except utils.UserError as error:
+    except basics.UserError as error:
         return f"lost: {error}"
     return "" if step >= last_save() else f"lost: step {last_save()} was saved, the checkpoint is of step {step}"
 

@@ -16,15 +16,14 @@ import torch
 from conftest import ROOT, paint
 from torch import Tensor, nn
 
-import command_line
 import ddpm
-import journal
-import reading
+import utils
 from benchmarks import levers, measuring, peers, quality, quality_peers, sample_speed, train_speed
 from benchmarks.measuring import Timing
+from machinery import command_line, journal, runs
+from machinery.basics import UserError
 from modules import UNet
 from tools.evaluate import Features
-from utils import UserError
 
 TINY = {"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
 CPU = torch.device("cpu")
@@ -412,7 +411,7 @@ def test_every_variant_is_a_training_that_can_be(place):
             settings = quality.BASE | changed
             assert settings.keys() <= names
             command_line.check_limits(settings, ddpm.LIMITS)
-            command_line.check_network({"blocks": 2} | settings)
+            runs.check_network({"blocks": 2} | settings)
 
 
 # ---- quality, against the peers --------------------------------------------------------------------------------------
@@ -630,7 +629,7 @@ def small_contest(place, monkeypatch):
 
     def perfect(task: quality_peers.Task) -> quality_peers.Learnt:
         calls.append(("perfect", task.seed))
-        images = reading.load_dataset(Path("unseen"), (SIDE, SIDE)).images
+        images = utils.load_dataset(Path("unseen"), (SIDE, SIDE)).images
         order = np.random.default_rng(0).permutation(len(images))
         return learnt(lambda n: torch.from_numpy(images[order[n : 2 * n]]))  # whom `evaluate.judge` calls real
 

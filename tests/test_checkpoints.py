@@ -19,11 +19,9 @@ from hypothesis import strategies
 from storm import same
 from torch import Tensor
 
-import checkpoints
-import command_line
 import ddpm
-import utils
-from utils import UserError
+from machinery import basics, checkpoints, command_line
+from machinery.basics import UserError
 
 CHECKPOINT = Path("models/run/checkpoint.pt")
 TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", *TINY, "--epochs=2"]
@@ -68,7 +66,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(place, monkeypatch, keep)
     monkeypatch.setattr(os, "replace", replace_and_note)
     path = Path("file")
     path.write_text("before")
-    utils.write_whole(path, lambda file: file.write(b"1234567"), keep)
+    basics.write_whole(path, lambda file: file.write(b"1234567"), keep)
     expected = ["fsync of 7 bytes", "file becomes kept" if keep else "", "file.unfinished becomes file"]
     expected += ["fsync of the folder" if os.name != "nt" else ""]
     assert calls == [call for call in expected if call]
@@ -85,7 +83,7 @@ def test_what_could_not_be_written_leaves_no_trace(place, error):
 
     Path("file").write_text("before")
     with pytest.raises(error):
-        utils.write_whole(Path("file"), fail, keep=Path("kept"))
+        basics.write_whole(Path("file"), fail, keep=Path("kept"))
     assert files_below(place) == {"file"}
     assert Path("file").read_text() == "before"
 

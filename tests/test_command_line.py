@@ -17,11 +17,9 @@ from conftest import TINY, files_below, paint, start
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import checkpoints
-import command_line
 import ddpm
-import devices
-from utils import UserError
+from machinery import checkpoints, command_line, devices, runs
+from machinery.basics import UserError
 
 COMMANDS = {"train": ddpm.train, "sample": ddpm.sample}
 FLAGS = [
@@ -345,10 +343,10 @@ def test_a_gpu_whose_driver_is_too_old_is_not_there(monkeypatch):
 def test_the_size_it_advises_is_possible_and_none_is_nearer(side, stride):
     possible = range(stride, 2049, stride)
     if side in possible:
-        assert command_line.check_size((side,), stride) == (side, side)
+        assert runs.check_size((side,), stride) == (side, side)
         return
     with pytest.raises(UserError) as refusal:
-        command_line.check_size((side,), stride)
+        runs.check_size((side,), stride)
     nearest = int(re.search(r"the nearest is (-?\d+)$", str(refusal.value))[1])
     assert nearest in possible
     assert abs(nearest - side) == min(abs(other - side) for other in possible)

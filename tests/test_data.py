@@ -26,10 +26,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-import checkpoints
-import reading
 import utils
-from utils import UserError
+from machinery import basics, checkpoints, reading
+from machinery.basics import UserError
 
 GRAY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)  # 0, 4, ..., 252
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -183,7 +182,7 @@ def test_an_image_keeps_its_label_when_others_cannot_be_read(place):
             Image.new("RGB", (8, 8), colour).save(place / "x" / folder / f"{number}{copy}.png")
     for name in ("a/00.png", "b/11.png", "b/32.png", "21.png"):
         (place / "x" / name).write_text("no picture")
-    data = reading.load_dataset(place / "x", (8, 8))
+    data = utils.load_dataset(place / "x", (8, 8))
     shown = data.images.mean(axis=(2, 3)).argmax(axis=1)
     assert np.array_equal(data.labels, np.where(shown == 2, -1, shown))
     assert collections.Counter(data.labels.tolist()) == {0: 2, 1: 4, -1: 2}
@@ -458,9 +457,7 @@ def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkey
 def test_a_start_is_read_as_the_data_set_reads_a_picture(mode, tmp_path):
     with_alpha(COLOURS, HALF).resize((30, 20)).save(tmp_path / "x.png")
     picture, share = reading.read_start(str(tmp_path / "x.png"), "", (6, 10), mode)
-    assert torch.equal(
-        picture, utils.from_bytes(torch.from_numpy(reading.read_image(tmp_path / "x.png", (6, 10), mode)[0]))
-    )
+    assert torch.equal(picture, torch.from_numpy(reading.read_image(tmp_path / "x.png", (6, 10), mode)[0]))
     assert torch.equal(share, torch.ones(1, 6, 10))  # all of it is painted anew
 
 
@@ -484,8 +481,8 @@ def test_picture_and_mask_are_turned_and_cut_alike(tmp_path):
     Image.fromarray(np.rot90(gray).copy()).save(tmp_path / "x.png", exif=exif)
     Image.fromarray(gray).save(tmp_path / "mask.png")
     picture, share = reading.read_start(str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (6, 4), "L")
-    assert torch.allclose(share, (picture + 1) / 2, atol=1e-6)  # float32
-    assert np.array_equal(utils.to_bytes(picture)[0].numpy(), gray[:, 3:7])
+    assert torch.equal(share, picture / 255)
+    assert np.array_equal(picture[0].numpy(), gray[:, 3:7])
 
 
 @pytest.mark.parametrize(
@@ -596,7 +593,7 @@ def break_files(folder, *numbers: int) -> None:
 def test_unreadable_pictures_are_left_out_counted_and_three_are_named(place):
     bad, good = (9, 1, 7, 4, 10), (0, 2, 3, 5, 6, 8)
     break_files(paint(place / "x", count=11), *bad)
-    data = reading.load_dataset(place / "x", (8, 8))
+    data = utils.load_dataset(place / "x", (8, 8))
     expected = [reading.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good]
     assert np.array_equal(data.images, expected)
     [remark] = data.remarks
@@ -611,7 +608,7 @@ def test_remarks_count_what_they_tell_of(place):
     paint(place / "x", count=3, size=(20, 7), first_seed=2)
     for name in "ab":
         with_palette().save(place / "x" / f"{name}.gif", **FRAMES)
-    remarks = reading.load_dataset(place / "x", (8, 8)).remarks
+    remarks = utils.load_dataset(place / "x", (8, 8)).remarks
     assert len(remarks) == 2
     assert any(remark.startswith("3 ") and "enlarged" in remark for remark in remarks)
     assert any(remark.startswith("2 ") and "first frame" in remark for remark in remarks)
@@ -619,11 +616,11 @@ def test_remarks_count_what_they_tell_of(place):
 
 def test_half_of_the_pictures_may_be_bad_but_no_more(place):
     break_files(paint(place / "x", count=4), 0, 1)
-    assert len(reading.load_dataset(place / "x", (8, 8)).images) == 2
+    assert len(utils.load_dataset(place / "x", (8, 8)).images) == 2
     break_files(paint(place / "y", count=5), 1, 2, 3)
     before = set(place.rglob("*.bytes")) | set(place.rglob("*.json"))
     with pytest.raises(UserError, match=r"3 of 5 images cannot be read, for instance picture_0001\.png"):
-        reading.load_dataset(place / "y", (8, 8))
+        utils.load_dataset(place / "y", (8, 8))
     assert set(place.rglob("*.bytes")) | set(place.rglob("*.json")) == before
     assert not list(place.rglob("*.unfinished"))
 
@@ -643,12 +640,12 @@ def save_gray(folder: Path) -> None:
 
 def test_gray_pictures_are_a_gray_data_set(place):
     save_gray(place / "x")
-    data = reading.load_dataset(place / "x", (8, 8))
+    data = utils.load_dataset(place / "x", (8, 8))
     assert (data.mode, data.images.shape) == ("L", (5, 1, 8, 8))
-    asked = reading.load_dataset(place / "x", (8, 8), "L")
+    asked = utils.load_dataset(place / "x", (8, 8), "L")
     assert asked.mode == "L"
     assert np.array_equal(data.images, asked.images)
-    colour = reading.load_dataset(place / "x", (8, 8), "RGB")
+    colour = utils.load_dataset(place / "x", (8, 8), "RGB")
     assert (colour.mode, colour.images.shape) == ("RGB", (5, 3, 8, 8))
 
 
@@ -657,7 +654,7 @@ def test_one_coloured_pixel_makes_a_colour_data_set(place):
     spot = rgb(GRAY)
     spot[7, 7, 2] += 1
     Image.fromarray(spot).save(place / "x" / "a_spot.png")  # the first
-    data = reading.load_dataset(place / "x", (8, 8))
+    data = utils.load_dataset(place / "x", (8, 8))
     assert (data.mode, data.images.shape) == ("RGB", (6, 3, 8, 8))
 
 
@@ -665,7 +662,7 @@ def test_auto_and_colour_are_decoded_once_and_other_modes_on_their_own(place, mo
     paint(place / "x", count=3)
     modes, read_image = [], reading.read_image
     monkeypatch.setattr(reading, "read_image", lambda *inputs: modes.append(inputs[2]) or read_image(*inputs))
-    data = {mode: reading.load_dataset(place / "x", (8, 8), mode) for mode in ("auto", "RGB", "L", "RGBA", "auto")}
+    data = {mode: utils.load_dataset(place / "x", (8, 8), mode) for mode in ("auto", "RGB", "L", "RGBA", "auto")}
     assert collections.Counter(modes) == {"RGB": 3, "L": 3, "RGBA": 3}
     assert {mode: one.mode for mode, one in data.items()} == {"auto": "RGB", "RGB": "RGB", "L": "L", "RGBA": "RGBA"}
     for mode, one in data.items():
@@ -685,9 +682,9 @@ def assert_same(one: reading.Dataset, other: reading.Dataset) -> None:
 
 def test_pictures_are_decoded_once(place, monkeypatch):
     break_files(paint(place / "x", count=5), 3)
-    first = reading.load_dataset(place / "x", (8, 8))
+    first = utils.load_dataset(place / "x", (8, 8))
     monkeypatch.setattr(reading, "read_image", forbid)
-    assert_same(first, reading.load_dataset(place / "x", (8, 8)))
+    assert_same(first, utils.load_dataset(place / "x", (8, 8)))
 
 
 def touch_one(folder) -> None:
@@ -718,9 +715,9 @@ def rename_one(folder) -> None:
 def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
     """The fingerprint tells by names and sizes whether a run goes on with its own pictures; the cache, by times too."""
     paint(place / "x", count=3)
-    before = reading.load_dataset(place / "x", (8, 8))
+    before = utils.load_dataset(place / "x", (8, 8))
     change(place / "x")
-    after = reading.load_dataset(place / "x", (8, 8))
+    after = utils.load_dataset(place / "x", (8, 8))
     expected = [reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / "x").paths]
     assert np.array_equal(after.images, expected)
     assert (after.fingerprint == before.fingerprint) == same_fingerprint
@@ -729,8 +726,8 @@ def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (4, 4)])
 def test_another_size_is_decoded_again(size, place):
     paint(place / "x", count=3)
-    before = reading.load_dataset(place / "x", (8, 8))
-    after = reading.load_dataset(place / "x", size)
+    before = utils.load_dataset(place / "x", (8, 8))
+    after = utils.load_dataset(place / "x", size)
     assert after.images.shape == (3, 3, *size)
     assert after.fingerprint == before.fingerprint
 
@@ -742,7 +739,7 @@ def test_new_pixels_under_an_old_name_and_size_are_seen(place):
         Image.new("RGB", (8, 8), colour).save(place / "x" / "a.bmp")
         time = 10**18 if colour == "red" else 10**18 + 1_000_000_000
         os.utime(place / "x" / "a.bmp", ns=(time, time))
-        images = reading.load_dataset(place / "x", (8, 8)).images
+        images = utils.load_dataset(place / "x", (8, 8)).images
         assert (images[0].transpose(1, 2, 0) == np.asarray(Image.new("RGB", (1, 1), colour))[0, 0]).all()
 
 
@@ -753,7 +750,7 @@ def test_two_folders_of_the_same_times_are_two_data_sets(place):
         for path in (place / name).iterdir():
             os.utime(path, ns=(10**18, 10**18))
         expected = [reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / name).paths]
-        assert np.array_equal(reading.load_dataset(place / name, (8, 8)).images, expected)
+        assert np.array_equal(utils.load_dataset(place / name, (8, 8)).images, expected)
 
 
 def test_a_copied_folder_is_the_same_data_set(place):
@@ -761,7 +758,7 @@ def test_a_copied_folder_is_the_same_data_set(place):
     paint(place / "x", count=3)
     paint(place / "x" / "deeper", count=2)
     shutil.copytree(place / "x", place / "elsewhere" / "y", copy_function=shutil.copyfile)
-    first, second = (reading.load_dataset(place / name, (8, 8)) for name in ("x", "elsewhere/y"))
+    first, second = (utils.load_dataset(place / name, (8, 8)) for name in ("x", "elsewhere/y"))
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.images, second.images)
 
@@ -769,13 +766,13 @@ def test_a_copied_folder_is_the_same_data_set(place):
 def test_half_a_cache_is_not_used(place):
     """Without its facts, which are written last, the bytes may be of anything."""
     paint(place / "x", count=3)
-    whole = np.array(reading.load_dataset(place / "x", (8, 8)).images)
+    whole = np.array(utils.load_dataset(place / "x", (8, 8)).images)
     [cache], [facts] = (list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
     facts.unlink()
     cache.write_bytes(b"half")
-    assert np.array_equal(reading.load_dataset(place / "x", (8, 8)).images, whole)
+    assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
     cache.unlink()
-    assert np.array_equal(reading.load_dataset(place / "x", (8, 8)).images, whole)
+    assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
 
 
 def test_two_at_once_decode_once(place, monkeypatch):
@@ -790,7 +787,7 @@ def test_two_at_once_decode_once(place, monkeypatch):
 
     monkeypatch.setattr(reading, "read_image", read_slowly)
     with ThreadPoolExecutor() as pool:
-        one, other = pool.map(lambda _: reading.load_dataset(place / "x", (8, 8)), range(2))
+        one, other = pool.map(lambda _: utils.load_dataset(place / "x", (8, 8)), range(2))
     assert_same(one, other)
     assert len(seen) == 4
 
@@ -821,7 +818,7 @@ def paint_many(folder: Path) -> Path:
 
 def decoded_at_once(place: Path, name: str) -> tuple[reading.Dataset, bytes]:
     """The data set as an uninterrupted decoding makes it, and its bytes; the cache is empty again."""
-    data = reading.load_dataset(Path(name), (8, 8))
+    data = utils.load_dataset(Path(name), (8, 8))
     whole = cache_files(place)[0].read_bytes()
     shutil.rmtree(place / reading.CACHE)
     return data, whole
@@ -842,10 +839,10 @@ def test_an_interrupted_decoding_goes_on_where_it_was(stopped_at, place, monkeyp
 
     monkeypatch.setattr(reading, "read_image", functools.partial(read_until, stopped_at))
     with pytest.raises(KeyboardInterrupt):
-        reading.load_dataset(Path("x"), (8, 8))
+        utils.load_dataset(Path("x"), (8, 8))
     seen.clear()
     monkeypatch.setattr(reading, "read_image", lambda path, *how: seen.append(path) or read_image(path, *how))
-    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert sorted(seen) == paths[stopped_at:]
     assert cache_files(place)[0].read_bytes() == whole
 
@@ -863,7 +860,7 @@ def interrupt(place: Path, monkeypatch, name: str = "x", seen: int = 6) -> None:
         patch.setattr(reading, "NOTE_EVERY", 0)
         patch.setattr(reading, "write_whole", write_some)
         with pytest.raises(KeyboardInterrupt):
-            reading.load_dataset(Path(name), (8, 8))
+            utils.load_dataset(Path(name), (8, 8))
 
 
 def forget_some_bytes(cache: Path, note: Path) -> None:
@@ -898,11 +895,11 @@ DAMAGES = [forget_some_bytes, forget_all_bytes, forget_the_note, tear_the_note, 
 def test_a_note_that_does_not_match_is_not_believed(damage, is_whole, place, monkeypatch):
     expected, whole = decoded_at_once(place, paint_many(place / "x").name)
     if is_whole:
-        reading.load_dataset(Path("x"), (8, 8))
+        utils.load_dataset(Path("x"), (8, 8))
     else:
         interrupt(place, monkeypatch)
     damage(*cache_files(place))
-    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert cache_files(place)[0].read_bytes() == whole
 
 
@@ -912,17 +909,17 @@ def test_what_was_written_after_the_note_is_written_again(place, monkeypatch):
     interrupt(place, monkeypatch)
     with open(cache_files(place)[0], "ab") as file:
         file.write(b"more" * 10_000)
-    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert cache_files(place)[0].read_bytes() == whole
 
 
 def test_a_decoding_that_begins_anew_leaves_the_pictures_of_another_process_alone(place):
     """That has the file in its memory: cut short under it, it would die of a bus error."""
-    reading.load_dataset(paint_many(place / "x"), (8, 8))
+    utils.load_dataset(paint_many(place / "x"), (8, 8))
     cache, note = cache_files(place)
     os.link(cache, place / "in_memory")  # as a map of it keeps it
     forget_the_note(cache, note)
-    reading.load_dataset(place / "x", (8, 8))
+    utils.load_dataset(place / "x", (8, 8))
     assert not os.path.samefile(cache, place / "in_memory")
 
 
@@ -934,11 +931,11 @@ def test_a_full_disk_ends_the_decoding_and_it_goes_on_when_there_is_room(place, 
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
     try:
         with pytest.raises(OSError):
-            reading.load_dataset(Path("x"), (8, 8))
+            utils.load_dataset(Path("x"), (8, 8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert 0 < noted(place) < 12
-    assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+    assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert cache_files(place)[0].read_bytes() == whole
 
 
@@ -954,7 +951,7 @@ def test_pictures_are_on_the_disk_before_the_note_that_tells_of_them(place, monk
 
     monkeypatch.setattr(reading, "NOTE_EVERY", 0)
     monkeypatch.setattr(reading, "write_whole", look)
-    reading.load_dataset(Path("x"), (8, 8))
+    utils.load_dataset(Path("x"), (8, 8))
 
 
 def test_few_pictures_are_in_memory_at_a_time(place, monkeypatch):
@@ -976,8 +973,9 @@ def test_few_pictures_are_in_memory_at_a_time(place, monkeypatch):
 LOADER = """
 import os, sys, time
 from pathlib import Path
-import reading
-from command_line import run_command_line
+import utils
+from machinery import reading
+from machinery.command_line import run_command_line
 
 read_image, way = reading.read_image, os.environ["WAY"]
 
@@ -989,7 +987,7 @@ def read_slowly(path, *how):
 
 def load() -> None:
     'Load.'
-    reading.load_dataset(Path("x"), (8, 8))
+    utils.load_dataset(Path("x"), (8, 8))
 
 reading.read_image, reading.NOTE_EVERY, reading.PROCESSES_FROM, reading.PORTION = read_slowly, 0, 0, 7
 if __name__ == "__main__":
@@ -1032,12 +1030,12 @@ on_posix = pytest.mark.skipif(not hasattr(os, "killpg"), reason="this system has
 @pytest.mark.parametrize("mode", ["auto", "RGBA"])
 def test_processes_decode_what_threads_do(mode, place, monkeypatch):
     paint_many(place / "x")
-    expected = reading.load_dataset(place / "x", (8, 8), mode)
+    expected = utils.load_dataset(place / "x", (8, 8), mode)
     shutil.rmtree(place / reading.CACHE)
     monkeypatch.setattr(reading, "PROCESSES_FROM", 0)
     monkeypatch.setattr(reading, "PORTION", 5)  # of twelve pictures
     monkeypatch.setattr(reading, "read_image", forbid)  # in this process
-    assert_same(reading.load_dataset(place / "x", (8, 8), mode), expected)
+    assert_same(utils.load_dataset(place / "x", (8, 8), mode), expected)
 
 
 @on_posix
@@ -1073,7 +1071,7 @@ def test_processes_end_with_the_one_that_started_them(number, moment, place):
     seen, read_image = [], reading.read_image
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "read_image", lambda *inputs: seen.append(inputs) or read_image(*inputs))
-        assert_same(reading.load_dataset(Path("x"), (8, 8)), expected)
+        assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert len(seen) == 300 - before
     assert cache_files(place)[0].read_bytes() == whole
 
@@ -1098,7 +1096,7 @@ def test_a_process_that_dies_is_told_of_in_one_line(place):
 def orders(count: int, batch_size: int, seed: int = 0, epochs: int = 3) -> torch.Tensor:
     """What is shown in every epoch (epochs, count), laid together from batches."""
     steps = range(math.ceil(epochs * count / batch_size))
-    batches = [reading.batch_indices(count, batch_size, step, seed) for step in steps]
+    batches = [utils.batch_indices(count, batch_size, step, seed) for step in steps]
     assert all(batch.shape == (batch_size,) and batch.dtype == torch.int64 for batch in batches)
     return torch.cat(batches)[: epochs * count].view(epochs, count)
 
@@ -1115,8 +1113,8 @@ def test_every_image_is_shown_exactly_once_per_epoch(count, batch_size, seed):
 def test_the_order_hangs_on_seed_and_epoch_alone(count, batch_size, seed):
     """Not on the batch size, nor on what was asked before: a run that goes on starts in the middle."""
     shown = orders(count, 1, seed)
-    reading.shuffled.cache_clear()
-    last = reading.batch_indices(count, batch_size, 2 * count // batch_size, seed)
+    utils.shuffled.cache_clear()
+    last = utils.batch_indices(count, batch_size, 2 * count // batch_size, seed)
     start = 2 * count // batch_size * batch_size
     known = shown.flatten()[start : start + batch_size]
     assert torch.equal(last[: len(known)], known)
@@ -1131,14 +1129,14 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 def test_about_half_are_mirrored():
     torch.manual_seed(0)
-    mirrored = reading.draw_mirrored(4000, torch.device("cpu"))
+    mirrored = utils.draw_mirrored(4000, torch.device("cpu"))
     assert (mirrored.shape, mirrored.dtype) == ((4000,), torch.bool)
     assert abs(mirrored.sum() - 2000) < 5 * math.sqrt(4000) / 2  # five standard deviations of 4,000 coins
 
 
 def test_those_drawn_are_mirrored_and_nothing_else_is_done():
     images, mirrored = torch.rand(6, 3, 2, 5), torch.tensor([True, False, False, True, True, False])
-    seen = reading.mirror_half(images, mirrored)
+    seen = utils.mirror_half(images, mirrored)
     assert torch.equal(seen[mirrored], images[mirrored].flip(3))
     assert torch.equal(seen[~mirrored], images[~mirrored])
 
@@ -1183,7 +1181,7 @@ def test_images_stand_side_by_side_in_reading_order(count, columns, rows, tmp_pa
 
 def test_a_claimed_folder_is_none_that_existed(tmp_path):
     (tmp_path / "x_3").write_text("a file takes the name too")
-    made = [utils.claim_folder(tmp_path / "x") for _ in range(4)]
+    made = [basics.claim_folder(tmp_path / "x") for _ in range(4)]
     assert all(path.is_dir() for path in made)
     assert [path.name for path in made] == ["x", "x_2", "x_4", "x_5"]
 
@@ -1192,7 +1190,7 @@ def test_a_file_appears_whole_and_the_one_before_is_kept(tmp_path):
     path, keep = tmp_path / "deep" / "er" / "x", tmp_path / "deep" / "er" / "x.previous"
     for content in (b"one", b"two", b"three"):
         before = files_below(tmp_path) - {"deep/er/x.unfinished"}
-        utils.write_whole(path, lambda file, content=content: file.write(content), keep=keep)
+        basics.write_whole(path, lambda file, content=content: file.write(content), keep=keep)
         assert path.read_bytes() == content
         assert before <= files_below(tmp_path)
     assert keep.read_bytes() == b"two"
@@ -1211,7 +1209,7 @@ def test_a_file_whose_writing_fails_is_as_it_was(error, tmp_path):
     path.write_bytes(b"old")
     keep.write_bytes(b"older")
     with pytest.raises(error):
-        utils.write_whole(path, fail, keep=keep)
+        basics.write_whole(path, fail, keep=keep)
     assert (path.read_bytes(), keep.read_bytes()) == (b"old", b"older")
     assert files_below(tmp_path) == {"x", "x.previous"}
 

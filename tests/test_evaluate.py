@@ -15,10 +15,9 @@ from conftest import ROOT, TINY, files_below, paint
 from PIL import Image
 from torch import Tensor
 
-import command_line
 import ddpm
-import reading
 import utils
+from machinery import basics, command_line, reading
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
@@ -252,7 +251,7 @@ def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
     data, samples = pictures(65, seed=0).numpy(), pictures(50, seed=20)
     assert judge(samples, data, few_features(), CPU) == judge(samples[:32], data, few_features(), CPU)
     assert judge(samples, data, few_features(), CPU)["n"] == 32
-    with pytest.raises(utils.UserError, match="holds 31 pictures"):
+    with pytest.raises(basics.UserError, match="holds 31 pictures"):
         judge(samples, data[:31], few_features(), CPU)
 
 
@@ -393,7 +392,7 @@ def test_inception_says_so_where_its_weights_cannot_be_had(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", fail)
-    with pytest.raises(utils.UserError, match=r"could not download its weights \(no network\)"):
+    with pytest.raises(basics.UserError, match=r"could not download its weights \(no network\)"):
         evaluate.load_inception(CPU)
 
 

@@ -19,12 +19,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from PIL import Image
 from torch import Tensor, nn
 
-import checkpoints
-import command_line
 import ddpm
-import devices
 import tools.exchange
 import utils
+from machinery import checkpoints, command_line, devices
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--noise_steps=20", "--epochs=8")
 

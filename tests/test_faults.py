@@ -19,11 +19,10 @@ from conftest import ROOT, TINY, files_below, paint, start
 from hypothesis import strategies
 from PIL import Image
 
-import checkpoints
-import command_line
 import ddpm
-import reading
-from utils import UserError
+import utils
+from machinery import checkpoints, command_line, reading, runs
+from machinery.basics import UserError
 
 CHECKPOINT = Path("models/run/checkpoint.pt")
 TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", "--save_every=0", *TINY]
@@ -106,7 +105,7 @@ def test_ctrl_c_again_and_again_harms_nothing(training):
 def test_the_lock_of_a_killed_training_dies_with_it(training, run):
     """It holds while its owner lives; the file that is left behind says nothing."""
     with pytest.raises(UserError, match="another process is training this run"):
-        command_line.lock_run(CHECKPOINT.parent)
+        runs.lock_run(CHECKPOINT.parent)
     training.kill()
     training.communicate()
     step = checkpoints.load("run")["step"]
@@ -167,13 +166,13 @@ def full_disk(monkeypatch, first: int, last: int):
 
 def test_a_training_goes_on_where_the_disk_is_full_for_a_while(place, run, monkeypatch):
     paint(place / "pictures")
-    found, batch_indices = [], reading.batch_indices
+    found, batch_indices = [], utils.batch_indices
 
     def look(*inputs):
         found.append(checkpoints.load("run")["step"] if checkpoints.exists("run") else 0)
         return batch_indices(*inputs)
 
-    monkeypatch.setattr(reading, "batch_indices", look)
+    monkeypatch.setattr(utils, "batch_indices", look)
     with full_disk(monkeypatch, 3, 4):
         result = run(*TRAIN, "--epochs=3")
     assert result.status == 0, result.err
@@ -336,7 +335,7 @@ def far_enough(place, monkeypatch) -> Path:
         return build(settings, device)
 
     monkeypatch.setattr(ddpm, "build", build_or_end)
-    monkeypatch.setattr(command_line, "lock_run", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(runs, "lock_run", lambda folder: folder.mkdir(parents=True, exist_ok=True))
     return place / "here"
 
 

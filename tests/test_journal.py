@@ -15,11 +15,11 @@ from conftest import TINY, files_below, paint
 from PIL import Image
 from torch import Tensor
 
-import checkpoints
 import ddpm
-import journal
-import reading
-from journal import Course, Log, gflop_per_image, plot_curves
+import utils
+from machinery import checkpoints, journal, reading, session
+from machinery.journal import Log, gflop_per_image, plot_curves
+from machinery.session import Course
 from modules import UNet
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
@@ -29,7 +29,7 @@ TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=
 def clock(monkeypatch) -> SimpleNamespace:
     """A clock that moves only when told to."""
     clock = SimpleNamespace(seconds=1000.0, monotonic=lambda: clock.seconds)
-    for module in (ddpm, journal):
+    for module in (ddpm, journal, session):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -37,7 +37,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 @pytest.fixture
 def slow_steps(clock, monkeypatch) -> SimpleNamespace:
     """A step takes 6 seconds of that clock, a preview 30."""
-    batch_indices, walk = reading.batch_indices, ddpm.walk
+    batch_indices, walk = utils.batch_indices, ddpm.walk
 
     def take_step(*numbers: int) -> Tensor:
         clock.seconds += 6
@@ -47,7 +47,7 @@ def slow_steps(clock, monkeypatch) -> SimpleNamespace:
         clock.seconds += 30
         return walk(*inputs)
 
-    monkeypatch.setattr(reading, "batch_indices", take_step)
+    monkeypatch.setattr(utils, "batch_indices", take_step)
     monkeypatch.setattr(ddpm, "walk", take_preview)
     return clock
 
@@ -119,17 +119,17 @@ def test_minutes_of_earlier_sessions_count(clock):
 def test_stops_take_nothing_from_the_budget(run, place, slow_steps, monkeypatch):
     """Three sessions of three steps each have used 54 seconds."""
     paint(place / "pictures")
-    batch_indices = reading.batch_indices
+    batch_indices = utils.batch_indices
 
     def stop_at_every_third(count: int, batch_size: int, step: int, seed: int) -> Tensor:
         if step % 3 == 2:
             signal.raise_signal(signal.SIGTERM)
         return batch_indices(count, batch_size, step, seed)
 
-    monkeypatch.setattr(reading, "batch_indices", stop_at_every_third)
-    for session in (1, 2, 3):
+    monkeypatch.setattr(utils, "batch_indices", stop_at_every_third)
+    for sitting in (1, 2, 3):
         assert run(*TRAIN, "--max_minutes=60").status == 143
-        assert checkpoints.load("run")["minutes"] == pytest.approx(0.3 * session)
+        assert checkpoints.load("run")["minutes"] == pytest.approx(0.3 * sitting)
 
 
 @pytest.mark.parametrize("batch_size, ends", [(10, [10, 20, 30]), (30, [4, 7, 10]), (100, [1, 2, 3])])
@@ -207,8 +207,8 @@ def test_the_sheet_of_the_data_shows_the_images_of_the_first_steps(run, place, f
     assert run(*TRAIN, "--dry_run", f"--flip={flip}").status == 0
     with Image.open("results/run/data.png") as picture:
         sheet = np.asarray(picture).reshape(4, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3).reshape(16, 3, 8, 8)
-    images = reading.load_dataset(Path("pictures"), (8, 8)).images
-    order = torch.cat([reading.batch_indices(16, 4, step, seed=0) for step in range(4)])
+    images = utils.load_dataset(Path("pictures"), (8, 8)).images
+    order = torch.cat([utils.batch_indices(16, 4, step, seed=0) for step in range(4)])
     as_it_is = [np.array_equal(shown, images[index]) for shown, index in zip(sheet, order, strict=True)]
     mirrored = [np.array_equal(shown[..., ::-1], images[index]) for shown, index in zip(sheet, order, strict=True)]
     assert all(np.logical_or(as_it_is, mirrored))
@@ -379,6 +379,7 @@ def test_without_a_terminal_a_long_training_tells_itself_in_under_200_lines(
     """500 epochs of 100 steps, in so many hours of a clock of our own."""
     clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
     monkeypatch.setattr(journal, "time", clock)
+    monkeypatch.setattr(session, "time", clock)
     monkeypatch.setattr(tqdm.std, "time", clock.monotonic)
     training = course(batch_size=1, epochs=500, max_minutes=max_minutes)
     with Log(tmp_path, training, noise_steps=8, device=torch.device("cpu")) as log:

@@ -9,11 +9,9 @@ import torch
 from conftest import TINY, files_below, paint
 from PIL import Image
 
-import checkpoints
 import ddpm
-import processes
-import reading
 import utils
+from machinery import checkpoints, processes
 from modules import UNet
 
 # What a picture of each kind is made of: Pillow's mode, and a colour that only this mode can tell from its neighbours'.
@@ -297,7 +295,7 @@ def test_a_stopped_run_of_classes_goes_on_to_the_bit(place, train, run, monkeypa
     assert train(*words).status == 0
     whole = checkpoints.load("run")
     (place / "models").rename(place / "before")
-    batch_indices, places = reading.batch_indices, []
+    batch_indices, places = utils.batch_indices, []
 
     def stop_at_the_fourth(*numbers):
         places.append(numbers)
@@ -305,7 +303,7 @@ def test_a_stopped_run_of_classes_goes_on_to_the_bit(place, train, run, monkeypa
             raise KeyboardInterrupt
         return batch_indices(*numbers)
 
-    monkeypatch.setattr(reading, "batch_indices", stop_at_the_fourth)
+    monkeypatch.setattr(utils, "batch_indices", stop_at_the_fourth)
     assert train(*words).status == 130
     assert checkpoints.load("run")["step"] == 3
     gc.collect()  # the lock is in a circle with the error

@@ -28,11 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest has do
 
 from conftest import TINY, compute_in_float64, files_below, paint
 
-import checkpoints
 import ddpm
-import devices
-import processes
-from utils import UserError
+from machinery import checkpoints, devices, processes
+from machinery.basics import UserError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
@@ -254,7 +252,7 @@ def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes
             raise error
         done.extend(range(10)[part])
 
-    parts = processes.MicroBatches(range(2, 9), size)
+    parts = devices.MicroBatches(range(2, 9), size)
     parts.go_through(work, undo=done.clear)
     assert (done, tried) == (list(range(2, 9)), sizes)
     done.clear()
@@ -267,7 +265,7 @@ def test_another_error_is_not_taken_for_too_little_memory():
         raise RuntimeError("mat1 and mat2 must have the same dtype")
 
     with pytest.raises(RuntimeError, match="dtype"):
-        processes.MicroBatches(range(4), "auto").go_through(work, undo=lambda: pytest.fail("tried again"))
+        devices.MicroBatches(range(4), "auto").go_through(work, undo=lambda: pytest.fail("tried again"))
 
 
 @pytest.mark.parametrize("size, tries", [(3, [3]), ("auto", [4, 2, 1])])
@@ -279,7 +277,7 @@ def test_memory_that_is_too_little_for_an_image_or_for_what_was_asked_is_an_erro
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        processes.MicroBatches(range(4), size).go_through(work, undo=list)
+        devices.MicroBatches(range(4), size).go_through(work, undo=list)
     assert tried == tries
 
 

@@ -14,11 +14,9 @@ import torch
 from conftest import TINY, files_below, paint
 from PIL import Image
 
-import checkpoints
-import command_line
 import ddpm
-import devices
 import utils
+from machinery import checkpoints, command_line, devices
 
 NOISE_STEPS = 30
 RUN = Path("results/tiny")

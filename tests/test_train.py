@@ -22,14 +22,10 @@ from hypothesis import strategies
 from PIL import Image
 from torch import Tensor
 
-import checkpoints
-import command_line
 import ddpm
-import devices
-import journal
-import reading
 import utils
-from journal import plot_curves
+from machinery import checkpoints, command_line, devices, journal, runs, session
+from machinery.journal import plot_curves
 from modules import ResidualBlock, UNet
 
 LAST_STEP = 8  # of 3 epochs of 10 pictures, 4 a step: no epoch but the second ends with a batch
@@ -103,7 +99,7 @@ def finished(one_epoch, place) -> dict:
 @contextlib.contextmanager
 def at_step(number: int, event: Callable[[], None]) -> Iterator[None]:
     """Within this block, `event()` happens at the beginning of step `number` (1, 2, ...)."""
-    batch_indices = reading.batch_indices
+    batch_indices = utils.batch_indices
 
     def with_event(count: int, batch_size: int, step: int, seed: int) -> Tensor:
         if step + 1 == number:
@@ -111,7 +107,7 @@ def at_step(number: int, event: Callable[[], None]) -> Iterator[None]:
         return batch_indices(count, batch_size, step, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "batch_indices", with_event)
+        patch.setattr(utils, "batch_indices", with_event)
         yield
 
 
@@ -331,13 +327,13 @@ def test_a_refusal_comes_before_the_images_are_read(train, finished):
 
 def test_a_run_that_another_process_has_trained_just_now_is_not_overwritten(train, one_epoch, place, monkeypatch):
     """It was not there when this one looked, and is there when this one has the lock."""
-    lock_run = command_line.lock_run
+    lock_run = runs.lock_run
 
     def lock_later(folder: Path):
         shutil.copytree(one_epoch[0] / "models", place / "models")
         return lock_run(folder)
 
-    monkeypatch.setattr(command_line, "lock_run", lock_later)
+    monkeypatch.setattr(runs, "lock_run", lock_later)
     result = train()
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert "another process has trained models/run just now" in result.err
@@ -742,7 +738,7 @@ def test_every_option_changes_what_is_learnt(train, finished, flag):
 
 def test_seed_and_step_decide_order_and_noise(train, monkeypatch):
     """Other noise in every step of every seed, each epoch in an order of its own."""
-    orders, noises, batch_indices, draw = [], [], reading.batch_indices, ddpm.Diffusion.draw
+    orders, noises, batch_indices, draw = [], [], utils.batch_indices, ddpm.Diffusion.draw
 
     def note_order(*numbers: int) -> Tensor:
         orders[-1].extend(indices := batch_indices(*numbers))
@@ -752,7 +748,7 @@ def test_seed_and_step_decide_order_and_noise(train, monkeypatch):
         noises.append(draw(self, shape))
         return noises[-1]
 
-    monkeypatch.setattr(reading, "batch_indices", note_order)
+    monkeypatch.setattr(utils, "batch_indices", note_order)
     monkeypatch.setattr(ddpm.Diffusion, "draw", note_noise)
     for seed in (0, 1):
         orders.append([])
@@ -775,7 +771,7 @@ def test_a_checkpoint_describes_its_run(train, finished):
     asked_for = {"run_name": "run", "img_size": (8, 8), "multipliers": (1, 2), "lr": 1e-3, "epochs": 1, "flip": True}
     assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys() | {"classes"}
     assert asked_for.items() <= finished["settings"].items()
-    assert finished["data"] == reading.load_dataset(Path("pictures"), (8, 8)).fingerprint
+    assert finished["data"] == utils.load_dataset(Path("pictures"), (8, 8)).fingerprint
     network, _ = ddpm.build(finished["settings"], "cpu")
     names = [name for name, _ in network.named_parameters()]
     assert list(finished["network"]) == list(finished["average"]) == names
@@ -824,7 +820,7 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, fails):
     """A step takes 0.4 minutes here, and an epoch 10 steps. On a full disk, not every step tries again."""
-    clock, saved, batch_indices = SimpleNamespace(seconds=0), [], reading.batch_indices
+    clock, saved, batch_indices = SimpleNamespace(seconds=0), [], utils.batch_indices
 
     def save(run_name: str, **state) -> None:
         saved.append(state["step"])
@@ -836,9 +832,9 @@ def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, f
         clock.seconds += 24
         return batch_indices(*numbers)
 
-    for place in (ddpm, journal):
+    for place in (ddpm, journal, session):
         monkeypatch.setattr(place, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
-    monkeypatch.setattr(reading, "batch_indices", take_time)
+    monkeypatch.setattr(utils, "batch_indices", take_time)
     monkeypatch.setattr(checkpoints, "save", save)
     assert train(batch_size=1, width=4, multipliers=1, save_every=save_every).status == 0
     assert saved == steps

@@ -25,13 +25,10 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
-import command_line
 import ddpm
-import devices
-import processes
-import reading
 import utils
-from utils import UserError
+from machinery import basics, command_line, devices, processes, reading, runs
+from machinery.basics import UserError
 
 NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -95,7 +92,7 @@ FEATURES = {"efficientnet": load_efficientnet, "inception": load_inception}
 def extract_all(images: Tensor, features: Features, device: torch.device, batch_size: int) -> Tensor:
     """Features (N, D) float32 on the CPU, of pictures (N, 3, H, W) uint8."""
     found = []
-    with utils.progress_bar(len(images), title="features") as bar:
+    with basics.progress_bar(len(images), title="features") as bar:
         for batch in images.split(batch_size):
             found.append(features.extract(batch.to(device)).float().cpu())
             bar.update(len(batch))
@@ -111,7 +108,7 @@ def extract_cached(images: Tensor, features: Features, device: torch.device, bat
     with FileLock(path.with_suffix(".lock")):  # a second process waits, and finds the work done
         if not path.exists():
             found = extract_all(images, features, device, batch_size).numpy()
-            utils.write_whole(path, lambda file: np.save(file, found))
+            basics.write_whole(path, lambda file: np.save(file, found))
     return torch.from_numpy(np.load(path))
 
 
@@ -154,7 +151,7 @@ def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.
         their distances, and their indices in `images`, both (N, count).
     """
     found = []
-    with utils.progress_bar(len(queries), title="nearest pictures") as bar:
+    with basics.progress_bar(len(queries), title="nearest pictures") as bar:
         for part in queries.split(CHUNK):
             wanted, columns = utils.from_bytes(utils.over_white(part.to(device))).flatten(1), []
             for start in range(0, len(images), CHUNK):
@@ -292,7 +289,7 @@ def make_samples(
         labels = ddpm.take_turns(range(len(settings["classes"])), range(len(seeds)))
     parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     mine = processes.share(len(parts))
-    with utils.progress_bar(steps * len(mine), unit="step", title="samples") as bar:
+    with basics.progress_bar(steps * len(mine), unit="step", title="samples") as bar:
         for part in (parts[number] for number in mine):
             told = (None if labels is None else labels[part], guidance)
             for x_t, _ in ddpm.walk(network, diffusion, seeds[part], settings["img_size"], sampler, steps, *told):
@@ -352,7 +349,7 @@ def evaluate(
     stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
     settings, folder = stored["settings"], Path("results", run_name)
     classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
-    command_line.check_walk(settings, steps, guidance, ddpm.GUIDANCE)
+    runs.check_walk(settings, steps, guidance, ddpm.GUIDANCE)
     if is_first:
         command_line.check_table(table, COLUMNS)
         extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]

@@ -20,14 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import checkpoints
-import command_line
 import ddpm
-import reading
-import utils
+from machinery import basics, checkpoints, command_line, reading, runs
+from machinery.basics import UserError
 from modules import SelfAttention, UNet
 from tools.model_card import write_card
-from utils import UserError
 
 
 def publish(run_name: str = "", to: str = "") -> None:
@@ -260,7 +257,7 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
     settings |= {"blocks": wanted["layers_per_block"], "dropout": wanted["dropout"], "min_snr": 0.0, **noising}
     settings |= {"mode": modes[wanted["in_channels"]], "classes": classes, "conditional": bool(classes)}
     command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
-    size = settings["img_size"] = command_line.check_network(settings)
+    size = settings["img_size"] = runs.check_network(settings)
     settings["attention_size"] = min(size) // 2 ** levels[0] if levels else 0
     if levels and levels != tuple(range(levels[0], len(widths))):
         settings["attention_levels"] = levels
@@ -347,7 +344,7 @@ def import_(source: str = "", run_name: str = "") -> None:
         weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
     except UserError as error:
         raise UserError(f"--source={source} cannot be imported: {error}") from error
-    except utils.BROKEN_FILE as error:
+    except basics.BROKEN_FILE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--source={source} cannot be read as a model of diffusers ({reason[:200]})") from error
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}

@@ -12,13 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-import checkpoints
-import command_line
 import ddpm
-import devices
-import reading
 import utils
-from journal import COLUMNS
+from machinery import basics, checkpoints, command_line, devices, reading
+from machinery.journal import COLUMNS
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -84,7 +81,7 @@ def write_picture(stored: dict, run_name: str, path: Path) -> None:
     grids = Path("results", run_name).glob("samples*/samples.png")
     weights, classes = checkpoints.fingerprint_of(stored["average"]), stored["settings"]["classes"]
     for grid in sorted(grids, key=lambda grid: grid.stat().st_mtime, reverse=True):
-        with contextlib.suppress(*utils.BROKEN_FILE), Image.open(grid) as picture:
+        with contextlib.suppress(*basics.BROKEN_FILE), Image.open(grid) as picture:
             flags = dict(word.partition("=")[::2] for word in shlex.split(picture.text["command"]))
             is_whole = flags.get("--label", "") == ",".join(classes) and "--init_image" not in flags
             if picture.text["weights"] == weights and is_whole:

@@ -1,10 +1,9 @@
-"""From a folder of pictures to a batch: found, decoded once, shuffled.
+"""A folder of pictures, found, and decoded once.
 
-Reading order: list_images; how one picture is read; who reads them all; read_dataset; the order of the batches.
+Reading order: list_images; how one picture is read; who reads them all; read_dataset.
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
 import json
@@ -29,7 +28,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from utils import BROKEN_FILE, UserError, from_bytes, progress_bar, write_whole
+from machinery.basics import BROKEN_FILE, UserError, progress_bar, write_whole
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MODES = {"auto": "L or RGB", "L": "gray", "RGB": "colour", "RGBA": "colour and alpha"}
@@ -193,7 +192,7 @@ def read_image(
 
 
 def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> tuple[Tensor, Tensor]:
-    """What sampling begins from: a picture (C, H, W) in [-1, 1], and each pixel's share to be painted anew (1, H, W).
+    """What sampling begins from: a picture (C, H, W) in 0..255, and each pixel's share to be painted anew (1, H, W).
 
     Args:
         init_image, mask: paths; the mask is white where to paint, black where to keep. Without one, all is painted.
@@ -221,7 +220,7 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         raise UserError(f"--mask={mask} says where to change a picture; name that with --init_image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of Pillow's is an error here
-        picture = from_bytes(read("init_image", init_image, mode))
+        picture = read("init_image", init_image, mode)
         if not mask:
             return picture, torch.ones(1, *size)
         share = read("mask", mask, "L", Image.Resampling.BOX) / 255  # areas: no ringing reaches into what is black
@@ -314,11 +313,6 @@ def read_all(paths: list[str], size: tuple[int, int], mode: str) -> Iterator[lis
 # ---- the data set ----------------------------------------------------------------------------------------------------
 
 
-def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
-    """`read_dataset` of all pictures below a folder."""
-    return read_dataset(list_images(folder), size, mode)
-
-
 def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") -> Dataset:
     """Every readable picture at `size` (height, width), in one of MODES: decoded once, then kept in the cache.
 
@@ -395,42 +389,3 @@ def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Path) -> d
                 write_whole(note, lambda file: file.write(json.dumps(facts).encode()))
                 noted_at = time.monotonic()
     return facts
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-def on_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """A data set as one tensor: on the GPU where it takes less than half of the free memory, else left on the disk."""
-    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return torch.from_numpy(images).to(device if fits else "cpu")
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of 0..count - 1 that depends on (seed, epoch) alone."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Which images step `step` (0, 1, ...) is shown, (batch_size,) int64.
-
-    The orders of all epochs are laid end to end and cut into batches: every image is visited exactly once per epoch,
-    and every batch is full.
-    """
-    start, stop = step * batch_size, (step + 1) * batch_size
-    parts = []  # sliced first: a whole order may be of a million images
-    for epoch in range(start // count, (stop - 1) // count + 1):
-        begin = epoch * count
-        parts.append(shuffled(count, seed, epoch)[max(0, start - begin) : stop - begin])
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def draw_mirrored(count: int, device: torch.device) -> Tensor:
-    """Which of so many images are mirrored, (B,) bool: a coin decides."""
-    return torch.rand(count, device=device) < 0.5
-
-
-def mirror_half(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Images (B, C, H, W), turned left to right where `mirrored` (B,) says so."""
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)

@@ -1,29 +1,22 @@
-"""What a training tells: how far it is, what is due, the log, the curves; and a table of all runs.
+"""What a training tells: the log, the curves, and what is said once.
 
-Nothing here is about diffusion, and nothing changes what is learnt - but for a time budget, by which the learning rate
-falls as the clock moves.
-
-Reading order: Course, Log, what is said once about a run, plot_curves, runs_table.
+Reading order: Log, what is said once about a run, plot_curves.
 """
 
-import contextlib
 import copy
 import csv
 import datetime
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoints
-import devices
-import processes
-import utils
-from utils import UserError
+from machinery import checkpoints, devices, processes
+from machinery.basics import UserError, progress_bar, write_whole
+from machinery.session import Course
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs (README: the first training)
 ROW_EVERY = 20  # steps between two rows of the log: reading the sums makes a GPU wait
@@ -31,114 +24,6 @@ QUARTERS = 4  # of the noising steps: the early ones (t small) make details, the
 COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
 COLUMNS += (*(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), "img_per_s")
 SUMS = 3 + 2 * QUARTERS  # loss, gradient norm, clipped gradients; loss and number of images in each quarter
-
-
-class Course:
-    """How far a training is, in steps and by the clock, and what is due after a step.
-
-    Args:
-        count: images in the data set; an epoch is so many images.
-        batch_size: images per step.
-        epochs: when the training ends, at the latest.
-        max_minutes: when it ends by the clock, earlier sessions included; 0 for never.
-        save_every: minutes between saves; the end of an epoch is a good moment, once a minute at most.
-        sample_every: epochs between previews, 0 for none but the last.
-        step, minutes: where the run stood when it was saved.
-        began: when this session did (time.monotonic()): reading the images counts as well.
-        previews: images of the last preview, which is part of the budget; one with guidance counts as two.
-    """
-
-    PREVIEW_COST = 20  # images that could be trained on while one is sampled: 5 in 15 steps, and a start and an end
-    speed = 0.0  # images per second, the best row of this session; 0 while there is none
-    save_took = 0.0  # seconds, the last one
-    is_over = False  # the budget of time
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        epochs: int,
-        max_minutes: float,
-        save_every: float,
-        sample_every: int,
-        step: int,
-        minutes: float,
-        began: float,
-        previews: int,
-    ):
-        self.count, self.batch_size, self.epochs, self.max_minutes = count, batch_size, epochs, max_minutes
-        self.save_every, self.sample_every = save_every, sample_every
-        self.last_step, self.first_step = math.ceil(epochs * count / batch_size), step
-        self.minutes_before, self.began, self.saved_at = minutes, began, time.monotonic()
-        self.preview_cost = self.PREVIEW_COST * previews
-
-    def summary(self, step: int) -> str:
-        """How long the training is, and what of it is done."""
-        budget = f", or {self.max_minutes:g} minutes" if self.max_minutes else ""
-        length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images{budget}"
-        return f"{length}; {step:,} steps are done"
-
-    def used(self) -> float:
-        """Minutes of training, earlier sessions included."""
-        return self.minutes_before + (time.monotonic() - self.began) / 60
-
-    def by_clock(self) -> float:
-        """The share of the budget that is used up, with what the last preview will take; 0 without a budget."""
-        if not self.max_minutes:
-            return 0.0
-        preview = min(self.preview_cost / self.speed / 60, self.max_minutes / 4) if self.speed else 0.0
-        share = (self.used() + preview) / self.max_minutes
-        self.is_over = self.is_over or share >= 1  # even if the preview looks shorter a moment later
-        return max(1.0, share) if self.is_over else share
-
-    def done(self, step: int) -> float:
-        """The share of the training that is done, in [0, 1]: of its steps or of its minutes, the larger one."""
-        return min(1.0, max(step / self.last_step, self.by_clock()))
-
-    def minutes(self) -> float:
-        """What the checkpoint keeps: the minutes used, or all of a budget that is used up."""
-        return max(self.used(), self.max_minutes) if self.by_clock() >= 1 else self.used()
-
-    def seconds_left(self, step: int, speed: float) -> float:
-        """How long the rest takes at so many images per second."""
-        by_clock = 60 * self.max_minutes * (1 - self.by_clock()) if self.max_minutes else math.inf
-        return max(0.0, min(by_clock, (self.last_step - step) * self.batch_size / speed))
-
-    def forecast(self, step: int, speed: float) -> str:
-        """What so many images per second mean for the rest of the training."""
-        left = datetime.timedelta(seconds=round(self.seconds_left(step, speed)))
-        return f"time     {speed:.1f} images per second: about {left} to go"
-
-    def farewell(self, step: int) -> str:
-        """Why nothing is left to do."""
-        if step == 0:
-            return "nothing was learnt: reading the images took all of --max_minutes; they are read now, start again"
-        return "nothing to do: this run has come to its end; a larger --epochs or --max_minutes takes it further"
-
-    def epoch(self, step: int) -> int:
-        """How many epochs are finished."""
-        return step * self.batch_size // self.count
-
-    def ends_epoch(self, step: int) -> bool:
-        return step * self.batch_size % self.count < self.batch_size
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Takes the time of a save; also of one that fails: not every step may try again."""
-        self.saved_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self.save_took = time.monotonic() - self.saved_at
-
-    def is_save_due(self, step: int) -> bool:
-        wait = 60 * self.save_every
-        if self.ends_epoch(step):  # a hundredth of the time may go into these saves: training waits for them
-            wait = min(wait, max(60, 100 * self.save_took))
-        return time.monotonic() - self.saved_at >= wait
-
-    def is_preview_due(self, step: int) -> bool:
-        return self.ends_epoch(step) and self.sample_every > 0 and self.epoch(step) % self.sample_every == 0
 
 
 class Log:
@@ -174,7 +59,7 @@ class Log:
     def __enter__(self) -> "Log":
         course = self.course
         total, done = course.last_step * course.batch_size, course.first_step * course.batch_size
-        self.bar = utils.progress_bar(total, done, budget=60 * course.max_minutes or math.inf)
+        self.bar = progress_bar(total, done, budget=60 * course.max_minutes or math.inf)
         self.timed_from, self.has_told_speed = (time.monotonic(), self.step), False
         if self.board_folder:
             from torch.utils.tensorboard import SummaryWriter
@@ -350,31 +235,4 @@ def plot_curves(rows: list[list], path: Path) -> None:
     for plot in axes[:2]:
         plot.legend()
         plot.xaxis.set_minor_formatter("")  # within one decade they would be written over one another
-    utils.write_whole(path, lambda file: figure.savefig(file, format="png"))
-
-
-def runs_table() -> str:
-    """All runs there are, a line each: where they stand, and when they were saved.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not checkpoints.run_names():
-        raise UserError("there is no run yet; `python ddpm.py train` makes one")
-    lines = [("run", "images", "size", "epochs", "loss", "saved")]
-    for name in checkpoints.run_names():
-        try:
-            stored = checkpoints.load(name, peek=True)
-            settings = stored["settings"]
-            images = "".join(letter for letter in str(settings["dataset"]) if letter.isprintable())
-            facts = [images, "x".join(map(str, settings["img_size"])), "", ""]
-            if stored["log"]:  # a run of fewer steps than make a row has none
-                row = dict(zip(COLUMNS, stored["log"][-1], strict=True))
-                facts[0] = f"{row['images'] / row['epoch']:,.0f} from {images}"
-                facts[2:] = f"{row['epoch']:.1f}", f"{row['loss']:.4f}"
-        except (UserError, *utils.BROKEN_FILE):
-            facts = ["cannot be read", "", "", ""]
-        saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())
-        lines.append((name, *facts, f"{datetime.datetime.fromtimestamp(saved):%Y-%m-%d %H:%M}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
