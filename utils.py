@@ -1,22 +1,27 @@
-"""Pictures in and out: batches from a folder, files from tensors. No mathematics of diffusion.
+"""Images in and out: a folder's batches, tensors to files. No mathematics of diffusion.
 
-Reading order: numbers; a folder's batches; files.
+Files are read and decoded by machinery/reading.py; PNG, GIF and grids are written by
+machinery/writing.py.
+
+Reading order: pixel values; a folder's batches.
 """
 
 import functools
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from machinery import reading
-from machinery.basics import write_whole
+from machinery import devices, processes, reading
+from machinery.basics import UserError, seed_of
 from machinery.reading import Dataset
+from machinery.writing import Album, over_white, save_gif, save_png, tile
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+__all__ = ["Album", "Loader", "from_bytes", "load_dataset", "to_bytes"]
+__all__ += ["over_white", "save_gif", "save_png", "tile"]
+
+# ---- pixel values --------------------------------------------------------------------------------
 
 
 def from_bytes(images: Tensor) -> Tensor:
@@ -29,18 +34,12 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ---- a folder's batches ----------------------------------------------------------------------------------------------
+# ---- a folder's batches --------------------------------------------------------------------------
 
 
 def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
-    """`read_dataset` of all pictures below a folder."""
+    """All images below a folder at `size` (height, width), decoded once and cached."""
     return reading.read_dataset(reading.list_images(folder), size, mode)
-
-
-def on_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """A data set as one tensor: on the GPU where it takes less than half of the free memory, else left on the disk."""
-    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return torch.from_numpy(images).to(device if fits else "cpu")
 
 
 @functools.lru_cache(maxsize=2)
@@ -50,79 +49,68 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Which images step `step` (0, 1, ...) is shown, (batch_size,) int64.
+    """The images of step `step` (0, 1, ...): indices (batch_size,) int64.
 
-    The orders of all epochs are laid end to end and cut into batches: every image is visited exactly once per epoch,
-    and every batch is full.
+    The orders of all epochs are laid end to end and cut into batches: every image is visited
+    exactly once per epoch, and every batch is full.
     """
-    start, stop = step * batch_size, (step + 1) * batch_size
+    start = step * batch_size
+    stop = start + batch_size
     parts = []  # sliced first: a whole order may be of a million images
     for epoch in range(start // count, (stop - 1) // count + 1):
-        begin = epoch * count
-        parts.append(shuffled(count, seed, epoch)[max(0, start - begin) : stop - begin])
+        first = epoch * count
+        parts.append(shuffled(count, seed, epoch)[max(0, start - first) : stop - first])
     return torch.from_numpy(np.concatenate(parts))
 
 
-def draw_mirrored(count: int, device: torch.device) -> Tensor:
-    """Which of so many images are mirrored, (B,) bool: a coin decides."""
-    return torch.rand(count, device=device) < 0.5
+class Loader:
+    """The batches of a training. What a step is given depends on (seed, step) alone.
 
+    Args:
+        data: the images, uint8; kept on the GPU where they take less than half of its free memory,
+            else left on the disk and read as they are needed.
+        batch_size: images per step, of all processes together; at most all there are.
+        seed: of the order and the flips.
+        flip: whether a coin decides for each image to be mirrored left to right.
+        device: where batches go.
 
-def mirror_half(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Images (B, C, H, W), turned left to right where `mirrored` (B,) says so."""
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def over_white(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) in 0..255 as RGB (N, 3, H, W): gray ones too, and white where they are transparent.
-
-    Four channels are colours times alpha, and alpha.
+    Raises:
+        UserError: some process would have no image.
     """
-    if images.shape[1] == 4:
-        colours, alpha = images[:, :3], images[:, 3:]
-        return torch.minimum(colours, alpha) + (255 - alpha)
-    return images.expand(-1, 3, -1, -1)
 
+    def __init__(self, data: Dataset, batch_size: int, seed: int, flip: bool, device: torch.device):
+        fits = device.type == "cuda" and data.images.nbytes < devices.free_memory(device) / 2
+        self.images = torch.from_numpy(data.images).to(device if fits else "cpu")  # (N, C, H, W)
+        self.labels = torch.from_numpy(data.labels).to(device)  # (N,)
+        self.count = len(self.images)
+        self.shape = self.images.shape[1:]  # (C, H, W)
+        self.batch_size = min(batch_size, self.count)
+        if self.batch_size < processes.count():
+            few = f"{self.batch_size} images a step, of {self.count:,}"
+            raise UserError(f"{few}, are too few for {processes.count()} processes")
+        self.seed = seed
+        self.flip = flip
+        self.device = device
 
-def tile(images: Tensor, rows: int = 0) -> Tensor:
-    """Images (N, C, H, W) in 0..255 side by side in a square: (3, rows * H, columns * W).
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """Step `step` (0, 1, ...): which images it is given and which are mirrored, both (B,)."""
+        indices = batch_indices(self.count, self.batch_size, step, self.seed)
+        return devices.send(indices, self.images.device), self.draw_flips(self.batch_size)
 
-    With `rows`, image i stands in row i % rows: classes that take turns have a row each, if all of them are there.
-    """
-    from torchvision.utils import make_grid  # two seconds to import: not before it is needed
+    def draw_flips(self, count: int) -> Tensor:
+        """Which of so many images are mirrored: (count,) bool."""
+        return torch.rand(count, device=self.device) < 0.5
 
-    has_rows = 1 < rows <= len(images)
-    images, columns = over_white(images), math.ceil(len(images) / rows if has_rows else math.sqrt(len(images)))
-    if has_rows:
-        blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
-        images = torch.cat([images, blank]).unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
-    return make_grid(images, nrow=columns, padding=0)
+    def load(self, indices: Tensor, flips: Tensor) -> Tensor:
+        """Images by index (B,), mirrored where `flips` (B,) says so: (B, C, H, W) in [-1, 1]."""
+        x_0 = from_bytes(devices.send(self.images[indices], self.device))
+        if not self.flip:
+            return x_0
+        return torch.where(flips.view(-1, 1, 1, 1), x_0.flip(3), x_0)
 
-
-def to_picture(image: Tensor) -> Image.Image:
-    """An image (C, H, W) in 0..255 as Pillow's: gray, RGB, or, of colours times alpha and alpha, RGBA."""
-    mode, pixels = {1: "L", 3: "RGB", 4: "RGBa"}[len(image)], image.permute(1, 2, 0).contiguous().numpy()
-    picture = Image.frombytes(mode, (image.shape[2], image.shape[1]), pixels.tobytes())
-    return picture.convert("RGBA") if mode == "RGBa" else picture
-
-
-def save_png(images: Tensor, path: Path, rows: int = 0, **facts) -> None:
-    """Write images (N, C, H, W) in 0..255 as one PNG, side by side as in `tile`, with `facts` as its text chunks.
-
-    A single one keeps its mode.
-    """
-    chunks = PngImagePlugin.PngInfo()
-    for name, value in facts.items():
-        chunks.add_text(name, str(value))
-    picture = to_picture(tile(images, rows) if len(images) > 1 else images[0])
-    write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
-
-
-def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
-    """Write frames (3, H, W) in 0..255 as a film of 12 frames a second, which rests on its last one and begins anew."""
-    first, *others = map(to_picture, frames)
-    film = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [3000], "loop": 0}
-    write_whole(path, lambda file: first.save(file, "gif", comment=comment.encode(), **film))
+    def save_examples(self, path: Path) -> None:
+        """Write the first 64 images of the first epoch, as the network is given them."""
+        torch.manual_seed(seed_of(self.seed, 0))
+        indices = torch.from_numpy(shuffled(self.count, self.seed, epoch=0)[:64])
+        examples = self.load(indices, self.draw_flips(len(indices)))
+        save_png(to_bytes(examples).cpu(), path)

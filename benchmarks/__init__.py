@@ -1,1 +1,3 @@
-"""How fast training and sampling are, against others and against the machine; see README.md in this folder."""
+"""How fast training and sampling are, against others and against the machine; see README.md in this
+folder.
+"""

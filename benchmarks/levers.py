@@ -18,7 +18,11 @@ from machinery import command_line, devices
 
 COLUMNS = (*measuring.WHAT, "without", "with", "gain", "gain_min", "gain_max", *measuring.WHERE)
 SHOWN = {"variant": ("lever", ""), "precision": ("precision", ""), "batch_size": ("batch", "")}
-SHOWN |= {"without": ("img/s without", ".2f"), "with": ("img/s with", ".2f"), "gain": ("gain", ".3f")}
+SHOWN |= {
+    "without": ("img/s without", ".2f"),
+    "with": ("img/s with", ".2f"),
+    "gain": ("gain", ".3f"),
+}
 SHOWN |= {"gain_min": ("min", ".3f"), "gain_max": ("max", ".3f")}
 GPU_BATCH_SIZES = (16, 32, 64, 128, 256)
 
@@ -34,7 +38,9 @@ class Lever(NamedTuple):
 
 
 def with_tf32(build: Callable[[], Callable], on: bool) -> Callable[[], None]:
-    """The call that `build` gives, with float32 products on tensor cores allowed or not while it runs."""
+    """The call that `build` gives, with float32 products on tensor cores allowed or not while it
+    runs.
+    """
 
     def build_call() -> Callable[[], None]:
         call = build()
@@ -55,15 +61,21 @@ def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool
     best, side, found = measuring.precisions_of(device)[-1], shape["img_size"], []
     network = peers.our_network(shape)
 
-    def train(precision: str = best, batch_size: int = batch_size, **options) -> Callable[[], Callable]:
+    def train(
+        precision: str = best, batch_size: int = batch_size, **options
+    ) -> Callable[[], Callable]:
         images = torch.rand(batch_size, 3, side, side, device=device) * 2 - 1
         return functools.partial(peers.train_ours, network, precision, images, **options)
 
-    def sample(precision: str = best, batch_size: int = batch_size, **options) -> Callable[[], Callable]:
+    def sample(
+        precision: str = best, batch_size: int = batch_size, **options
+    ) -> Callable[[], Callable]:
         noise = torch.randn(batch_size, 3, side, side, device=device)
         return functools.partial(peers.sample_ours, network, precision, noise, 1, **options)
 
-    def add(name: str, without: Callable, with_it: Callable, precision: str = best, sizes: tuple = ()) -> None:
+    def add(
+        name: str, without: Callable, with_it: Callable, precision: str = best, sizes: tuple = ()
+    ) -> None:
         found.append(Lever(name, precision, sizes or (batch_size, batch_size), without, with_it))
 
     for name, work in (("training", train), ("sampling", sample)):
@@ -78,7 +90,12 @@ def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool
         print("left out: TF32, CUDA graphs and large batches, which are for NVIDIA GPUs")
         return found
     for name, work in (("training", train), ("sampling", sample)):
-        add(f"{name}: TF32", with_tf32(work("fp32"), on=False), with_tf32(work("fp32"), on=True), "fp32")
+        add(
+            f"{name}: TF32",
+            with_tf32(work("fp32"), on=False),
+            with_tf32(work("fp32"), on=True),
+            "fp32",
+        )
     for size in (batch_size, 1):
         graphs = sample(batch_size=size), sample(batch_size=size, graph=True)
         add("sampling: CUDA graph", *graphs, sizes=(size, size))
@@ -95,8 +112,12 @@ def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool
 
 
 def measure(lever: Lever, rounds: int, device: torch.device) -> dict:
-    """A lever's cells: images (and steps) per second without it and with it, and their ratio over the rounds."""
-    timings = measuring.take_turns({"without": lever.without, "with": lever.with_it}, rounds, device)
+    """A lever's cells: images (and steps) per second without it and with it, and their ratio over
+    the rounds.
+    """
+    timings = measuring.take_turns(
+        {"without": lever.without, "with": lever.with_it}, rounds, device
+    )
     without, with_it = (
         measuring.Timing([seconds / size for seconds in timings[name].seconds], None)
         for name, size in zip(("without", "with"), lever.batch_sizes, strict=True)

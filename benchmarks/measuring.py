@@ -24,23 +24,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from machinery.devices import has_bfloat16
 
-WARM_UP = 3  # calls that are not measured: kernels are chosen, moments allocated, networks compiled in them
+# calls that are not measured: kernels are chosen, moments allocated, networks compiled in them
+WARM_UP = 3
 TURN_SECONDS = 0.5  # a turn is as many calls as fill this time, at least one
 LIMITS = {"rounds": (1, 1000), "batch_size": (1, 10**9)}
 RESULTS = Path("results", "benchmarks")
 
-# ---- turns -----------------------------------------------------------------------------------------------------------
+# ---- turns ---------------------------------------------------------------------------------------
 
 
 class Timing(NamedTuple):
     """What one variant took."""
 
     seconds: list[float]  # of one call, in every round
-    memory: int | None  # bytes on the GPU: weights, gradients, moments, activations at their peak; None elsewhere
+    # bytes on the GPU: weights, gradients, moments, activations at their peak; None elsewhere
+    memory: int | None
 
 
 def seconds_per_call(call: Callable[[], None], times: int, device: torch.device) -> float:
-    """The clock stops when the device has finished; what a GPU has only been told to do does not count."""
+    """The clock stops when the device has finished; what a GPU has only been told to do does not
+    count.
+    """
 
     def synchronize() -> None:
         if device.type != "cpu":
@@ -57,7 +61,8 @@ def seconds_per_call(call: Callable[[], None], times: int, device: torch.device)
 def take_turns(
     builders: dict[str, Callable[[], Callable[[], None]]], rounds: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Measure variants in turn, within one process, so that what else the machine does hits all of them alike.
+    """Measure variants in turn, within one process, so that what else the machine does hits all of
+    them alike.
 
     Every second round goes backwards: no variant always follows the same neighbour.
 
@@ -89,7 +94,9 @@ def take_turns(
             taken[name].append(seconds_per_call(calls[name], times[name], device))
             if device.type == "cuda":
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) - before)
-    memory = {name: held[name] + peaks[name] if device.type == "cuda" else None for name in builders}
+    memory = {
+        name: held[name] + peaks[name] if device.type == "cuda" else None for name in builders
+    }
     return {name: Timing(taken[name], memory[name]) for name in builders}
 
 
@@ -125,13 +132,15 @@ def gains(without: Timing, with_it: Timing) -> Spread:
     return spread([a / b for a, b in zip(without.seconds, with_it.seconds, strict=True)])
 
 
-# ---- floating-point operations ---------------------------------------------------------------------------------------
+# ---- floating-point operations -------------------------------------------------------------------
 
 
 def count_flop(network: nn.Module, img_size: int, training: bool) -> float:
-    """Operations that one RGB image takes, an addition and a multiplication being two: forward, or backward too.
+    """Operations that one RGB image takes, an addition and a multiplication being two: forward, or
+    backward too.
 
-    Convolutions and matrix products alone are counted, on the meta device, where nothing is computed.
+    Convolutions and matrix products alone are counted, on the meta device, where nothing is
+    computed.
     """
     shadow = copy.deepcopy(network).to("meta")
     x = torch.zeros(1, 3, img_size, img_size, device="meta")
@@ -146,7 +155,8 @@ FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def convolutions(device: torch.device, precisions: list[str], small: bool) -> dict[str, Callable]:
-    """Builders of large 3x3 convolutions, the best that a convolutional network could hope for on this machine.
+    """Builders of large 3x3 convolutions, the best that a convolutional network could hope for on
+    this machine.
 
     They are named `fp32 NCHW`, `fp32 NHWC` and so on, and take part in the rounds like any variant.
     """
@@ -154,25 +164,40 @@ def convolutions(device: torch.device, precisions: list[str], small: bool) -> di
 
     def builder(precision: str, memory_format: torch.memory_format) -> Callable:
         def build() -> Callable[[], None]:
-            options = {"device": device, "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
-            images = torch.randn(batch, channels, side, side, **options).to(memory_format=memory_format)
-            weight = torch.randn(channels, channels, 3, 3, **options).to(memory_format=memory_format)
+            options = {
+                "device": device,
+                "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            }
+            images = torch.randn(batch, channels, side, side, **options).to(
+                memory_format=memory_format
+            )
+            weight = torch.randn(channels, channels, 3, 3, **options).to(
+                memory_format=memory_format
+            )
             return lambda: F.conv2d(images, weight, padding=1)
 
         return build
 
-    return {f"{precision} {name}": builder(precision, FORMATS[name]) for precision in precisions for name in FORMATS}
+    return {
+        f"{precision} {name}": builder(precision, FORMATS[name])
+        for precision in precisions
+        for name in FORMATS
+    }
 
 
 def peak_shape(device: torch.device, small: bool) -> tuple[int, int, int]:
-    """Batch, channels and side of the convolution: 77 GFLOP on a CPU, 1.2 TFLOP on a GPU, 1.2 GFLOP for a trial."""
+    """Batch, channels and side of the convolution: 77 GFLOP on a CPU, 1.2 TFLOP on a GPU, 1.2 GFLOP
+    for a trial.
+    """
     if small:
         return 4, 64, 64
     return (16, 256, 64) if device.type == "cpu" else (64, 512, 64)
 
 
 def peaks_of(timings: dict[str, Timing], device: torch.device, small: bool) -> dict[str, float]:
-    """Operations per second by precision: of the convolutions, the better memory format in its best round."""
+    """Operations per second by precision: of the convolutions, the better memory format in its best
+    round.
+    """
     batch, channels, side = peak_shape(device, small)
     flop = 2 * batch * side * side * channels * channels * 9
     best = {}
@@ -182,7 +207,7 @@ def peaks_of(timings: dict[str, Timing], device: torch.device, small: bool) -> d
     return best
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 
 def precisions_of(device: torch.device) -> list[str]:
@@ -204,7 +229,11 @@ def hardware(device: torch.device) -> str:
 
 def facts_of(device: torch.device) -> dict[str, str]:
     """What a figure means nothing without, the same in every row of a file."""
-    tuned = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    tuned = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("MALLOC_")
+    ]
     return {
         "device": str(device),
         "hardware": hardware(device),
@@ -215,7 +244,7 @@ def facts_of(device: torch.device) -> dict[str, str]:
     }
 
 
-# ---- tables and files ------------------------------------------------------------------------------------------------
+# ---- tables and files ----------------------------------------------------------------------------
 
 
 # Columns that every file has: what was measured, and what a figure means nothing without.
@@ -223,7 +252,9 @@ WHAT = ("benchmark", "variant", "precision", "img_size", "batch_size", "rounds")
 WHERE = ("device", "hardware", "threads", "torch", "malloc", "date")
 
 
-def cells_of(network: nn.Module, flop: float, per_second: float, peak: float, timing: Timing | None) -> dict:
+def cells_of(
+    network: nn.Module, flop: float, per_second: float, peak: float, timing: Timing | None
+) -> dict:
     """The cells of a network's row that depend on its size.
 
     Args:
@@ -251,9 +282,17 @@ def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
     """
     lines = [[title for title, _ in columns.values()]]
     for row in rows:
-        lines.append(["-" if row[name] is None else format(row[name], form) for name, (_, form) in columns.items()])
+        lines.append(
+            [
+                "-" if row[name] is None else format(row[name], form)
+                for name, (_, form) in columns.items()
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    texts = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    ]
     return "\n".join([texts[0], "-" * (sum(widths) + 2 * len(widths) - 2), *texts[1:]])
 
 
@@ -266,7 +305,12 @@ def add_rows(path: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
         if is_new:
             writer.writeheader()
         for row in rows:
-            writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()})
+            writer.writerow(
+                {
+                    name: f"{cell:.6g}" if isinstance(cell, float) else cell
+                    for name, cell in row.items()
+                }
+            )
 
 
 def publish(
@@ -278,12 +322,18 @@ def publish(
     device: torch.device,
     peaks: dict[str, float],
 ) -> None:
-    """Print a table of `shown` columns below what, where, when and the machine's peaks; add all rows to the file."""
+    """Print a table of `shown` columns below what, where, when and the machine's peaks; add all
+    rows to the file.
+    """
     facts = facts_of(device)
-    print(f"\n{title}\n{facts['hardware']}, {facts['threads']} CPU threads, torch {facts['torch']}, {facts['date']}")
+    print(
+        f"\n{title}\n{facts['hardware']}, {facts['threads']} CPU threads, torch {facts['torch']}, {facts['date']}"
+    )
     if facts["malloc"]:
         print(facts["malloc"])
-    measured = ", ".join(f"{flop / 1e12:.3g} TFLOP/s in {precision}" for precision, flop in peaks.items())
+    measured = ", ".join(
+        f"{flop / 1e12:.3g} TFLOP/s in {precision}" for precision, flop in peaks.items()
+    )
     if peaks:
         print(f"a 3x3 convolution at its best: {measured}")
     print(f"\n{table(rows, shown)}\n")

@@ -1,6 +1,8 @@
-"""The networks that are compared, and what each project does with them in a step of training or of sampling.
+"""The networks that are compared, and what each project does with them in a step of training or of
+sampling.
 
-diffusers gets our network with our weights. denoising-diffusion-pytorch (lucidrains) has a network of its own.
+diffusers gets our network with our weights. denoising-diffusion-pytorch (lucidrains) has a network
+of its own.
 
 Reading order: networks, training steps, walks from noise to images, variants.
 """
@@ -9,21 +11,32 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import io
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ddpm
+import utils
 from ddpm import Diffusion
-from modules import UNet, update_average
+from machinery import reading
+from modules import UNet
 
 # The command line's default network, and a small one for a quick look.
-REFERENCE = {"img_size": 64, "width": 64, "multipliers": (1, 2, 4, 4), "blocks": 2, "attention_size": 16}
+REFERENCE = {
+    "img_size": 64,
+    "width": 64,
+    "multipliers": (1, 2, 4, 4),
+    "blocks": 2,
+    "attention_size": 16,
+}
 SMALL = {"img_size": 32, "width": 32, "multipliers": (1, 2, 2), "blocks": 1, "attention_size": 8}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIP_NAMES = {"diffusers": "diffusers", "denoising_diffusion_pytorch": "denoising-diffusion-pytorch"}
 
 
@@ -32,7 +45,9 @@ def is_installed(module: str) -> bool:
     try:
         importlib.import_module(module)
     except ImportError:
-        print(f"left out: {PIP_NAMES[module]} is not installed here; pip install {PIP_NAMES[module]}")
+        print(
+            f"left out: {PIP_NAMES[module]} is not installed here; pip install {PIP_NAMES[module]}"
+        )
         return False
     return True
 
@@ -42,22 +57,26 @@ def autocast(device: torch.device, precision: str, **options) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", **options)
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 def our_network(shape: dict) -> UNet:
     """Our network, from a fixed seed, on the CPU.
 
-    Its last convolution is not 0, as it is when a training begins: all networks would give the same answer.
+    Its last convolution is not 0, as it is when a training begins: all networks would give the same
+    answer.
     """
     torch.manual_seed(0)
     network = UNet(**shape)
+    network.settings = shape  # a training is set up with them
     nn.init.normal_(network.conv_out.weight, std=0.02)
     return network.eval()
 
 
 def diffusers_twin(network: UNet, shape: dict) -> nn.Module:
-    """diffusers' UNet2DModel of the same layers and weights, in which an answer like ours is made sure of."""
+    """diffusers' UNet2DModel of the same layers and weights, in which an answer like ours is made
+    sure of.
+    """
     from diffusers import UNet2DModel
 
     side, depths = shape["img_size"], range(len(shape["multipliers"]))
@@ -78,7 +97,9 @@ def diffusers_twin(network: UNet, shape: dict) -> nn.Module:
 
 
 def check_same_answer(network: UNet, twin: nn.Module, side: int) -> None:
-    """Both answers agree to 1e-3 of their size; float32's rounding is far below, another layer far above."""
+    """Both answers agree to 1e-3 of their size; float32's rounding is far below, another layer far
+    above.
+    """
     x, t = torch.randn(2, 3, side, side), torch.tensor([1, 700])
     with torch.no_grad():
         ours, theirs = network(x, t), twin(x, t - 1).sample
@@ -104,49 +125,58 @@ def all_networks(shape: dict) -> dict[str, nn.Module]:
     return networks
 
 
-# ---- training steps --------------------------------------------------------------------------------------------------
-# All begin with the same batch of images, (B, 3, H, W) in [-1, 1], on the device: reading files is another matter.
+# ---- training steps ------------------------------------------------------------------------------
+# All begin with the same batch of images, (B, 3, H, W) in [-1, 1], on the device: reading files is
+# another matter.
 
 
 def train_ours(
     network: UNet,
     precision: str,
     images: Tensor,
-    memory_format: torch.memory_format = torch.channels_last,  # as in ddpm.train
+    memory_format: torch.memory_format = torch.channels_last,  # as in Training
     fused: bool = True,
     compiled: bool = False,
 ) -> Callable[[], None]:
-    """The step of `ddpm.train`, from the draw of noise to the average of the weights."""
-    network = copy.deepcopy(network).train().to(images.device, memory_format=memory_format)
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=0.0, fused=fused, foreach=not fused)
-    diffusion, numbers = Diffusion(device=images.device), itertools.count(1)
+    """`ddpm.Training.advance`, from these images as its data set."""
+    pixels = utils.to_bytes(images).cpu().numpy()
+    labels = np.zeros(len(images), np.int64)
+    data = reading.Dataset(pixels, fingerprint="", remarks=[], mode="RGB", labels=labels)
+    loader = utils.Loader(data, len(images), seed=0, flip=True, device=images.device)
+    parameters = inspect.signature(ddpm.train).parameters.values()
+    settings = {parameter.name: parameter.default for parameter in parameters}
+    side = network.settings["img_size"]
+    settings |= network.settings | {"img_size": (side, side), "mode": "RGB", "classes": ()}
+    training = ddpm.Training(settings, loader, images.device)
+    training.start_from(network.state_dict())
+    training.network.to(memory_format=memory_format)
+    training.precision = PRECISIONS[precision]
+    if not fused:
+        weights = training.network.parameters()
+        training.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, foreach=True)
     if compiled:
-        network.compile(dynamic=False)
-
-    def step() -> None:
-        t, eps = diffusion.draw(images.shape)
-        with autocast(images.device, precision):
-            loss = diffusion.loss(network, images, t, eps).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), max_norm=1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_average(average, network, next(numbers), decay=0.9999)
-
-    return step
+        training.network.compile(dynamic=False)
+    return functools.partial(training.advance, 0.5)
 
 
-def train_diffusers(network: nn.Module, precision: str, images: Tensor, compiled: bool = False) -> Callable[[], None]:
-    """The step of diffusers' examples/unconditional_image_generation/train_unconditional.py with --use_ema."""
+def train_diffusers(
+    network: nn.Module, precision: str, images: Tensor, compiled: bool = False
+) -> Callable[[], None]:
+    """The step of diffusers' examples/unconditional_image_generation/train_unconditional.py with
+    --use_ema.
+    """
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     network = copy.deepcopy(network).train().to(images.device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
     rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
-    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+    average = EMAModel(
+        network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
+    )
     noising = DDPMScheduler(num_train_timesteps=1000)
     if compiled:
         network.compile(dynamic=False)
@@ -173,7 +203,11 @@ def train_lucidrains(network: nn.Module, precision: str, images: Tensor) -> Call
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA  # comes with it
 
-    diffusion = GaussianDiffusion(copy.deepcopy(network), image_size=images.shape[-1]).train().to(images.device)
+    diffusion = (
+        GaussianDiffusion(copy.deepcopy(network), image_size=images.shape[-1])
+        .train()
+        .to(images.device)
+    )
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10).to(images.device)
     bright = (images + 1) / 2  # it takes [0, 1]
@@ -191,19 +225,26 @@ def train_lucidrains(network: nn.Module, precision: str, images: Tensor) -> Call
     return step
 
 
-# ---- walks from noise to images --------------------------------------------------------------------------------------
+# ---- walks from noise to images ------------------------------------------------------------------
 # All are DDIM's: one answer of the network per step, and no fresh noise.
 
 
 def captured(network: nn.Module, precision: str, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network's forward pass as a CUDA graph: one launch instead of hundreds, for inputs of this one shape."""
+    """A network's forward pass as a CUDA graph: one launch instead of hundreds, for inputs of this
+    one shape.
+    """
     still_x, still_t = x.clone(), torch.ones(len(x), dtype=torch.long, device=x.device)
 
     def forward() -> Tensor:
-        with torch.no_grad(), autocast(x.device, precision, cache_enabled=False):  # a cache would not outlive the graph
+        # a cache would not outlive the graph
+        with (
+            torch.no_grad(),
+            autocast(x.device, precision, cache_enabled=False),
+        ):
             return network(still_x, still_t)
 
-    torch.cuda.set_device(x.device)  # streams and graphs are of the current device, which need not be this one
+    # streams and graphs are of the current device, which need not be this one
+    torch.cuda.set_device(x.device)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -232,7 +273,9 @@ def sample_ours(
     compiled: bool = False,
     graph: bool = False,
 ) -> Callable[[], Tensor]:
-    """`Diffusion.denoise` from noise x (B, 3, H, W), with the network asked as `ddpm.sample` asks it."""
+    """`Diffusion.denoise` from noise x (B, 3, H, W), with the network asked as `ddpm.sample` asks
+    it.
+    """
     network = copy.deepcopy(network).to(x.device, memory_format=memory_format)
     if compiled:
         network.compile(dynamic=False)
@@ -246,7 +289,9 @@ def sample_ours(
         return diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
 
     def walk() -> Tensor:
-        *_, (images, _) = diffusion.denoise(predict_clean, x, diffusion.path(steps), "ddim")
+        *_, (images, _) = diffusion.denoise(
+            predict_clean, x, diffusion.visited_steps(steps), "ddim"
+        )
         return images
 
     return walk
@@ -276,21 +321,29 @@ def sample_diffusers(
     return walk
 
 
-def sample_lucidrains(network: nn.Module, precision: str, x: Tensor, steps: int) -> Callable[[], Tensor]:
+def sample_lucidrains(
+    network: nn.Module, precision: str, x: Tensor, steps: int
+) -> Callable[[], Tensor]:
     """`GaussianDiffusion.sample` with DDIM; it draws its own noise of the shape of x."""
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     network = copy.deepcopy(network).eval()
-    diffusion = GaussianDiffusion(network, image_size=x.shape[-1], sampling_timesteps=steps).to(x.device)
+    diffusion = GaussianDiffusion(network, image_size=x.shape[-1], sampling_timesteps=steps).to(
+        x.device
+    )
 
     def walk() -> Tensor:
-        with autocast(x.device, precision), contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        # its progress bar
+        with (
+            autocast(x.device, precision),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             return diffusion.sample(batch_size=len(x))
 
     return walk
 
 
-# ---- variants --------------------------------------------------------------------------------------------------------
+# ---- variants ------------------------------------------------------------------------------------
 
 TRAINING = {"ours": train_ours, "diffusers": train_diffusers, "lucidrains": train_lucidrains}
 SAMPLING = {"ours": sample_ours, "diffusers": sample_diffusers, "lucidrains": sample_lucidrains}
@@ -312,7 +365,8 @@ def variants(
     precisions: list[str],
     compiled: bool,
 ) -> dict[str, Variant]:
-    """Every network in every precision, and compiled in the last one if wanted; lucidrains' is not made for that.
+    """Every network in every precision, and compiled in the last one if wanted; lucidrains' is not
+    made for that.
 
     Args:
         networks: see `all_networks`.

@@ -1,23 +1,31 @@
-"""Whose images are better after the same time: ours, those of diffusers' example, or denoising-diffusion-pytorch's.
+"""Whose images are better after the same time: ours, those of diffusers' example, or
+denoising-diffusion-pytorch's.
 
     python -m benchmarks.quality_peers --minutes=12
     python -m benchmarks.quality_peers --help
 
-All learn from the same pictures, decoded before and mirrored at random, on the same machine, for the same minutes of
-the clock; each by its own settings, and each makes its images in its own way, with its averaged weights.
+All learn from the same pictures, decoded before and mirrored at random, on the same machine, for
+the same minutes of the clock; each by its own settings, and each makes its images in its own way,
+with its averaged weights.
 
-- ours: the command line's defaults, and README's first training ("for a CPU"). What `ddpm.train` does beside its steps,
+- ours: the command line's defaults, and README's first training ("for a CPU"). What `ddpm.train`
+does beside its steps,
   such as the last preview, comes out of its minutes. dpm++, 25 steps.
-- diffusers: the network and settings of examples/unconditional_image_generation/train_unconditional.py, as its README
-  calls it; the step is written in our words. Its learning rate falls by the clock, to end with it. 500 warm-up steps
-  would be most of a short training: here they are a tenth of the steps that fit, if that is less. It samples as the
-  example does, with DDPMPipeline, but in 50 steps: for its 1,000 there is no time on a CPU. DDIMPipeline would do it an
-  injustice: what is clipped and what is not do not fit together there, and a young network's images turn to grey noise.
-- lucidrains: denoising-diffusion-pytorch's own Trainer, asked for a step at a time, with the defaults of its signature
-  (the batches of its README are four times larger, so the steps were a fourth as many). Its own DDIM, 50 steps.
+- diffusers: the network and settings of
+examples/unconditional_image_generation/train_unconditional.py, as its README
+  calls it; the step is written in our words. Its learning rate falls by the clock, to end with it.
+  500 warm-up steps would be most of a short training: here they are a tenth of the steps that fit,
+  if that is less. It samples as the example does, with DDPMPipeline, but in 50 steps: for its 1,000
+  there is no time on a CPU. DDIMPipeline would do it an
+  injustice: what is clipped and what is not do not fit together there, and a young network's images
+      turn to grey noise.
+- lucidrains: denoising-diffusion-pytorch's own Trainer, asked for a step at a time, with the
+defaults of its signature
+  (the batches of its README are four times larger, so the steps were a fourth as many). Its own
+  DDIM, 50 steps.
 
-Theirs run in fp32, as they come, and in bf16, where the hardware has it: ours takes that by itself. The time to get
-ready (to build, and to see how many steps fit) is told, not counted.
+Theirs run in fp32, as they come, and in bf16, where the hardware has it: ours takes that by itself.
+The time to get ready (to build, and to see how many steps fit) is told, not counted.
 
 Reading order: what all are given, the contenders, the command.
 """
@@ -50,14 +58,29 @@ FEWEST = 100  # pictures that lucidrains' Trainer asks for
 PEER_STEPS, BATCH = 50, 64  # of the others' sampling
 LIMITS = measuring.LIMITS | {"minutes": (0.01, 10**6), "img_size": (STRIDE, 1024)}
 LIMITS |= {"seeds": (1, 1000), "n_img": (16, 10**9)}
-COLUMNS = ("contender", "seed", "minutes", "img_size", "measure", "n", "images", "weights_m", "sampler", "steps")
+COLUMNS = (
+    "contender",
+    "seed",
+    "minutes",
+    "img_size",
+    "measure",
+    "n",
+    "images",
+    "weights_m",
+    "sampler",
+    "steps",
+)
 COLUMNS += (*quality.FIGURES, "prepared_s", "trained_s", "sampled_s", *measuring.WHERE)
 SHOWN = {"contender": ("contender", ""), "seeds": ("seeds", ""), "images": ("images", ",.0f")}
-SHOWN |= {"weights_m": ("weights M", ".1f"), "how": ("sampler", ""), "distance": ("distance", ".1f")}
+SHOWN |= {
+    "weights_m": ("weights M", ".1f"),
+    "how": ("sampler", ""),
+    "distance": ("distance", ".1f"),
+}
 SHOWN |= {"excess": ("excess", ".1f")}  # over the floor, `distance_real`
 SHOWN |= {name: (name, ".3f") for name in quality.FIGURES if not name.startswith("distance")}
 
-# ---- what all are given ----------------------------------------------------------------------------------------------
+# ---- what all are given --------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
@@ -71,13 +94,14 @@ class Task(NamedTuple):
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Pictures (B, 3, H, W) in [-1, 1], epoch after epoch, each mirrored or not."""
+        labels = np.zeros(len(self.images), np.int64)
+        data = reading.Dataset(self.images, "", [], "RGB", labels)
+        loader = utils.Loader(data, batch_size, self.seed, flip=True, device=self.device)
         for step in itertools.count():
-            chosen = utils.batch_indices(len(self.images), batch_size, step, self.seed).numpy()
-            images = utils.from_bytes(torch.from_numpy(self.images[chosen]).to(self.device))
-            yield utils.mirror_half(images, utils.draw_mirrored(batch_size, self.device))
+            yield loader.load(*loader.draw(step))
 
 
-class Learnt(NamedTuple):
+class Learned(NamedTuple):
     """What has come of it."""
 
     images: int  # shown
@@ -90,7 +114,9 @@ class Learnt(NamedTuple):
 
 
 def train_by_clock(step: Callable[[float], None], minutes: float) -> tuple[int, float]:
-    """Call `step` with the share of the minutes that is used up, until all are: how many steps, in how many seconds."""
+    """Call `step` with the share of the minutes that is used up, until all are: how many steps, in
+    how many seconds.
+    """
     began, count = time.monotonic(), 0
     while (done := (time.monotonic() - began) / (60 * minutes)) < 1:
         step(done)
@@ -108,7 +134,9 @@ def steps_that_fit(step: Callable[[float], None], minutes: float) -> int:
 
 
 def in_batches(make: Callable[[int], Tensor], n: int) -> Tensor:
-    """`n` images as bytes, of a function that makes some in [0, 1] and shows a progress bar of its own meanwhile."""
+    """`n` images as bytes, of a function that makes some in [0, 1] and shows a progress bar of its
+    own meanwhile.
+    """
     found = []
     with basics.progress_bar(n, title="samples") as bar, contextlib.redirect_stderr(io.StringIO()):
         for start in range(0, n, BATCH):
@@ -121,14 +149,21 @@ def millions(network: nn.Module) -> float:
     return sum(parameter.numel() for parameter in network.parameters()) / 1e6
 
 
-# ---- the contenders --------------------------------------------------------------------------------------------------
+# ---- the contenders ------------------------------------------------------------------------------
 
 
-def train_ours(name: str, settings: dict, task: Task) -> Learnt:
-    """`ddpm.train`, as an ordinary run, models/quality_peers_..., that goes on where it was stopped."""
+def train_ours(name: str, settings: dict, task: Task) -> Learned:
+    """`ddpm.train`, as an ordinary run, models/quality_peers_..., that goes on where it was
+    stopped.
+    """
     size = task.images.shape[2:]
     run_name = f"quality_peers_{name}_{size[0]}_{task.minutes:g}_{task.seed}"
-    budget = {"max_minutes": task.minutes, "epochs": 10**6, "sample_every": 0}  # the clock alone ends it
+    # the clock alone ends it
+    budget = {
+        "max_minutes": task.minutes,
+        "epochs": 10**6,
+        "sample_every": 0,
+    }
     ddpm.train(
         dataset=task.dataset,
         run_name=run_name,
@@ -141,7 +176,7 @@ def train_ours(name: str, settings: dict, task: Task) -> Learnt:
     def sample(n: int) -> Tensor:
         return evaluate.make_samples(stored, range(n), "dpm++", 25, BATCH, task.device)
 
-    return Learnt(images, millions(network), 0.0, 60 * stored["minutes"], "dpm++", 25, sample)
+    return Learned(images, millions(network), 0.0, 60 * stored["minutes"], "dpm++", 25, sample)
 
 
 DIFFUSERS = {"layers_per_block": 2, "block_out_channels": (128, 128, 256, 256, 512, 512)}
@@ -149,7 +184,7 @@ DIFFUSERS |= {"down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "Do
 DIFFUSERS |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4}
 
 
-def train_diffusers(precision: str, task: Task) -> Learnt:
+def train_diffusers(precision: str, task: Task) -> Learned:
     """See above; batches of 16."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -162,15 +197,27 @@ def train_diffusers(precision: str, task: Task) -> Learnt:
         """The network, its average and the step, for a training of so many steps."""
         torch.manual_seed(task.seed)
         network = UNet2DModel(sample_size=task.images.shape[-1], **DIFFUSERS).to(device)
-        network.register_forward_hook(lambda _network, _inputs, output: UNet2DOutput(output.sample.float()))  # of bf16
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        rate = get_scheduler("cosine", optimizer, num_warmup_steps=min(500, total // 10), num_training_steps=total)
-        average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+        # of bf16
+        network.register_forward_hook(
+            lambda _network, _inputs, output: UNet2DOutput(output.sample.float())
+        )
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        rate = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=min(500, total // 10), num_training_steps=total
+        )
+        average = EMAModel(
+            network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
+        )
         batches = task.batches(16)
 
         def step(done: float) -> None:
             images = next(batches)
-            noise, t = torch.randn_like(images), torch.randint(0, 1000, (len(images),), device=device)
+            noise, t = (
+                torch.randn_like(images),
+                torch.randint(0, 1000, (len(images),), device=device),
+            )
             with peers.autocast(device, precision):
                 answer = network(noising.add_noise(images, noise, t), t).sample
             loss = F.mse_loss(answer, noise)
@@ -192,27 +239,33 @@ def train_diffusers(precision: str, task: Task) -> Learnt:
 
     def make(number: int) -> Tensor:
         with peers.autocast(device, precision):
-            images = pipeline(number, num_inference_steps=PEER_STEPS, output_type="np").images  # (B, H, W, 3) in [0, 1]
+            images = pipeline(
+                number, num_inference_steps=PEER_STEPS, output_type="np"
+            ).images  # (B, H, W, 3) in [0, 1]
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     sample = functools.partial(in_batches, make)
-    return Learnt(16 * count, millions(network), prepared, seconds, "ddpm", PEER_STEPS, sample)
+    return Learned(16 * count, millions(network), prepared, seconds, "ddpm", PEER_STEPS, sample)
 
 
 LUCIDRAINS = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 
 
-def train_lucidrains(precision: str, task: Task) -> Learnt:
+def train_lucidrains(precision: str, task: Task) -> Learned:
     """See above; batches of 16. Its averaged weights are in fp32, and so is its sampling."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
     began = time.monotonic()
     torch.manual_seed(task.seed)
-    os.environ["ACCELERATE_USE_CPU"] = str(task.device.type == "cpu")  # it would take any GPU there is
-    diffusion = GaussianDiffusion(Unet(**LUCIDRAINS), image_size=task.images.shape[-1], sampling_timesteps=PEER_STEPS)
+    # it would take any GPU there is
+    os.environ["ACCELERATE_USE_CPU"] = str(task.device.type == "cpu")
+    diffusion = GaussianDiffusion(
+        Unet(**LUCIDRAINS), image_size=task.images.shape[-1], sampling_timesteps=PEER_STEPS
+    )
     never = {"calculate_fid": False, "save_and_sample_every": 10**12}
     trainer = Trainer(diffusion, task.dataset, results_folder=measuring.RESULTS, **never)
-    trainer.dl = ((images + 1) / 2 for images in task.batches(trainer.batch_size))  # it takes [0, 1]
+    # it takes [0, 1]
+    trainer.dl = ((images + 1) / 2 for images in task.batches(trainer.batch_size))
     # its `amp`, which cannot be changed within a process
     trainer.accelerator.autocast = functools.partial(peers.autocast, task.device, precision)
 
@@ -225,41 +278,56 @@ def train_lucidrains(precision: str, task: Task) -> Learnt:
     count, seconds = train_by_clock(step, task.minutes)
     images = count * trainer.gradient_accumulate_every * trainer.batch_size
     sample = functools.partial(in_batches, trainer.ema.ema_model.eval().sample)
-    return Learnt(images, millions(diffusion), prepared, seconds, "ddim", PEER_STEPS, sample)
+    return Learned(images, millions(diffusion), prepared, seconds, "ddim", PEER_STEPS, sample)
 
 
 FOR_A_CPU = quality.BASE | {"batch_size": 16, "lr": 2e-3}
 OURS = {"ours": ("defaults", {}), "ours, for a CPU": ("cpu", FOR_A_CPU)}
-PEERS = {"diffusers": ("diffusers", train_diffusers), "lucidrains": ("denoising_diffusion_pytorch", train_lucidrains)}
+PEERS = {
+    "diffusers": ("diffusers", train_diffusers),
+    "lucidrains": ("denoising_diffusion_pytorch", train_lucidrains),
+}
 
 
-def contenders(device: torch.device) -> dict[str, Callable[[Task], Learnt]]:
+def contenders(device: torch.device) -> dict[str, Callable[[Task], Learned]]:
     """Those that can take part on this device, with what is installed; says who cannot."""
     found = {name: functools.partial(train_ours, *how) for name, how in OURS.items()}
     precisions = measuring.precisions_of(device)
     for project, (module, train) in PEERS.items():
         if peers.is_installed(module):
-            found |= {f"{project}, {precision}": functools.partial(train, precision) for precision in precisions}
+            found |= {
+                f"{project}, {precision}": functools.partial(train, precision)
+                for precision in precisions
+            }
     return found
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def measure(
-    contender: str, train: Callable[[Task], Learnt], task: Task, unseen: np.ndarray, features: evaluate.Features, n: int
+    contender: str,
+    train: Callable[[Task], Learned],
+    task: Task,
+    unseen: np.ndarray,
+    features: evaluate.Features,
+    n: int,
 ) -> dict:
     """Train, sample, judge: the figures of a row, and a picture of samples to look at."""
-    learnt = train(task)
+    learned = train(task)
     began = time.monotonic()
     torch.manual_seed(task.seed)
-    samples = learnt.sample(n)
+    samples = learned.sample(n)
     sampled = time.monotonic() - began
     figures = evaluate.judge(samples, unseen, features, task.device)
-    row = learnt._asdict() | {"sampled_s": sampled, "measure": figures["measure"]}
+    row = learned._asdict() | {"sampled_s": sampled, "measure": figures["measure"]}
     row |= {name: figures[name] for name in quality.FIGURES}
-    print(f"{row['images']:,} images in {row['trained_s']:.0f} s, after {row['prepared_s']:.0f} s to get ready")
-    name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}".replace(",", "").replace(" ", "_")
+    print(
+        f"{row['images']:,} images in {row['trained_s']:.0f} s, after {row['prepared_s']:.0f} s to get ready"
+    )
+    name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}".replace(",", "").replace(
+        " ", "_"
+    )
     picture = measuring.RESULTS / "quality_peers" / f"{name}.png"
     utils.save_png(samples[:64], picture)
     print(f"{min(64, n)} of its images: {picture}")
@@ -275,16 +343,18 @@ def quality_peers(
     held_out: str = "datasets/held_out",
     device: str = "auto",
 ) -> None:
-    """Train ours, diffusers' example and denoising-diffusion-pytorch for the same minutes, and judge what they make.
+    """Train ours, diffusers' example and denoising-diffusion-pytorch for the same minutes, and
+    judge what they make.
 
         python -m benchmarks.quality_peers --minutes=12
 
-    Adds a row for every contender and seed to results/benchmarks/quality_peers.csv, and prints the means of the seeds;
-    what is there already is not done again. Held-out pictures come from:
-    python datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder=datasets/held_out
+    Adds a row for every contender and seed to results/benchmarks/quality_peers.csv, and prints the
+    means of the seeds; what is there already is not done again. Held-out pictures come from: python
+    datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder=datasets/held_out
 
     Args:
-        minutes: of training for each contender; reading the images, getting ready and sampling are not counted.
+        minutes: of training for each contender; reading the images, getting ready and sampling are
+            not counted.
         n_img: how many images are judged.
         img_size: in pixels, a multiple of 32.
         seeds: how many times every contender is trained.
@@ -297,30 +367,48 @@ def quality_peers(
     """
     command_line.check_limits(locals(), LIMITS)
     if img_size % STRIDE:
-        raise UserError(f"--img_size={img_size} is not a multiple of {STRIDE}, which diffusers' network needs")
+        raise UserError(
+            f"--img_size={img_size} is not a multiple of {STRIDE}, which diffusers' network needs"
+        )
     place, path = devices.pick_device(device), measuring.RESULTS / "quality_peers.csv"
     command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     quality.check_held_out(held_out)
     listings = [reading.list_images(Path(folder)) for folder in (dataset, held_out)]
     if len(listings[0].paths) < FEWEST:
-        raise UserError(f"--dataset={dataset} holds fewer than {FEWEST} images, which lucidrains' Trainer asks for")
+        raise UserError(
+            f"--dataset={dataset} holds fewer than {FEWEST} images, which lucidrains' Trainer asks for"
+        )
     n = evaluate.comparable(n_img, len(listings[1].paths))
     measuring.RESULTS.mkdir(parents=True, exist_ok=True)
-    images, unseen = (reading.read_dataset(listing, (img_size, img_size)).images for listing in listings)
+    images, unseen = (
+        reading.read_dataset(listing, (img_size, img_size)).images for listing in listings
+    )
     devices.keep_memory()  # for all, as ours has it
     trainers = contenders(place)
 
     def measured(**wanted: str) -> list[dict]:
         wanted |= {"minutes": f"{minutes:g}", "img_size": str(img_size), "n": str(n)}
-        return [row for row in quality.done_before(path) if all(row[name] == wanted[name] for name in wanted)]
+        return [
+            row
+            for row in quality.done_before(path)
+            if all(row[name] == wanted[name] for name in wanted)
+        ]
 
     for seed, (contender, train) in itertools.product(range(seeds), trainers.items()):
         if measured(contender=contender, seed=str(seed)):
             continue
         print(f"\n{contender}, seed {seed}", flush=True)
-        row = measure(contender, train, Task(dataset, images, minutes, seed, place), unseen, features, n)
-        row |= {"contender": contender, "seed": seed, "minutes": minutes, "img_size": img_size, "n": n}
+        row = measure(
+            contender, train, Task(dataset, images, minutes, seed, place), unseen, features, n
+        )
+        row |= {
+            "contender": contender,
+            "seed": seed,
+            "minutes": minutes,
+            "img_size": img_size,
+            "n": n,
+        }
         row |= measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
 
@@ -341,4 +429,6 @@ def quality_peers(
 
 
 if __name__ == "__main__":
-    command_line.run_command_line("-m benchmarks.quality_peers", {"quality_peers": quality_peers}, LIMITS)
+    command_line.run_command_line(
+        "-m benchmarks.quality_peers", {"quality_peers": quality_peers}, LIMITS
+    )

@@ -1,4 +1,5 @@
-"""Milliseconds per image and step in sampling: ours, diffusers' and lucidrains' walk from noise to images.
+"""Milliseconds per image and step in sampling: ours, diffusers' and lucidrains' walk from noise to
+images.
 
     python -m benchmarks.sample_speed --quick
     python -m benchmarks.sample_speed
@@ -11,10 +12,23 @@ import torch
 from benchmarks import measuring, peers
 from machinery import command_line, devices
 
-COLUMNS = (*measuring.WHAT, "steps", "ms", "ms_min", "ms_max", "ratio", "weights_m", "gflop_per_img")
+COLUMNS = (
+    *measuring.WHAT,
+    "steps",
+    "ms",
+    "ms_min",
+    "ms_max",
+    "ratio",
+    "weights_m",
+    "gflop_per_img",
+)
 COLUMNS += ("peak_tflop_per_s", "share_of_peak", "memory_gb", *measuring.WHERE)
 SHOWN = {"variant": ("variant", ""), "batch_size": ("batch", ""), "weights_m": ("weights M", ".1f")}
-SHOWN |= {"gflop_per_img": ("GFLOP/img", ".1f"), "ms": ("ms/img/step", ".3f"), "ms_min": ("min", ".3f")}
+SHOWN |= {
+    "gflop_per_img": ("GFLOP/img", ".1f"),
+    "ms": ("ms/img/step", ".3f"),
+    "ms_min": ("min", ".3f"),
+}
 SHOWN |= {"ms_max": ("max", ".3f"), "share_of_peak": ("of peak", ".1%"), "memory_gb": ("GB", ".2f")}
 SHOWN |= {"ratio": ("ratio", ".2f")}
 BATCH_SIZES = (16, 1)
@@ -32,7 +46,10 @@ def measure(
         variants = peers.variants(networks, peers.SAMPLING, (noise, STEPS), precisions, compiled)
         found |= {(batch_size, name): variant for name, variant in variants.items()}
     convolutions = measuring.convolutions(device, precisions, small)
-    builders = {f"{name}, batch {batch_size}": variant.build for (batch_size, name), variant in found.items()}
+    builders = {
+        f"{name}, batch {batch_size}": variant.build
+        for (batch_size, name), variant in found.items()
+    }
     timings = measuring.take_turns(builders | convolutions, rounds, device)
     peaks = measuring.peaks_of({name: timings[name] for name in convolutions}, device, small)
 
@@ -41,17 +58,26 @@ def measure(
         timing = timings[f"{name}, batch {batch_size}"]
         ms = measuring.milliseconds(timing, batch_size * STEPS)
         flop = measuring.count_flop(network, side, training=False)
-        row = {"benchmark": "sample_speed", "variant": name, "precision": precision, "img_size": side}
+        row = {
+            "benchmark": "sample_speed",
+            "variant": name,
+            "precision": precision,
+            "img_size": side,
+        }
         row |= {"batch_size": batch_size, "rounds": rounds, "steps": STEPS}
         row |= {"ms": ms.median, "ms_min": ms.minimum, "ms_max": ms.maximum}
-        rows.append(row | measuring.cells_of(network, flop, 1000 / ms.median, peaks[precision], timing))
+        rows.append(
+            row | measuring.cells_of(network, flop, 1000 / ms.median, peaks[precision], timing)
+        )
     baselines = {row["batch_size"]: row["ms"] for row in rows if row["variant"] == peers.BASELINE}
     for row in rows:
         row["ratio"] = baselines[row["batch_size"]] / row["ms"] if baselines else None
     return rows, peaks
 
 
-def sample_speed(quick: bool = False, rounds: int | str = "auto", compile: bool = False, device: str = "auto") -> None:
+def sample_speed(
+    quick: bool = False, rounds: int | str = "auto", compile: bool = False, device: str = "auto"
+) -> None:
     """Milliseconds per image and step in sampling, ours and others', in batches of 16 and of 1.
 
         python -m benchmarks.sample_speed --quick
@@ -61,7 +87,8 @@ def sample_speed(quick: bool = False, rounds: int | str = "auto", compile: bool 
     Args:
         quick: a small network and few rounds, to see that all works; the figures mean little.
         rounds: how often every variant is measured, in turn; auto is 5, or 3 if quick.
-        compile: also the compiled networks on a CPU, which takes minutes; on a GPU they are always there.
+        compile: also the compiled networks on a CPU, which takes minutes; on a GPU they are always
+            there.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
@@ -78,4 +105,6 @@ def sample_speed(quick: bool = False, rounds: int | str = "auto", compile: bool 
 
 
 if __name__ == "__main__":
-    command_line.run_command_line("-m benchmarks.sample_speed", {"sample_speed": sample_speed}, measuring.LIMITS)
+    command_line.run_command_line(
+        "-m benchmarks.sample_speed", {"sample_speed": sample_speed}, measuring.LIMITS
+    )

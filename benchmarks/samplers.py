@@ -3,8 +3,8 @@
     python -m benchmarks.samplers --run_name=landscapes
     python -m benchmarks.samplers --help
 
-Every way begins from the same noise, so two rows differ by the way alone. What is judged is written down at once; the
-same command does what is still missing.
+Every way begins from the same noise, so two rows differ by the way alone. What is judged is written
+down at once; the same command does what is still missing.
 """
 
 import itertools
@@ -30,16 +30,19 @@ def samplers(
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Sample a run by every sampler at 10 to 1,000 steps, and judge the images by the pictures it was trained on.
+    """Sample a run by every sampler at 10 to 1,000 steps, and judge the images by the pictures it
+    was trained on.
 
         python -m benchmarks.samplers --run_name=landscapes
 
-    Adds a row for every sampler and number of steps to results/benchmarks/samplers.csv, and prints all of them.
+    Adds a row for every sampler and number of steps to results/benchmarks/samplers.csv, and prints
+    all of them.
 
     Args:
         run_name: the run to sample from, a folder in models/.
         n_img: how many images are judged; distances can be compared for the same number only.
-        most_steps: leave out what takes more steps; 1,000 take as long as all of the others and half of that again.
+        most_steps: leave out what takes more steps; 1,000 take as long as all of the others and
+            half of that again.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -53,7 +56,9 @@ def samplers(
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]
     features = evaluate.load_efficientnet(place)
-    pictures = utils.load_dataset(Path(settings["dataset"]), settings["img_size"], settings["mode"]).images
+    pictures = utils.load_dataset(
+        Path(settings["dataset"]), settings["img_size"], settings["mode"]
+    ).images
     n = evaluate.comparable(n_img, len(pictures))
     shared = {"run": run_name, "step": stored["step"], "n": n}
 
@@ -70,10 +75,18 @@ def samplers(
         samples = evaluate.make_samples(stored, range(n), sampler, steps, batch_size, place)
         seconds = time.monotonic() - began
         figures = evaluate.judge(samples, pictures, features, place)
-        row = shared | {"sampler": sampler, "steps": steps, "measure": figures["measure"], "seconds": seconds}
+        row = shared | {
+            "sampler": sampler,
+            "steps": steps,
+            "measure": figures["measure"],
+            "seconds": seconds,
+        }
         row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
-    rows = [row | {name: float(row[name]) for name in (*FIGURES, "seconds")} for row in done_before(path)]
+    rows = [
+        row | {name: float(row[name]) for name in (*FIGURES, "seconds")}
+        for row in done_before(path)
+    ]
     shown = {"sampler": ("sampler", ""), "steps": ("steps", ""), "seconds": ("seconds", ".0f")}
     shown |= {name: (name, ".3f") for name in FIGURES}
     print(f"\n{run_name}: {n:,} images, {features.measure}; {measuring.hardware(place)}")

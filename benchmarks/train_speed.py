@@ -1,4 +1,5 @@
-"""Images per second in training: ours, diffusers' and lucidrains' step, and the whole command beside the bare step.
+"""Images per second in training: ours, diffusers' and lucidrains' step, and the whole command
+beside the bare step.
 
     python -m benchmarks.train_speed --quick
     python -m benchmarks.train_speed
@@ -24,15 +25,36 @@ from benchmarks import measuring, peers
 from benchmarks.measuring import Spread, Timing
 from machinery import command_line, devices, journal
 
-COLUMNS = (*measuring.WHAT, "img_per_s", "img_per_s_min", "img_per_s_max", "ratio", "weights_m", "gflop_per_img")
+COLUMNS = (
+    *measuring.WHAT,
+    "img_per_s",
+    "img_per_s_min",
+    "img_per_s_max",
+    "ratio",
+    "weights_m",
+    "gflop_per_img",
+)
 COLUMNS += ("peak_tflop_per_s", "share_of_peak", "memory_gb", *measuring.WHERE)
-SHOWN = {"variant": ("variant", ""), "weights_m": ("weights M", ".1f"), "gflop_per_img": ("GFLOP/img", ".1f")}
-SHOWN |= {"img_per_s": ("img/s", ".2f"), "img_per_s_min": ("min", ".2f"), "img_per_s_max": ("max", ".2f")}
-SHOWN |= {"share_of_peak": ("of peak", ".1%"), "memory_gb": ("GB", ".2f"), "ratio": ("ratio", ".2f")}
+SHOWN = {
+    "variant": ("variant", ""),
+    "weights_m": ("weights M", ".1f"),
+    "gflop_per_img": ("GFLOP/img", ".1f"),
+}
+SHOWN |= {
+    "img_per_s": ("img/s", ".2f"),
+    "img_per_s_min": ("min", ".2f"),
+    "img_per_s_max": ("max", ".2f"),
+}
+SHOWN |= {
+    "share_of_peak": ("of peak", ".1%"),
+    "memory_gb": ("GB", ".2f"),
+    "ratio": ("ratio", ".2f"),
+}
 
 
 def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) -> Spread:
-    """Images per second that `ddpm.train` itself logs, with a folder of pictures to read, its log and its saves.
+    """Images per second that `ddpm.train` itself logs, with a folder of pictures to read, its log
+    and its saves.
 
     Args:
         shape: the network's settings.
@@ -48,10 +70,20 @@ def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) ->
         try:
             Path("pictures").mkdir()
             for number in range(batches * batch_size):
-                pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(number).integers(
+                    0, 256, (side, side, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(Path("pictures", f"{number:06d}.png"))
-            settings = shape | {"img_size": (side,), "batch_size": batch_size, "epochs": epochs, "device": str(device)}
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            settings = shape | {
+                "img_size": (side,),
+                "batch_size": batch_size,
+                "epochs": epochs,
+                "device": str(device),
+            }
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
                 ddpm.train(dataset="pictures", run_name="speed", sample_every=0, **settings)
             with open(Path("results", "speed", "log.csv"), newline="") as file:
                 speeds = [float(row["img_per_s"]) for row in csv.DictReader(file)]
@@ -64,10 +96,14 @@ def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) ->
 def measure(
     shape: dict, batch_size: int, rounds: int, device: torch.device, compiled: bool, small: bool
 ) -> tuple[list[dict], dict[str, float]]:
-    """One row per variant, and the machine's peaks; the last two rows are the bare step again, and `ddpm.train`."""
+    """One row per variant, and the machine's peaks; the last two rows are the bare step again, and
+    `ddpm.train`.
+    """
     precisions, side = measuring.precisions_of(device), shape["img_size"]
     images = torch.rand(batch_size, 3, side, side, device=device) * 2 - 1
-    found = peers.variants(peers.all_networks(shape), peers.TRAINING, (images,), precisions, compiled)
+    found = peers.variants(
+        peers.all_networks(shape), peers.TRAINING, (images,), precisions, compiled
+    )
     convolutions = measuring.convolutions(device, precisions, small)
     builders = {name: variant.build for name, variant in found.items()}
     timings = measuring.take_turns(builders | convolutions, rounds, device)
@@ -77,17 +113,30 @@ def measure(
     def add(name: str, variant: str, speed: Spread, timing: Timing | None) -> None:
         precision, network, _ = found[variant]
         flop = measuring.count_flop(network, side, training=True)
-        what = {"benchmark": "train_speed", "variant": name, "precision": precision, "img_size": side}
+        what = {
+            "benchmark": "train_speed",
+            "variant": name,
+            "precision": precision,
+            "img_size": side,
+        }
         what |= {"batch_size": batch_size, "rounds": rounds}
-        what |= {"img_per_s": speed.median, "img_per_s_min": speed.minimum, "img_per_s_max": speed.maximum}
-        rows.append(what | measuring.cells_of(network, flop, speed.median, peaks[precision], timing))
+        what |= {
+            "img_per_s": speed.median,
+            "img_per_s_min": speed.minimum,
+            "img_per_s_max": speed.maximum,
+        }
+        rows.append(
+            what | measuring.cells_of(network, flop, speed.median, peaks[precision], timing)
+        )
 
     for name in found:
         add(name, name, measuring.rates(timings[name], batch_size), timings[name])
     bare = f"ours, {precisions[-1]}"
     print("ddpm.train itself", file=sys.stderr, flush=True)
     whole = end_to_end(shape, batch_size, rounds, device)
-    again = measuring.take_turns({f"{bare}, again": found[bare].build}, rounds, device)[f"{bare}, again"]
+    again = measuring.take_turns({f"{bare}, again": found[bare].build}, rounds, device)[
+        f"{bare}, again"
+    ]
     add(f"{bare}, again", bare, measuring.rates(again, batch_size), again)
     add(f"{bare}, ddpm.train", bare, whole, None)
     baseline = next((row["img_per_s"] for row in rows if row["variant"] == peers.BASELINE), None)
@@ -97,7 +146,9 @@ def measure(
 
 
 def overhead(rows: list[dict]) -> str:
-    """What reading, logging and saving cost, in words: `ddpm.train` against the bare step before and after it."""
+    """What reading, logging and saving cost, in words: `ddpm.train` against the bare step before
+    and after it.
+    """
     speeds = {row["variant"]: row["img_per_s"] for row in rows}
     *_, again, whole = speeds
     before, after = speeds[again.removesuffix(", again")], speeds[again]
@@ -122,7 +173,8 @@ def train_speed(
         quick: a small network and few rounds, to see that all works; the figures mean little.
         rounds: how often every variant is measured, in turn; auto is 5, or 3 if quick.
         batch_size: images per step; auto is 16 on a CPU, 64 on a GPU, 8 if quick.
-        compile: also the compiled networks on a CPU, which takes minutes; on a GPU they are always there.
+        compile: also the compiled networks on a CPU, which takes minutes; on a GPU they are always
+            there.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
@@ -142,4 +194,6 @@ def train_speed(
 
 
 if __name__ == "__main__":
-    command_line.run_command_line("-m benchmarks.train_speed", {"train_speed": train_speed}, measuring.LIMITS)
+    command_line.run_command_line(
+        "-m benchmarks.train_speed", {"train_speed": train_speed}, measuring.LIMITS
+    )

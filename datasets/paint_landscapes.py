@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Paints synthetic landscapes: the example training set of this project.
 
-Every picture is planned from its seed alone (`plan_scene`) and then rendered at any size (`paint`). The plan
-holds a small world in metres: a height field, water at height zero, a sky with clouds, a sun or moon, trees.
-Rendering walks the height field front to back, column by column, and so gets perspective, ridges hiding one
-another and snow by altitude for free. Nothing random happens per pixel: all texture is lattice noise at world
-positions, faded out where it is finer than a pixel, so that a seed is the same scene at any size.
+Every picture is planned from its seed alone (`plan_scene`) and then rendered at any size (`paint`).
+The plan holds a small world in metres: a height field, water at height zero, a sky with clouds, a
+sun or moon, trees. Rendering walks the height field front to back, column by column, and so gets
+perspective, ridges hiding one another and snow by altitude for free. Nothing random happens per
+pixel: all texture is lattice noise at world positions, faded out where it is finer than a pixel, so
+that a seed is the same scene at any size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 STREAM = 20240  # separates these random streams from any other use of the same seeds
-# With full colour resolution, the highest quality at which the 4,096 pictures of 96 px stay below 12 MB.
+# With full colour resolution, the highest quality at which the 4,096 pictures of 96 px stay below
+# 12 MB.
 JPEG = {"quality": 81, "optimize": True, "subsampling": 0}
 FOLDER = Path(__file__).resolve().parent / "landscapes"
 Array = np.ndarray
@@ -59,14 +61,30 @@ class Light:
 
 # Colours in the order of Light: zenith, middle, horizon, sun, ambient, cloud, shade.
 LIGHTS = {
-    "day": Light(0.29, *colours("2c68bc 70a8e0 cee2ee ffeece 707e94 fffdfa 9eacc2"), (0.35, 0.9), 1.3),
-    "hazy": Light(0.08, *colours("7898ba a8bece e2e2d6 ebd8b2 848a92 f8f4ec b4bac0"), (0.3, 0.7), 0.42),
-    "golden": Light(0.16, *colours("5280b8 b2bebc ffde9e ffcc7a 6c6c7a ffeac4 a6989c"), (0.1, 0.3), 0.9),
-    "dawn": Light(0.10, *colours("4c64a0 b09cbc ffceaa ffbe96 767086 ffccbe 9280a0"), (0.03, 0.16), 0.55),
-    "sunset": Light(0.13, *colours("323a76 b8626a ffac54 ffa264 625e78 ff9864 704a68"), (0.02, 0.14), 0.8),
-    "dusk": Light(0.06, *colours("242e62 625a98 e2928e c48296 605a7e e28e9c 544a78"), (0.01, 0.08), 0.7),
-    "storm": Light(0.09, *colours("4a5260 707a84 bac0bc b2b0a0 767c84 acb0b2 464e5a"), (0.3, 0.6), 0.45),
-    "night": Light(0.09, *colours("0c1638 1e3262 546c98 6c88c8 3e5694 8092bc 202a4c"), (0.14, 0.42), 0.8),
+    "day": Light(
+        0.29, *colours("2c68bc 70a8e0 cee2ee ffeece 707e94 fffdfa 9eacc2"), (0.35, 0.9), 1.3
+    ),
+    "hazy": Light(
+        0.08, *colours("7898ba a8bece e2e2d6 ebd8b2 848a92 f8f4ec b4bac0"), (0.3, 0.7), 0.42
+    ),
+    "golden": Light(
+        0.16, *colours("5280b8 b2bebc ffde9e ffcc7a 6c6c7a ffeac4 a6989c"), (0.1, 0.3), 0.9
+    ),
+    "dawn": Light(
+        0.10, *colours("4c64a0 b09cbc ffceaa ffbe96 767086 ffccbe 9280a0"), (0.03, 0.16), 0.55
+    ),
+    "sunset": Light(
+        0.13, *colours("323a76 b8626a ffac54 ffa264 625e78 ff9864 704a68"), (0.02, 0.14), 0.8
+    ),
+    "dusk": Light(
+        0.06, *colours("242e62 625a98 e2928e c48296 605a7e e28e9c 544a78"), (0.01, 0.08), 0.7
+    ),
+    "storm": Light(
+        0.09, *colours("4a5260 707a84 bac0bc b2b0a0 767c84 acb0b2 464e5a"), (0.3, 0.6), 0.45
+    ),
+    "night": Light(
+        0.09, *colours("0c1638 1e3262 546c98 6c88c8 3e5694 8092bc 202a4c"), (0.14, 0.42), 0.8
+    ),
 }
 
 
@@ -100,16 +118,63 @@ BIOMES = {
 DESERT = Biome(0.00, *colours("deac6e ce945c a8704e 58683c"), 0, 0, None)
 REDROCK = Biome(0.00, *colours("c88054 b08a5c ba5e3c 5c6c42"), 0.1, 0, None)
 
-# Per kind of land its share, the styles of its far relief and the ranges of its measures: where the relief
-# starts and how many times farther it is complete, its wave length, the slope of the skyline, the height of
+# Per kind of land its share, the styles of its far relief and the ranges of its measures: where the
+# relief
+# starts and how many times farther it is complete, its wave length, the slope of the skyline, the
+# height of
 # the rolling ground near by, and that of the eye above it.
 KINDS = {
-    "mountains": (0.22, ["alpine"], (700, 2200), (2, 3.5), (1100, 2800), (0.12, 0.34), (3, 16), (3, 28)),
+    "mountains": (
+        0.22,
+        ["alpine"],
+        (700, 2200),
+        (2, 3.5),
+        (1100, 2800),
+        (0.12, 0.34),
+        (3, 16),
+        (3, 28),
+    ),
     "hills": (0.15, ["round"], (60, 240), (4, 4), (260, 900), (0.05, 0.17), (3, 9), (3, 28)),
-    "lake": (0.19, ["alpine", "round"], (160, 800), (3, 3), (900, 2200), (0.1, 0.3), (2, 5), (2.5, 9)),
-    "sea": (0.15, ["alpine", "round"], (120, 1400), (2, 3), (200, 700), (0.03, 0.17), (1, 2), (2.5, 12)),
-    "plain": (0.10, ["alpine", "round"], (1500, 4000), (2, 3), (1100, 2800), (0.01, 0.07), (1, 5), (3, 28)),
-    "river": (0.08, ["alpine", "round"], (250, 900), (2, 3.5), (1100, 2800), (0.1, 0.32), (1, 4), (6, 20)),
+    "lake": (
+        0.19,
+        ["alpine", "round"],
+        (160, 800),
+        (3, 3),
+        (900, 2200),
+        (0.1, 0.3),
+        (2, 5),
+        (2.5, 9),
+    ),
+    "sea": (
+        0.15,
+        ["alpine", "round"],
+        (120, 1400),
+        (2, 3),
+        (200, 700),
+        (0.03, 0.17),
+        (1, 2),
+        (2.5, 12),
+    ),
+    "plain": (
+        0.10,
+        ["alpine", "round"],
+        (1500, 4000),
+        (2, 3),
+        (1100, 2800),
+        (0.01, 0.07),
+        (1, 5),
+        (3, 28),
+    ),
+    "river": (
+        0.08,
+        ["alpine", "round"],
+        (250, 900),
+        (2, 3.5),
+        (1100, 2800),
+        (0.1, 0.32),
+        (1, 4),
+        (6, 20),
+    ),
     "dunes": (0.06, ["dune"], (30, 90), (4, 4), (110, 340), (0.04, 0.15), (1, 3), (9, 26)),
     "canyon": (0.05, ["mesa"], (250, 700), (1.6, 1.6), (500, 1100), (0.08, 0.24), (2, 6), (3, 28)),
 }
@@ -117,7 +182,8 @@ SEAS = colours("184a70 14566e 226070 126882")
 FLOWERS = colours("ecce46 de463e f4f4ec a870ce f082aa")
 
 
-# ----------------------------------------------------------------------------------------------- small tools
+# -----------------------------------------------------------------------------------------------
+# small tools
 
 
 def mix(a: Array, b: Array, share: Array | float) -> Array:
@@ -132,7 +198,9 @@ def smooth(low: float, high: float, x: Array) -> Array:
 
 
 class Noise:
-    """Smooth random functions of the plane; the same position has the same value at every resolution."""
+    """Smooth random functions of the plane; the same position has the same value at every
+    resolution.
+    """
 
     SIDE = 128  # the lattice repeats after this many cells; rotated octaves hide it
 
@@ -140,21 +208,26 @@ class Noise:
         a = rng.uniform(-1, 1, (self.SIDE, self.SIDE)).astype(np.float32)
         b, c = np.roll(a, -1, 1), np.roll(a, -1, 0)
         d = np.roll(b, -1, 0)
-        # One row of four bilinear coefficients per cell: a single gather fetches all that a point needs.
+        # One row of four bilinear coefficients per cell: a single gather fetches all that a point
+        # needs.
         self.cells = np.stack([a, b - a, c - a, a - b - c + d], -1).reshape(-1, 4)
 
     def value(self, x: Array, y: Array) -> Array:
         """Return one octave, in -1..1, with waves about two units long."""
         xf, yf = np.floor(x), np.floor(y)
         mask = self.SIDE - 1
-        k = self.cells.take((yf.astype(np.int32) & mask) * self.SIDE + (xf.astype(np.int32) & mask), axis=0)
+        k = self.cells.take(
+            (yf.astype(np.int32) & mask) * self.SIDE + (xf.astype(np.int32) & mask), axis=0
+        )
         u, v = x - xf, y - yf
         u = u * u * u * (u * (u * 6 - 15) + 10)
         v = v * v * v * (v * (v * 6 - 15) + 10)
         return k[..., 0] + k[..., 1] * u + (k[..., 2] + k[..., 3] * u) * v
 
     def octaves(self, x: Array, y: Array, count: int, gain: float, pixel: Array | float):
-        """Yield (weight, value) per octave; weights fall to 0 where the waves are finer than `pixel`."""
+        """Yield (weight, value) per octave; weights fall to 0 where the waves are finer than
+        `pixel`.
+        """
         x, y = np.float32(x), np.float32(y)
         amplitude, wave = 1.0, 1.0
         for _ in range(count):
@@ -166,13 +239,19 @@ class Noise:
             x, y = 1.6 * x - 1.2 * y + np.float32(17.3), 1.2 * x + 1.6 * y + np.float32(41.7)
             amplitude, wave = amplitude * gain, wave / 2
 
-    def fbm(self, x: Array, y: Array, count: int = 5, gain: float = 0.5, pixel: Array | float = 0.0) -> Array:
+    def fbm(
+        self, x: Array, y: Array, count: int = 5, gain: float = 0.5, pixel: Array | float = 0.0
+    ) -> Array:
         """Return fractal noise, mostly in -1..1, with a standard deviation of about 0.4."""
         norm = math.sqrt((1 - gain ** (2 * count)) / (1 - gain**2))
-        return sum(w * v for w, v in self.octaves(x, y, count, gain, pixel)) / norm + 0 * np.float32(x)
+        return sum(
+            w * v for w, v in self.octaves(x, y, count, gain, pixel)
+        ) / norm + 0 * np.float32(x)
 
     def ridged(self, x: Array, y: Array, count: int = 7, pixel: Array | float = 0.0) -> Array:
-        """Return mountain-like noise in about 0..1: sharp crests, detail growing on the crests only."""
+        """Return mountain-like noise in about 0..1: sharp crests, detail growing on the crests
+        only.
+        """
         total, carry = 0 * np.float32(x), 1.0
         for weight, v in self.octaves(x, y, count, 0.5, pixel):
             crest = (1 - np.abs(v)) ** 2 * carry
@@ -181,7 +260,8 @@ class Noise:
         return total / 1.6
 
 
-# -------------------------------------------------------------------------------------------------- planning
+# --------------------------------------------------------------------------------------------------
+# planning
 
 
 @dataclass
@@ -254,15 +334,23 @@ def plan_scene(seed: int) -> Scene:
         biome_name = "meadow"  # by moonlight lavender turns into an unlikely blue
     biome = {"dunes": DESERT, "canyon": REDROCK}.get(kind, BIOMES[biome_name])
     base = LIGHTS[time]
-    skies = {name: vary(rng, getattr(base, name)) for name in ("zenith", "middle", "horizon", "cloud")}
+    skies = {
+        name: vary(rng, getattr(base, name)) for name in ("zenith", "middle", "horizon", "cloud")
+    }
     light = Light(**{**vars(base), **skies})
-    tints = {name: vary(rng, getattr(biome, name), 0.08) for name in ("grass", "meadow", "rock", "tree")}
+    tints = {
+        name: vary(rng, getattr(biome, name), 0.08) for name in ("grass", "meadow", "rock", "tree")
+    }
     biome = Biome(**{**vars(biome), **tints})
 
     fov = rng.uniform(0.7, 1.05)
-    low, high = {"sea": (0.32, 0.74), "lake": (0.38, 0.66), "river": (0.3, 0.6)}.get(kind, (0.32, 0.74))
+    low, high = {"sea": (0.32, 0.74), "lake": (0.38, 0.66), "river": (0.3, 0.6)}.get(
+        kind, (0.32, 0.74)
+    )
     horizon = float(np.clip(rng.normal((low + high) / 2, 0.11), low, high))
-    ahead = bool(rng.random() < {"night": 0.85, "storm": 0.0, "day": 0.3, "hazy": 0.3}.get(time, 0.66))
+    ahead = bool(
+        rng.random() < {"night": 0.85, "storm": 0.0, "day": 0.3, "hazy": 0.3}.get(time, 0.66)
+    )
     slope = rng.uniform(*base.elevation)
     rise = min(slope, horizon * fov * 0.85)
     if ahead:
@@ -275,7 +363,9 @@ def plan_scene(seed: int) -> Scene:
     towards = (towards / np.linalg.norm(towards)).astype(np.float32)
     veiled = not ahead or (time == "hazy" and rng.random() < 0.5)
     disc = 0.0 if veiled else fov * rng.uniform(0.015, 0.034 if slope < 0.31 else 0.02)
-    scene = Scene(kind, time, light, biome, Noise(rng), fov, horizon, 2.0, sun, ahead, towards, disc)
+    scene = Scene(
+        kind, time, light, biome, Noise(rng), fov, horizon, 2.0, sun, ahead, towards, disc
+    )
     plan_land(rng, scene)
     plan_sky(rng, scene)
     place_camera(scene)
@@ -284,43 +374,64 @@ def plan_scene(seed: int) -> Scene:
 
 
 def plan_land(rng: np.random.Generator, scene: Scene) -> None:
-    """Decide the height field: rolling ground near by, relief far away, water, and what covers the ground."""
+    """Decide the height field: rolling ground near by, relief far away, water, and what covers the
+    ground.
+    """
     kind, land, extras = scene.kind, scene.land, scene.extras
     _, styles, *ranges = KINDS[kind]
     names = ("start", "steep", "length", "skyline", "roll")
     land.update({name: rng.uniform(*span) for name, span in zip(names, ranges, strict=False)})
     scene.eye = float(np.exp(rng.uniform(*np.log(ranges[-1]))))
-    land.update(style=str(rng.choice(styles)), water=kind if kind in ("lake", "sea", "river") else "none")
-    land.update(roll_length=rng.uniform(90, 320), tilt=rng.normal(0, 0.05), skew=rng.uniform(-1.6, 1.6))
-    bends = {"lake": (20, 160), "sea": (4, 18)}  # of shores in metres, else of paths and rivers as slopes
+    land.update(
+        style=str(rng.choice(styles)), water=kind if kind in ("lake", "sea", "river") else "none"
+    )
+    land.update(
+        roll_length=rng.uniform(90, 320), tilt=rng.normal(0, 0.05), skew=rng.uniform(-1.6, 1.6)
+    )
+    # of shores in metres, else of paths and rivers as slopes
+    bends = {
+        "lake": (20, 160),
+        "sea": (4, 18),
+    }
     land.update(bend=rng.uniform(*bends.get(kind, (0.08, 0.3))), path=0.0, wide=rng.uniform(5, 22))
     # The near shore of lakes and seas; negative: the painter stands over water.
     land["near"] = rng.choice([-60.0, rng.uniform(8, 22), rng.uniform(14, 50)])
     land.update(side=rng.choice([-1, 1]) * rng.uniform(0.02, 0.45), headland=rng.random() < 0.62)
-    spans = rng.uniform((-0.5, 500, 0.03), (0.5, 4000, 0.12), (3, 3))  # islands: direction, distance, width
-    land["islands"] = spans[: int(rng.choice([0, 0, 1, 2, 3] if land["headland"] else [1, 1, 2, 3]))]
+    # islands: direction, distance, width
+    spans = rng.uniform((-0.5, 500, 0.03), (0.5, 4000, 0.12), (3, 3))
+    land["islands"] = spans[
+        : int(rng.choice([0, 0, 1, 2, 3] if land["headland"] else [1, 1, 2, 3]))
+    ]
     if kind in ("mountains", "hills", "plain") and rng.random() < 0.3:
         land["path"] = rng.uniform(1.0, 2.6)
     # Most country is dry; where the ground dips below zero there are ponds.
     land["dry"] = land["roll"] * rng.choice([0.3, 1.2, 1.2, 1.2]) + 2
     if scene.biome.snowline:
         extras["snowline"] = rng.uniform(*scene.biome.snowline)
-    extras["fields"] = scene.biome.fields and kind in ("plain", "hills", "mountains") and rng.random() < 0.6
+    extras["fields"] = (
+        scene.biome.fields and kind in ("plain", "hills", "mountains") and rng.random() < 0.6
+    )
     extras["flower"] = FLOWERS[rng.integers(len(FLOWERS))]
     blooming = scene.biome.share > 0 and scene.time != "night" and extras.get("snowline", 1) > 0.3
     extras["flowers"] = rng.uniform(0.3, 1.0) if blooming and rng.random() < 0.3 else 0.0
     extras["field_angle"] = rng.uniform(-0.9, 0.9)
     extras["wave"] = rng.uniform(0.25, 1.2)
-    extras["deep"] = vary(rng, SEAS[rng.integers(len(SEAS))] if kind == "sea" else rgb(34, 66, 74), 0.1)
+    extras["deep"] = vary(
+        rng, SEAS[rng.integers(len(SEAS))] if kind == "sea" else rgb(34, 66, 74), 0.1
+    )
     extras["shallow"] = vary(rng, rgb(96, 190, 184) if kind == "sea" else rgb(96, 112, 88), 0.08)
-    extras["sand"] = vary(rng, rgb(232, 208, 164) if rng.random() < 0.8 else rgb(150, 140, 132), 0.06)
+    extras["sand"] = vary(
+        rng, rgb(232, 208, 164) if rng.random() < 0.8 else rgb(150, 140, 132), 0.06
+    )
 
 
 def plan_sky(rng: np.random.Generator, scene: Scene) -> None:
     """Decide clouds, mist, precipitation, stars and the final grading."""
     extras, time = scene.extras, scene.time
 
-    def add(style: str, cover: tuple[float, float], scale: tuple[float, float], opacity: float) -> None:
+    def add(
+        style: str, cover: tuple[float, float], scale: tuple[float, float], opacity: float
+    ) -> None:
         layer = Cloud(style, rng.uniform(*scale), rng.uniform(*cover), opacity, rng.uniform(0, 100))
         scene.clouds.append(layer)
 
@@ -351,7 +462,9 @@ def plan_sky(rng: np.random.Generator, scene: Scene) -> None:
 
 
 def place_camera(scene: Scene) -> None:
-    """Put the camera above the ground near by; stretch the relief so that the skyline has its height."""
+    """Put the camera above the ground near by; stretch the relief so that the skyline has its
+    height.
+    """
     x, z = np.meshgrid(np.linspace(-0.5, 0.5, 9), np.geomspace(3, 36, 16))
     near = np.maximum(ground_height(scene, x * z * scene.fov, z), 0)
     scene.camera = float(near.max() * 0.75 + near.mean() * 0.25 + scene.eye)
@@ -379,7 +492,11 @@ def plan_plants(rng: np.random.Generator, scene: Scene) -> None:
     keep = wood > rng.uniform(-0.3, 0.25) - 0.3 * biome.wooded
     spots += zip(x[keep], z[keep], strict=True)
     if count and rng.random() < 0.6:  # a row along a hedge or a far shore
-        start, step, depth = rng.uniform(-0.6, 0.3), rng.uniform(0.01, 0.035), nearest * rng.uniform(1.3, 3)
+        start, step, depth = (
+            rng.uniform(-0.6, 0.3),
+            rng.uniform(0.01, 0.035),
+            nearest * rng.uniform(1.3, 3),
+        )
         drift = rng.uniform(-0.6, 0.6)
         for i in range(int(rng.integers(8, 40))):
             at = depth * (1 + drift * step * i) * rng.uniform(0.97, 1.03)
@@ -397,23 +514,42 @@ def plan_plants(rng: np.random.Generator, scene: Scene) -> None:
         elif kind == "canyon" or biome.wooded < 0.15:
             shape = "cactus" if kind == "canyon" and rng.random() < 0.35 else "bush"
         evergreen = shape == "conifer" and biome.tree[0] > 0.5
-        add_plant(rng, scene, shape, x, z, vary(rng, rgb(56, 84, 48) if evergreen else foliage, 0.12))
+        add_plant(
+            rng, scene, shape, x, z, vary(rng, rgb(56, 84, 48) if evergreen else foliage, 0.12)
+        )
     if kind == "sea" and land["near"] > 0 and biome.conifers < 0.9 and rng.random() < 0.35:
         for at in rng.uniform(16, 24, rng.integers(1, 4)):
-            add_plant(rng, scene, "palm", side * rng.uniform(0.25, 0.5) * scene.fov * at, at, foliage)
-    for at in np.exp(rng.uniform(np.log(9), np.log(60), rng.choice([0, 0, 0, 2, 4]) * (kind != "dunes"))):
+            add_plant(
+                rng, scene, "palm", side * rng.uniform(0.25, 0.5) * scene.fov * at, at, foliage
+            )
+    for at in np.exp(
+        rng.uniform(np.log(9), np.log(60), rng.choice([0, 0, 0, 2, 4]) * (kind != "dunes"))
+    ):
         x = rng.uniform(-0.5, 0.5) * scene.fov * at
         add_plant(rng, scene, "boulder", x, at, vary(rng, biome.rock, 0.08))
 
 
-def add_plant(rng: np.random.Generator, scene: Scene, shape: str, x: float, z: float, colour: Array) -> None:
+def add_plant(
+    rng: np.random.Generator, scene: Scene, shape: str, x: float, z: float, colour: Array
+) -> None:
     """Plant one at (x, z) metres, of a height usual for its shape."""
-    tall = {"conifer": 13, "broad": 10, "poplar": 14, "bush": 2.2, "palm": 9, "cactus": 4, "boulder": 1.3}[shape]
+    tall = {
+        "conifer": 13,
+        "broad": 10,
+        "poplar": 14,
+        "bush": 2.2,
+        "palm": 9,
+        "cactus": 4,
+        "boulder": 1.3,
+    }[shape]
     tall = tall * rng.uniform(0.7, 1.25) * (1 + z / 40 if shape == "boulder" else 1)
-    scene.plants.append(Plant(shape, float(x), float(z), float(tall), colour, int(rng.integers(1 << 30))))
+    scene.plants.append(
+        Plant(shape, float(x), float(z), float(tall), colour, int(rng.integers(1 << 30)))
+    )
 
 
-# ---------------------------------------------------------------------------------------------- height field
+# ----------------------------------------------------------------------------------------------
+# height field
 
 
 def wander(scene: Scene, z: Array) -> Array:
@@ -442,7 +578,9 @@ def relief(scene: Scene, x: Array, z: Array, pixel: Array | float) -> Array:
         return crest * tall * np.exp(-z / 1800) + 0.4 * noise.fbm(px * 0.35 + 5, pz * 0.35, 2)
     table = noise.fbm(px, pz, 5, 0.45, fine)  # mesas: two steep steps with talus at their feet
     rough = 0.10 * noise.fbm(px * 5, pz * 5, 4, 0.55, fine * 5)
-    walls = 0.5 * smooth(0.02, 0.10, table + 0.3 * rough) + 0.45 * smooth(0.22, 0.29, table + 0.3 * rough)
+    walls = 0.5 * smooth(0.02, 0.10, table + 0.3 * rough) + 0.45 * smooth(
+        0.22, 0.29, table + 0.3 * rough
+    )
     return 0.14 * smooth(-0.35, 0.05, table) + walls + 0.15 * rough
 
 
@@ -452,7 +590,9 @@ def ground_height(scene: Scene, x: Array, z: Array, pixel: Array | float = 0.0) 
     x, z = np.float32(x), np.float32(z)
     rise = smooth(0, 1, (z - land["start"]) / (land["start"] * (land["steep"] - 1) + 1))
     size = 0.2 * land["start"] * land["steep"]
-    rolling = noise.fbm(x / land["roll_length"] + 31, z / land["roll_length"], 4, 0.42, pixel / land["roll_length"])
+    rolling = noise.fbm(
+        x / land["roll_length"] + 31, z / land["roll_length"], 4, 0.42, pixel / land["roll_length"]
+    )
     ground = land["roll"] * rolling * np.clip(z / 40, 0.1, 1) + land["tilt"] * np.clip(x, -60, 60)
     if land["water"] == "none":
         ground = ground + land["dry"]
@@ -466,10 +606,14 @@ def ground_height(scene: Scene, x: Array, z: Array, pixel: Array | float = 0.0) 
     shore = land["near"] + land["bend"] * 0.15 * wobble + x * land["tilt"] * 6
     beach = np.minimum((shore - z) * 0.07, 2.0 + ground * 0.2)
     if land["water"] == "lake":
-        coast = land["start"] + land["bend"] * noise.fbm(x / 300, z / 900 + 3, 4) + x * land["tilt"] * 3
+        coast = (
+            land["start"] + land["bend"] * noise.fbm(x / 300, z / 900 + 3, 4) + x * land["tilt"] * 3
+        )
         far = (z - coast) * 0.06
         size = 0.12 * (land["start"] + 900)
-        far = np.where(far > 0, far + size * smooth(0, 900, z - coast) * relief(scene, x, z, pixel), far)
+        far = np.where(
+            far > 0, far + size * smooth(0, 900, z - coast) * relief(scene, x, z, pixel), far
+        )
         return np.maximum(np.maximum(beach, far), -12)
     sea = np.maximum(beach, -25)
     if land["headland"]:
@@ -478,14 +622,19 @@ def ground_height(scene: Scene, x: Array, z: Array, pixel: Array | float = 0.0) 
         sea = np.maximum(sea, np.where(rock > 0.2, rock, -25))
     for u, far, wide in land["islands"]:
         dx, dz = (x - u * far) / (wide * far), (z - far) / (wide * far * 0.8)
-        dome = np.exp(-(dx * dx + dz * dz)) * (0.6 + 0.9 * relief(scene, x * 2.0, z * 2.0, pixel * 2)) - 0.3
+        dome = (
+            np.exp(-(dx * dx + dz * dz)) * (0.6 + 0.9 * relief(scene, x * 2.0, z * 2.0, pixel * 2))
+            - 0.3
+        )
         sea = np.maximum(sea, np.where(dome > 0, dome * wide * far * 0.55, -25))
     return sea
 
 
 @dataclass
 class View:
-    """What each supersampled pixel (row, column) sees; arrays are (side, side) unless said otherwise."""
+    """What each supersampled pixel (row, column) sees; arrays are (side, side) unless said
+    otherwise.
+    """
 
     side: int
     pixel: float  # width of a pixel as a slope
@@ -504,7 +653,9 @@ class View:
 def look_up(view: View, x: Array, z: Array) -> Array:
     """Return the height of the ground or water at world positions, from the grid."""
     col = (x / z - view.columns[0]) / (view.columns[1] - view.columns[0])
-    row = np.log(np.maximum(z, view.depths[0]) / view.depths[0]) / np.log(view.depths[1] / view.depths[0])
+    row = np.log(np.maximum(z, view.depths[0]) / view.depths[0]) / np.log(
+        view.depths[1] / view.depths[0]
+    )
     col = np.clip(col, 0, len(view.columns) - 1.001)
     row = np.clip(row, 0, len(view.depths) - 1.001)
     c, r = col.astype(np.int32), row.astype(np.int32)
@@ -517,7 +668,9 @@ def look_up(view: View, x: Array, z: Array) -> Array:
 
 
 def trace_view(scene: Scene, side: int) -> View:
-    """Find what every pixel sees: march the height field front to back, one screen column at a time."""
+    """Find what every pixel sees: march the height field front to back, one screen column at a
+    time.
+    """
     pixel = scene.fov / side
     u = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5)[None, :] * scene.fov
     v = (scene.horizon - (np.arange(side, dtype=np.float32) + 0.5) / side)[:, None] * scene.fov
@@ -559,7 +712,9 @@ def trace_view(scene: Scene, side: int) -> View:
 
 
 def cast_shadows(scene: Scene, view: View) -> None:
-    """Darken what lies behind higher ground, seen from the sun; a few growing steps give soft edges."""
+    """Darken what lies behind higher ground, seen from the sun; a few growing steps give soft
+    edges.
+    """
     land = np.isfinite(view.depth)
     z = view.depth[land]
     x, y = (view.u + 0 * view.ground)[land] * z, np.maximum(view.ground[land], 0)
@@ -572,11 +727,14 @@ def cast_shadows(scene: Scene, view: View) -> None:
     view.shadow[land] = np.clip(clear, 0, 1)
 
 
-# -------------------------------------------------------------------------------------------------- painting
+# --------------------------------------------------------------------------------------------------
+# painting
 
 
 def paint_sky(scene: Scene, u: Array, v: Array, pixel: float, mirrored: bool = False) -> Array:
-    """Return the colours (..., 3) of the sky in the directions (u, v), without sun or moon if mirrored."""
+    """Return the colours (..., 3) of the sky in the directions (u, v), without sun or moon if
+    mirrored.
+    """
     light = scene.light
     height = np.clip(v, 0, None)[..., None] / 0.55
     colour = mix(light.horizon, light.middle, smooth(0.0, 0.5, height))
@@ -592,7 +750,9 @@ def paint_sky(scene: Scene, u: Array, v: Array, pixel: float, mirrored: bool = F
         edge = np.clip((scene.disc - distance) / 0.006 + 0.5, 0, 1)[..., None]
         face = np.minimum(light.sun * 1.1 + 0.12, 1.15) * np.ones_like(colour)
         if scene.time == "night":
-            spots = scene.noise.fbm((u - scene.sun[0]) / scene.disc, (v - scene.sun[1]) / scene.disc, 3)
+            spots = scene.noise.fbm(
+                (u - scene.sun[0]) / scene.disc, (v - scene.sun[1]) / scene.disc, 3
+            )
             face = rgb(246, 244, 228) * (1 - 0.22 * smooth(0.0, 0.5, spots))[..., None]
         colour = mix(colour, face, edge)
     for layer in scene.clouds:
@@ -601,7 +761,9 @@ def paint_sky(scene: Scene, u: Array, v: Array, pixel: float, mirrored: bool = F
 
 
 def paint_night(scene: Scene, u: Array, v: Array) -> Array:
-    """Return the light (..., 3) of the milky way and of auroras; stars are dots, see `scatter_dots`."""
+    """Return the light (..., 3) of the milky way and of auroras; stars are dots, see
+    `scatter_dots`.
+    """
     extras, noise = scene.extras, scene.noise
     glow = np.zeros((*np.broadcast(u, v).shape, 3), np.float32)
     if extras["galaxy"]:
@@ -618,7 +780,9 @@ def paint_night(scene: Scene, u: Array, v: Array) -> Array:
     return glow
 
 
-def add_clouds(scene: Scene, layer: Cloud, colour: Array, u: Array, v: Array, glow: Array, pixel: float) -> Array:
+def add_clouds(
+    scene: Scene, layer: Cloud, colour: Array, u: Array, v: Array, glow: Array, pixel: float
+) -> Array:
     """Return the sky with one layer of clouds, lit from the side of the sun."""
     noise, light = scene.noise, scene.light
     up = np.maximum(v, 0)
@@ -646,7 +810,9 @@ def add_clouds(scene: Scene, layer: Cloud, colour: Array, u: Array, v: Array, gl
     if layer.style == "deck":
         lit = np.clip(lit * 0.85 + 0.1 - 0.25 * np.clip(thick[..., None] - 0.4, -0.3, 1), 0, 1)
     tone = mix(light.shade, light.cloud, lit)
-    tone = mix(tone, np.minimum(light.sun * 1.05, 1.1), glow * 0.6 * (scene.time not in ("night", "storm")))
+    tone = mix(
+        tone, np.minimum(light.sun * 1.05, 1.1), glow * 0.6 * (scene.time not in ("night", "storm"))
+    )
     tone = mix(tone, light.horizon, 0.45 * np.exp(-up / 0.10)[..., None])
     return mix(colour, tone, alpha[..., None])
 
@@ -677,7 +843,9 @@ def plough_fields(scene: Scene, x: Array, z: Array, pixel: Array) -> tuple[Array
     a = (x * math.cos(turn) + z * math.sin(turn) + bent) / 70
     b = (z * math.cos(turn) - x * math.sin(turn) - bent) / 150
     a = a + 0.37 * np.floor(b)
-    pick_one = (np.floor(a).astype(np.int64) * 73856093 ^ np.floor(b).astype(np.int64) * 19349663) % 6
+    pick_one = (
+        np.floor(a).astype(np.int64) * 73856093 ^ np.floor(b).astype(np.int64) * 19349663
+    ) % 6
     biome = scene.biome
     crops = [biome.grass, biome.meadow, biome.grass * 0.8, mix(biome.meadow, rgb(120, 94, 70), 0.5)]
     crops += [mix(biome.grass, rgb(214, 190, 104), 0.55), mix(biome.meadow, rgb(80, 128, 60), 0.6)]
@@ -705,13 +873,16 @@ class Ground:
 
 
 def paint_land(scene: Scene, view: View, colour: Array) -> None:
-    """Paint the ground into colour (side, side, 3): cover by slope and altitude, sun and shadow, air."""
+    """Paint the ground into colour (side, side, 3): cover by slope and altitude, sun and shadow,
+    air.
+    """
     land = np.isfinite(view.depth) & ~is_water(view)
     if not land.any():
         return
     z, y, u = view.depth[land], view.ground[land], (view.u + 0 * view.ground)[land]
     x, gx, gz = u * z, view.slope_x[land], view.slope_z[land]
-    # Seen at a grazing angle a pixel covers more ground ahead than sideways; noise is faded by their mean.
+    # Seen at a grazing angle a pixel covers more ground ahead than sideways; noise is faded by
+    # their mean.
     grazing = np.clip(scene.camera - y, 1, None) / z + np.hypot(gx, gz) * 0.5
     pixel = z * view.pixel / np.sqrt(np.clip(grazing, 0.02, 1))
     broad = scene.noise.fbm(x / 110, z / 110, 6, 0.6, pixel / 110)
@@ -721,8 +892,12 @@ def paint_land(scene: Scene, view: View, colour: Array) -> None:
     ground = Ground(u, x, y, z, gx, gz, flat, pixel, broad, tufts, patch)
     tone = lay_rock(scene, ground, lay_meadows(scene, ground))
     tone, snow = lay_snow(scene, ground, tone)
-    ambient = scene.light.ambient * (0.72 + 0.28 * flat)[:, None] * mix(1, np.array([0.95, 1, 1.1]), snow)
-    lit = tone * (ambient + scene.light.sun * find_sunshine(scene, ground, view.shadow[land])[:, None])
+    ambient = (
+        scene.light.ambient * (0.72 + 0.28 * flat)[:, None] * mix(1, np.array([0.95, 1, 1.1]), snow)
+    )
+    lit = tone * (
+        ambient + scene.light.sun * find_sunshine(scene, ground, view.shadow[land])[:, None]
+    )
     colour[land] = veil(scene, lit.astype(np.float32), u, y, z)
 
 
@@ -742,22 +917,32 @@ def lay_meadows(scene: Scene, at: Ground) -> Array:
         tone = mix(tone, mix(rgb(186, 158, 122), extras["sand"], 0.3), track[:, None])
     if extras["flowers"]:
         dots = noise.value(x / 0.45, z / 0.45) * np.clip(1.6 - at.pixel / 0.5, 0, 1)
-        bloom = smooth(-0.1, 0.4, noise.fbm(x / 30 + 3, z / 30, 3)) * np.exp(-z / 250) * extras["flowers"]
+        bloom = (
+            smooth(-0.1, 0.4, noise.fbm(x / 30 + 3, z / 30, 3))
+            * np.exp(-z / 250)
+            * extras["flowers"]
+        )
         tone = mix(tone, extras["flower"], (bloom * np.clip(0.35 + 1.3 * dots, 0, 1))[:, None])
     if biome.wooded and scene.kind != "plain":
         wood = noise.fbm(x / 260 + 3.1, z / 260, 4, 0.55, at.pixel / 260) + biome.wooded - 0.45
-        wood = smooth(0, 0.22, wood - 1.1 * at.y / scene.peak + 0.2 * at.broad) * smooth(120, 420, z)
+        wood = smooth(0, 0.22, wood - 1.1 * at.y / scene.peak + 0.2 * at.broad) * smooth(
+            120, 420, z
+        )
         crowns = 0.82 + 0.5 * noise.fbm(x / 14, z / 14, 3, 0.7, at.pixel / 14)
         tone = mix(tone, biome.tree * crowns[:, None], (wood * 0.92)[:, None])
     return tone
 
 
 def lay_rock(scene: Scene, at: Ground, tone: Array) -> Array:
-    """Return the colours (n, 3) with rock on steep and high ground, in strata on mesas, and fine texture."""
+    """Return the colours (n, 3) with rock on steep and high ground, in strata on mesas, and fine
+    texture.
+    """
     rock, style = scene.biome.rock * (1 + 0.22 * at.broad)[:, None], scene.land["style"]
     if style == "mesa":
         strata = scene.noise.fbm(at.y / (0.10 * scene.peak) + 0.15 * at.patch, 0 * at.y + 3, 4, 0.7)
-        rock = scene.biome.rock * (1 + 0.35 * strata[:, None] * np.array([0.8, 1.0, 1.1], np.float32))
+        rock = scene.biome.rock * (
+            1 + 0.35 * strata[:, None] * np.array([0.8, 1.0, 1.1], np.float32)
+        )
     start = {"alpine": 0.16, "mesa": 0.12, "dune": 9.0, "round": 0.3}[style]
     steep = 1 - at.flat + 0.10 * at.broad + 0.12 * at.y / scene.peak
     tone = mix(tone, rock, smooth(start, start + 0.16, steep)[:, None])
@@ -767,7 +952,9 @@ def lay_rock(scene: Scene, at: Ground, tone: Array) -> Array:
 
 
 def lay_snow(scene: Scene, at: Ground, tone: Array) -> tuple[Array, Array]:
-    """Return the colours (n, 3) with snow where it is high and not steep, and the share of snow (n, 1)."""
+    """Return the colours (n, 3) with snow where it is high and not steep, and the share of snow (n,
+    1).
+    """
     line = scene.extras.get("snowline", 9.0)
     snow = smooth(line - 0.06, line + 0.10, at.y / scene.peak + 0.16 * at.broad)
     snow = (snow * smooth(0.52, 0.66, at.flat + 0.12 * at.broad))[:, None]
@@ -778,7 +965,8 @@ def lay_snow(scene: Scene, at: Ground, tone: Array) -> tuple[Array, Array]:
 def find_sunshine(scene: Scene, at: Ground, shadow: Array) -> Array:
     """Return how much direct light (n,) falls on the ground, from 0 to 1.3."""
     noise, (sx, sy, sz) = scene.noise, scene.towards_sun
-    # The difference of noise here and a little towards the sun is the light on bumps too small for the grid.
+    # The difference of noise here and a little towards the sun is the light on bumps too small for
+    # the grid.
     bump = at.broad - noise.fbm(at.x / 45 + 0.5 * sx, at.z / 45 + 0.5 * sz, 5, 0.62, at.pixel / 45)
     facing = sy - at.slope_x * sx - at.slope_z * sz
     light = np.clip(facing * at.flat * 1.02 + 0.22 * bump * (1.6 - at.flat), 0, 1.3)
@@ -787,7 +975,9 @@ def find_sunshine(scene: Scene, at: Ground, shadow: Array) -> Array:
         light = light * (0.45 + 0.55 * smooth(-0.25, 0.15, drift + scene.extras["gaps"]))
     if scene.kind == "dunes":  # wind ripples across the slope
         phase = at.x * 0.5 + at.z + 6 * noise.fbm(at.x / 9, at.z / 9, 2)
-        light = np.clip(light + 0.10 * np.sin(5 * phase) * np.clip(1.2 - at.pixel / 0.5, 0, 1), 0, 1.3)
+        light = np.clip(
+            light + 0.10 * np.sin(5 * phase) * np.clip(1.2 - at.pixel / 0.5, 0, 1), 0, 1.3
+        )
     return light * shadow
 
 
@@ -797,7 +987,9 @@ def is_water(view: View) -> Array:
 
 
 def paint_water(scene: Scene, view: View, colour: Array, cover: Array) -> None:
-    """Paint lakes, rivers and seas: the mirrored picture, broken by waves, over the colour of the depth."""
+    """Paint lakes, rivers and seas: the mirrored picture, broken by waves, over the colour of the
+    depth.
+    """
     water = is_water(view) & (cover < 0.99)
     if not water.any():
         return
@@ -813,15 +1005,20 @@ def paint_water(scene: Scene, view: View, colour: Array, cover: Array) -> None:
     tilt = wave * rough
     up, across = np.abs(-v + tilt * (0.35 + 1.2 * -v)), u + 0.5 * tilt
     mirror = paint_sky(scene, across, np.maximum(up, 0.004), view.pixel * 2, mirrored=True)
-    # Land and trees: look at the mirrored row of the picture, if what is there stands behind this water.
+    # Land and trees: look at the mirrored row of the picture, if what is there stands behind this
+    # water.
     row = ((scene.horizon - up / scene.fov) * view.side).astype(int)
     col = np.clip((across / scene.fov + 0.5) * view.side, 0, view.side - 1).astype(int)
     inside, row = row >= 0, np.maximum(row, 0)
     there = np.where(is_water(view), np.inf, view.depth)[row, col]
     behind = inside & (there > z * 1.02) & np.isfinite(there)
     mirror = np.where(behind[:, None], colour[row, col] * 0.94, mirror)
-    tint = mix(extras["shallow"], extras["deep"], (1 - np.exp(-depth / (3.5 if sea else 1.5)))[:, None])
-    body = tint * (light.ambient * 1.3 + light.sun * 0.45) * (1 + 0.16 * wave + 0.1 * swell)[:, None]
+    tint = mix(
+        extras["shallow"], extras["deep"], (1 - np.exp(-depth / (3.5 if sea else 1.5)))[:, None]
+    )
+    body = (
+        tint * (light.ambient * 1.3 + light.sun * 0.45) * (1 + 0.16 * wave + 0.1 * swell)[:, None]
+    )
     shine = np.clip(0.22 + 0.75 * np.exp(v / (0.16 if sea else 0.30)) - 1.5 * tilt, 0.1, 0.95)
     result = mix(body, mirror, shine[:, None])
     if scene.time != "storm":
@@ -829,7 +1026,9 @@ def paint_water(scene: Scene, view: View, colour: Array, cover: Array) -> None:
         lane = np.exp(-(((u - scene.sun[0]) / width) ** 2)) * (scene.disc > 0)
         sparkle = smooth(0.05, 0.55, wave + 0.15)
         power = {"night": 0.7, "day": 0.5}.get(scene.time, 0.9)
-        colour_of_light = rgb(214, 222, 236) if scene.time == "night" else np.minimum(light.sun * 1.1, 1.15)
+        colour_of_light = (
+            rgb(214, 222, 236) if scene.time == "night" else np.minimum(light.sun * 1.1, 1.15)
+        )
         result = mix(result, colour_of_light, (lane * (0.22 + 0.78 * sparkle) * power)[:, None])
     white = light.ambient * 0.9 + light.sun * 0.65
     if sea:
@@ -842,7 +1041,8 @@ def paint_water(scene: Scene, view: View, colour: Array, cover: Array) -> None:
     colour[water] = mix(result, colour[water], cover[water][:, None])
 
 
-# ---------------------------------------------------------------------------------------------------- plants
+# ----------------------------------------------------------------------------------------------------
+# plants
 
 
 Parts = tuple[Array, Array, Array]
@@ -869,7 +1069,9 @@ def conifer(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: flo
     return np.maximum(cover, trunk), light, top
 
 
-def blobs(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: float, shape: str) -> Parts:
+def blobs(
+    x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: float, shape: str
+) -> Parts:
     """Return (cover, light, top) of a crown made of balls: broad trees, poplars, bushes, boulders."""
     count, wide, low, high, size = {
         "broad": (16, 0.25, 0.42, 0.82, 0.15),
@@ -898,7 +1100,11 @@ def blobs(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: float
     top = cover * smooth(0.2, 0.8, dy)
     if shape in ("broad", "poplar"):
         bend = 0.02 * np.sin(y * 7 + offset)
-        trunk = np.clip((0.028 - 0.02 * y - np.abs(x - bend)) / 0.010 + 0.5, 0, 1) * (y > -0.02) * (y < high)
+        trunk = (
+            np.clip((0.028 - 0.02 * y - np.abs(x - bend)) / 0.010 + 0.5, 0, 1)
+            * (y > -0.02)
+            * (y < high)
+        )
         top = np.where(cover < 0.5, -1, top)
         light = np.where(cover < 0.5, 0.32, light)
         cover = np.maximum(cover, trunk)
@@ -909,7 +1115,11 @@ def palm(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: float)
     """Return (cover, light, top) of a palm: a leaning trunk and hanging fronds."""
     lean = rng.uniform(-0.2, 0.2)
     middle = lean * y * y
-    cover = np.clip((0.022 - 0.008 * y - np.abs(x - middle)) / 0.008 + 0.5, 0, 1) * (y > -0.02) * (y < 0.83)
+    cover = (
+        np.clip((0.022 - 0.008 * y - np.abs(x - middle)) / 0.008 + 0.5, 0, 1)
+        * (y > -0.02)
+        * (y < 0.83)
+    )
     light = 0.45 + 0.2 * sun * (x - middle) / 0.02 + 0.1 * np.sin(y * 150)
     bark = -1.0 + 0 * x
     cx, cy = x - lean * 0.69, y - 0.83
@@ -918,7 +1128,9 @@ def palm(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: float)
         off = cy * math.cos(angle) - cx * math.sin(angle)
         droop = off + np.sign(math.cos(angle)) * 1.5 * along * along
         teeth = 0.85 + 0.2 * np.sin(along * 90 + angle * 9)
-        frond = np.clip((0.030 * teeth * np.clip(along / 0.05, 0, 1) - np.abs(droop)) / 0.010 + 0.3, 0, 1)
+        frond = np.clip(
+            (0.030 * teeth * np.clip(along / 0.05, 0, 1) - np.abs(droop)) / 0.010 + 0.3, 0, 1
+        )
         frond = frond * (along > 0) * (along < 0.27)
         light = mix(light, np.clip(0.45 + 0.3 * math.cos(angle) * sun - droop * 6, 0, 1), frond)
         bark = mix(bark, 0.0, frond)
@@ -934,7 +1146,9 @@ def cactus(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: floa
         bars += [(min(side, 0), elbow, max(side, 0), elbow, 0.045), (side, elbow, side, tip, 0.045)]
     inside = np.full(x.shape, -1.0, np.float32)
     for x0, y0, x1, y1, radius in bars:
-        inside = np.maximum(inside, radius - np.hypot(x - np.clip(x, x0, x1), y - np.clip(y, y0, y1)))
+        inside = np.maximum(
+            inside, radius - np.hypot(x - np.clip(x, x0, x1), y - np.clip(y, y0, y1))
+        )
     light = np.clip(0.4 + x * sun * 2 + 0.1 * np.sin(x * 160), 0, 0.7)
     return np.clip(inside / 0.012 + 0.5, 0, 1), light, 0 * x
 
@@ -970,19 +1184,25 @@ def paint_plants(scene: Scene, view: View, colour: Array, cover: Array) -> None:
             shade_ground(scene, view, colour, plant, cx + sun * -0.2 * tall, base, tall)
         mask = mask * (view.depth[window] > plant.z * 0.97)
         leaves = mix(plant.colour, rgb(104, 84, 66), np.clip(-top, 0, 1)[..., None])
-        tone = leaves * (light.ambient * (0.45 + 0.6 * lit[..., None]) + strength * (lit**1.5)[..., None])
+        tone = leaves * (
+            light.ambient * (0.45 + 0.6 * lit[..., None]) + strength * (lit**1.5)[..., None]
+        )
         if snowy:
             white = rgb(238, 243, 250) * (light.ambient * 1.05 + strength * 0.6 * lit[..., None])
             tone = mix(tone, white, np.clip(top * 0.85, 0, 1)[..., None])
         flat = np.float32(tone).reshape(-1, 3)
         u = np.full(len(flat), plant.x / plant.z, np.float32)
-        tone = veil(scene, flat, u, 0 * u + foot + plant.height * 0.5, 0 * u + plant.z).reshape(tone.shape)
+        tone = veil(scene, flat, u, 0 * u + foot + plant.height * 0.5, 0 * u + plant.z).reshape(
+            tone.shape
+        )
         colour[window] = mix(colour[window], tone, mask[..., None])
         cover[window] = np.maximum(cover[window], mask)
         view.depth[window] = np.where(mask > 0.5, plant.z, view.depth[window])
 
 
-def shade_ground(scene: Scene, view: View, colour: Array, plant: Plant, cx: float, base: float, tall: float) -> None:
+def shade_ground(
+    scene: Scene, view: View, colour: Array, plant: Plant, cx: float, base: float, tall: float
+) -> None:
     """Darken the ground around the foot of a plant, on the side away from the sun."""
     wide = tall * (0.6 if plant.shape in ("bush", "boulder") else 0.32)
     deep = wide * min(0.35, 1.6 * scene.camera / plant.z)
@@ -996,7 +1216,9 @@ def shade_ground(scene: Scene, view: View, colour: Array, plant: Plant, cx: floa
 
 
 def scatter_dots(colour: Array, spots: Array, radius: float, tone: Array, room: Array) -> None:
-    """Add soft dots (stars, snow flakes) at spots (n, 3: x, y, size in 0..1) where room (side, side) is 1."""
+    """Add soft dots (stars, snow flakes) at spots (n, 3: x, y, size in 0..1) where room (side,
+    side) is 1.
+    """
     side = colour.shape[0]
     sigma = max(radius * side, 0.7)  # never finer than a pixel; then dimmer instead
     dim = min(1.0, (radius * side / sigma) ** 2 * 1.5 + 0.25)
@@ -1007,7 +1229,9 @@ def scatter_dots(colour: Array, spots: Array, radius: float, tone: Array, room: 
         ys = np.arange(max(int(cy) - reach, 0), min(int(cy) + reach + 1, side))
         gap = (xs[None, :] + 0.5 - cx) ** 2 + (ys[:, None] + 0.5 - cy) ** 2
         window = (slice(ys[0], ys[-1] + 1), slice(xs[0], xs[-1] + 1))
-        glow = np.exp(-gap / (2 * (sigma * (0.6 + 0.6 * size)) ** 2)) * (0.25 + 0.75 * size**3) * dim
+        glow = (
+            np.exp(-gap / (2 * (sigma * (0.6 + 0.6 * size)) ** 2)) * (0.25 + 0.75 * size**3) * dim
+        )
         colour[window] = mix(colour[window], tone, (glow * room[window])[..., None])
 
 
@@ -1022,7 +1246,8 @@ def grade(scene: Scene, colour: Array) -> Array:
     if scene.time == "night":  # eyes see little colour by moonlight
         colour = mix(colour, gray * np.array([0.6, 0.9, 1.6], np.float32), 0.2)
     colour = np.clip(gray + (colour - gray) * extras["saturation"], 0, None)
-    colour = np.where(colour > 0.8, 0.8 + 0.2 * np.tanh((colour - 0.8) / 0.2), colour)  # soft highlights
+    # soft highlights
+    colour = np.where(colour > 0.8, 0.8 + 0.2 * np.tanh((colour - 0.8) / 0.2), colour)
     colour = mix(colour, colour * colour * (3 - 2 * colour), extras["contrast"])
     spread = float(colour.mean(-1).std())
     if spread < 0.13:
@@ -1054,7 +1279,8 @@ def paint(seed: int, size: int) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.LANCZOS) if side != size else picture
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------
+# command line
 
 
 def write_picture(seed: int, size: int, folder: Path) -> int:
@@ -1105,14 +1331,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--count", type=whole_number(1), default=4096, help="How many pictures to paint (4096).")
-    add("--size", type=whole_number(16, 2048), default=96, help="Their width and height in pixels (96).")
+    add(
+        "--size",
+        type=whole_number(16, 2048),
+        default=96,
+        help="Their width and height in pixels (96).",
+    )
     add(
         "--first_seed",
         type=whole_number(0),
         default=0,
         help="Seed of the first picture (0); the rest follow.",
     )
-    add("--folder", type=Path, default=FOLDER, help="Where to write them (landscapes beside this script).")
+    add(
+        "--folder",
+        type=Path,
+        default=FOLDER,
+        help="Where to write them (landscapes beside this script).",
+    )
     return parser.parse_args(arguments)
 
 
@@ -1125,7 +1361,9 @@ def main() -> int:
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(workers) as pool:
-            sizes = list(tqdm(pool.map(work, seeds, chunksize=4), total=options.count, unit="picture"))
+            sizes = list(
+                tqdm(pool.map(work, seeds, chunksize=4), total=options.count, unit="picture")
+            )
     except OSError as problem:
         print(f"error: cannot write to {options.folder}: {problem.strerror}", file=sys.stderr)
         return 2

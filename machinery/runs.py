@@ -1,94 +1,154 @@
-"""A run: what fits together, its lock, the table of all runs.
+"""A run: its settings, its folders, its lock, and whether what is asked for is the same run.
 
-Reading order: checks of what a run is asked to be; the lock; the table.
+Reading order: checks of settings; Run, while it is trained; reading a run; the table of all runs.
 """
 
+import contextlib
 import datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
-from machinery import checkpoints
+from machinery import checkpoints, processes, reading
 from machinery.basics import BROKEN_FILE, UserError
-from machinery.command_line import as_typed, did_you_mean, in_short
-from machinery.journal import COLUMNS
+from machinery.command_line import (
+    as_typed,
+    check_limits,
+    check_name,
+    did_you_mean,
+    in_short,
+)
+from machinery.journal import COLUMNS, SUMS, check_tensorboard
+
+UNTITLED = "untitled"  # the run of those who name none
+# what the settings of a network that was trained elsewhere may add; there are no flags for these
+IMPORTED = {
+    "attention_levels": tuple,
+    "head_width": int,
+    "norm_groups": int,
+    "downsample_padding": int,
+    "norm_eps": float,
+    "frequency_shift": float,
+}
+
+# ---- checks of settings --------------------------------------------------------------------------
+
+
+def check_training(settings: dict, limits: dict) -> tuple[int, int]:
+    """Refuse what `train` cannot do before anything is made: the images' (height, width)."""
+    check_limits(settings, limits)
+    check_name("run_name", settings["run_name"])
+    if settings["init_from"]:
+        check_name("init_from", settings["init_from"])
+    if not settings["dataset"]:
+        raise UserError("--dataset= is empty; it takes any folder of images")
+    if settings["tensorboard"]:
+        check_tensorboard()
+    return check_network(settings)
 
 
 def check_size(img_size: tuple[int, ...], stride: int) -> tuple[int, int]:
-    """(height, width) of `--img_size=64` or `--img_size=48x96`, if a network of this stride can take it."""
+    """(height, width) of `--img_size=64` or `48x96`, if a network of this stride can take it."""
+    flag = f"--img_size={as_typed('img_size', img_size)}"
     if not 1 <= len(img_size) <= 2:
-        raise UserError(
-            f"--img_size={as_typed('img_size', img_size)} is not a size; write 64, or height x width such as 48x96"
-        )
+        raise UserError(f"{flag} is not a size; write 64, or height x width such as 48x96")
     for side in img_size:
         if side % stride or not stride <= side <= 2048:
             near = stride * min(2048 // stride, max(1, round(side / stride)))
             rule = f"a multiple of {stride} (2 to the power of levels - 1), at most 2048"
-            raise UserError(f"--img_size={as_typed('img_size', img_size)}: {side} is not {rule}; the nearest is {near}")
+            raise UserError(f"{flag}: {side} is not {rule}; the nearest is {near}")
     return img_size[0], img_size[-1]
 
 
 def check_network(settings: dict) -> tuple[int, int]:
-    """Refuse a network that cannot be: the size (height, width) of the images it is for."""
-    multipliers, width = settings["multipliers"], settings["width"]
-    if not 1 <= len(multipliers) <= 8 or not all(1 <= multiplier <= 64 for multiplier in multipliers):
-        raise UserError(f"--multipliers={','.join(map(str, multipliers))} is not 1 to 8 numbers from 1 to 64")
+    """Refuse a network that cannot be built: the size (height, width) of the images it is for."""
+    multipliers = settings["multipliers"]
+    width = settings["width"]
+    are_sensible = all(1 <= multiplier <= 64 for multiplier in multipliers)
+    if not 1 <= len(multipliers) <= 8 or not are_sensible:
+        flag = f"--multipliers={as_typed('multipliers', multipliers)}"
+        raise UserError(f"{flag} is not 1 to 8 numbers from 1 to 64")
     if width % (4 if width <= 128 else 32):
         raise UserError(f"--width={width} is not a multiple of 4 up to 128, or of 32 above")
     return check_size(settings["img_size"], stride=2 ** (len(multipliers) - 1))
 
 
-def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: tuple[str, ...]) -> None:
-    """Refuse to go on with a run of other settings or other images; say when its learning rate is stretched."""
-    was = stored["settings"]
-    differences = [
-        f"--{name} was {as_typed(name, was.get(name))}, is now {as_typed(name, value)}"
-        for name, value in settings.items()
-        if name != "classes"  # these depend on --conditional and on the images
-        if name not in was or (name not in may_change and value not in (was[name], "auto"))
-    ]
+def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: set[str]) -> None:
+    """Refuse to resume a run of other settings or images; say when its learning rate is stretched.
+
+    Settings in `may_change` may be others.
+    """
+    before = stored["settings"]
+    differences = []
+    for name, value in settings.items():
+        if name == "classes":  # these depend on --conditional and on the images
+            continue
+        is_free = name in may_change or value in (before.get(name), "auto")
+        if name not in before or not is_free:
+            then, now = as_typed(name, before.get(name)), as_typed(name, value)
+            differences.append(f"--{name} was {then}, is now {now}")
     if stored["data"] != fingerprint:
-        differences.append(f"the images in {settings['dataset']} are not those it was trained on ({was['dataset']})")
+        there = f"the images in {settings['dataset']}"
+        differences.append(f"{there} are not those it was trained on ({before['dataset']})")
     if differences:
-        ways_out = "repeat its settings to continue it, or begin a new run with another --run_name"
-        raise UserError(f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}; {ways_out}")
-    if settings["epochs"] > was["epochs"] and settings["lr_decay"] != "none":
-        print(f"the learning rate's fall over {was['epochs']} epochs is stretched to {settings['epochs']}")
-    before, now = (f"{lengths['max_minutes']:g} minutes" for lengths in (was, settings))
-    if now != before and settings["lr_decay"] != "none":
-        print(f"the budget of time was {before}, is now {now} (0 is none): the learning rate goes where that puts it")
+        run = f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}"
+        ways_out = "repeat its settings to resume it, or start a new run with another --run_name"
+        raise UserError(f"{run}; {ways_out}")
+    if settings["lr_decay"] == "none":
+        return
+    if settings["epochs"] > before["epochs"]:
+        stretched = f"stretched from {before['epochs']} epochs to {settings['epochs']}"
+        print(f"the learning rate's decay is {stretched}")
+    if settings["max_minutes"] != before["max_minutes"]:
+        minutes = f"{before['max_minutes']:g} to {settings['max_minutes']:g} minutes"
+        print(
+            f"--max_minutes changes from {minutes} (0 is no budget), and the learning rate with it"
+        )
 
 
-def check_same_network(name: str, was: dict, settings: dict) -> None:
-    """Refuse to begin from the run `name`, of settings `was`, where the network is another; tell the flags that fit."""
-    flags = ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective", "mode", "conditional")
-    needed = {flag: was[flag] for flag in flags}
-    if "attention_levels" not in was:  # as many pixels more as the image has, on the same levels
-        needed["attention_size"] = was["attention_size"] * min(settings["img_size"]) // min(was["img_size"])
-    flags = [
-        f"--{flag}={as_typed(flag, value)}" for flag, value in needed.items() if settings[flag] not in (value, "auto")
+def check_same_network(name: str, source: dict, settings: dict) -> None:
+    """Refuse to start from the run `name`, of settings `source`, if its network is another one.
+
+    Raises:
+        UserError: naming the flags that fit.
+    """
+    flags = ("width", "multipliers", "blocks", "noise_steps", "schedule", "objective", "mode")
+    needed = {flag: source[flag] for flag in (*flags, "conditional")}
+    if "attention_levels" not in source:  # at another image size, attention on the same levels
+        shorter = min(settings["img_size"]), min(source["img_size"])
+        needed["attention_size"] = source["attention_size"] * shorter[0] // shorter[1]
+    wrong = [
+        f"--{flag}={as_typed(flag, value)}"
+        for flag, value in needed.items()
+        if settings[flag] not in (value, "auto")
     ]
-    if flags:
-        raise UserError(f"--init_from={name} has another network; to fit it, add {' '.join(flags)}")
-    if settings["classes"] != was["classes"]:
-        known = in_short(was["classes"])
-        raise UserError(f"--init_from={name} knows other classes; it takes folders of these names: {known}")
+    if wrong:
+        raise UserError(f"--init_from={name} has another network; to fit it, add {' '.join(wrong)}")
+    if settings["classes"] != source["classes"]:
+        known = in_short(source["classes"])
+        rule = f"it takes folders of these names: {known}"
+        raise UserError(f"--init_from={name} was trained on other classes; {rule}")
 
 
-def check_walk(settings: dict, steps: int, guidance: float, default_guidance: float) -> None:
-    """Refuse more steps than a run has, and guidance (other than the default) where there are no classes."""
+def check_sampling(settings: dict, steps: int, guidance: float, default_guidance: float) -> None:
+    """Refuse more steps than a run has, and guidance that is not the default without classes."""
     if steps > settings["noise_steps"]:
-        raise UserError(f"--steps={steps} is more than the {settings['noise_steps']} noising steps of this run")
+        limit = f"the {settings['noise_steps']} noising steps of this run"
+        raise UserError(f"--steps={steps} is more than {limit}")
     if guidance != default_guidance and not settings["classes"]:
-        raise UserError(f"--guidance={guidance:g} is for runs that know classes, trained with --conditional")
+        rule = "for class-conditional runs, trained with --conditional"
+        raise UserError(f"--guidance={guidance:g} is {rule}")
 
 
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
-    """The numbers of the classes that `--label=NAME|a,b|all` names; none for a run without classes."""
+    """The numbers of the classes in `--label=NAME|a,b|all`; none for an unconditional run."""
     if label == "all":
         return list(range(len(classes)))
     if not classes:
-        raise UserError(f"--label={label} is for runs that know classes, trained with --conditional")
+        rule = "for class-conditional runs, trained with --conditional"
+        raise UserError(f"--label={label} is {rule}")
     for name in label.split(","):
         if name not in classes:
             known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
@@ -96,39 +156,217 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     return [classes.index(name) for name in label.split(",")]
 
 
+# ---- a run while it is trained -------------------------------------------------------------------
+
+
+class Run:
+    """A run while it is trained. The first process alone reads and writes it.
+
+    Args:
+        settings: the flags of `train`.
+        fingerprint: of the data set.
+
+    Attributes:
+        settings: these flags, and what only the run itself knows: its colors, the shape of a
+            network that was trained elsewhere.
+        stored: the checkpoint to resume from; of a new run, one in which nothing is done.
+        source: the checkpoint of `--init_from`; empty unless the run is new.
+    """
+
+    def __init__(self, settings: dict, fingerprint: str):
+        self.settings = settings
+        self.fingerprint = fingerprint
+        self.name = settings["run_name"]
+        self.path = checkpoints.paths_of(self.name)[0]
+        self.results = Path("results", self.name)
+        self.stored = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
+        self.source = {}
+
+    def find(self, load: Callable[[str], dict], may_change: set[str]) -> FileLock:
+        """Read what there is of the run and of `--init_from`: the run's lock.
+
+        Raises:
+            UserError: somebody else trains this run, or it is another one than the settings say.
+        """
+        init_from = self.settings["init_from"]
+        is_new = not checkpoints.exists(self.name)
+        if not self.settings["resume"] and not is_new:
+            ways_out = "delete it, or choose another --run_name"
+            raise UserError(f"--resume=no, but models/{self.name} holds a run; {ways_out}")
+        if init_from and is_new:
+            self.source = load(init_from)
+            check_same_network(init_from, self.source["settings"], self.settings)
+        lock = lock_run(self.path.parent)
+        if is_new and checkpoints.exists(self.name):
+            way_on = "the same command resumes it"
+            raise UserError(f"another process has just trained models/{self.name}; {way_on}")
+        if not is_new:
+            self.stored = load(self.name)
+            if "network" not in self.stored:
+                way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
+                raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
+            check_same_run(self.stored, self.settings, self.fingerprint, may_change)
+        return lock
+
+    def share(self) -> None:
+        """Give all processes what the first one has read; settings without a flag are adopted."""
+        self.stored, self.source = processes.from_first((self.stored, self.source))
+        old = self.old_settings()
+        self.settings = {name: old[name] for name in IMPORTED if name in old} | self.settings
+
+    def old_settings(self) -> dict:
+        """Those of the run that is resumed or started from; empty for a run from nothing."""
+        return (self.source or self.stored).get("settings", {})
+
+    def read(self, listing: reading.Listing) -> reading.Dataset:
+        """The images, the same in all processes.
+
+        With `--mode=auto`, they are in the colors of the run that is resumed or started from.
+        """
+        mode = self.settings["mode"]
+        old_mode = self.old_settings().get("mode")
+        with processes.first_alone():
+            data = reading.read_dataset(listing, self.settings["img_size"], mode)
+            if old_mode and mode == "auto" and data.mode != old_mode:
+                data = reading.read_dataset(listing, self.settings["img_size"], old_mode)
+        if len(set(processes.gather((data.fingerprint, len(data.images))))) > 1:
+            raise UserError(f"--dataset={listing.folder} is not the same for all processes")
+        self.settings["mode"] = data.mode
+        about = reading.tell_classes(listing, self.settings["conditional"])
+        return data._replace(remarks=about + data.remarks)
+
+    def save(self, **state) -> None:
+        """Write a checkpoint that keeps `state`; see `checkpoints.save`."""
+        checkpoints.save(self.name, settings=self.settings, data=self.fingerprint, **state)
+
+    def forget(self) -> None:
+        """Let go of the checkpoints that were read: they are as large as the training itself."""
+        self.stored = self.source = None
+
+
+@contextlib.contextmanager
+def open_run(
+    settings: dict, fingerprint: str, load: Callable[[str], dict], may_change: set[str]
+) -> Iterator[Run]:
+    """The run that `settings` name, new or as it was saved; within this block nobody else does.
+
+    Args:
+        settings, fingerprint: see `Run`.
+        load: reads a run by its name, and checks it.
+        may_change: settings that may be others when the run is resumed.
+
+    Raises:
+        UserError: see `Run.find`.
+    """
+    run = Run(settings, fingerprint)
+    lock = run.find(load, may_change) if processes.is_first() else None
+    try:
+        run.share()
+        yield run
+    finally:
+        if lock:
+            lock.release()
+
+
 def lock_run(folder: Path) -> FileLock:
-    """Keep other trainers out of a run's folder while this lock is referred to; it dies with its process."""
+    """Keep other trainers out of a run's folder; the lock ends with its process."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{folder}: another process is training this run; choose another --run_name") from error
+        way_out = "choose another --run_name"
+        raise UserError(f"{folder}: another process is training this run; {way_out}") from error
     return lock
 
 
+# ---- reading a run -------------------------------------------------------------------------------
+
+
+def choose(run_name: str) -> str:
+    """`--run_name` of `sample`; left out, it is `untitled`, as for `train`, if there is such a run.
+
+    Raises:
+        UserError: no run is named (all runs are printed), or the name is not usable.
+    """
+    if not run_name and checkpoints.exists(UNTITLED):
+        return UNTITLED
+    if not run_name:
+        print(runs_table())
+        raise UserError("--run_name is missing; it takes one of the runs above")
+    check_name("run_name", run_name)
+    return run_name
+
+
+def load(run_name: str, defaults: dict, limits: dict, build: Callable) -> dict:
+    """A run's checkpoint. Its weights fit its settings: checked without allocating any.
+
+    Args:
+        run_name: a folder in models/.
+        defaults: of settings that are newer than the run.
+        limits: see `check_limits`.
+        build: makes a network, and more, of settings and a device.
+
+    Raises:
+        UserError: there is no such run, it cannot be read, or another program made it.
+    """
+    stored = checkpoints.load(run_name)
+    try:
+        settings = stored["settings"] = defaults | stored["settings"]
+        check_limits(settings, limits)
+        check_network(settings)
+        with torch.device("meta"):
+            network, *_ = build(settings, torch.device("meta"))
+        imported = ((settings.get(name, kind()), kind) for name, kind in IMPORTED.items())
+        fits = (
+            checkpoints.fits(stored, network, len(COLUMNS), SUMS)
+            and all(isinstance(value, kind) for value, kind in imported)
+            and all(isinstance(name, str) for name in settings["classes"])
+        )
+    except (*BROKEN_FILE, UserError):
+        fits = False
+    if not fits:
+        reason = "another program made it, or it is damaged"
+        raise UserError(f"models/{run_name} holds weights that do not fit its settings: {reason}")
+    return stored
+
+
+def images_seen(checkpoint: dict) -> float:
+    """How many images a run has seen in training; of one that was imported, infinitely many."""
+    if not checkpoint["log"]:
+        return float("inf")
+    return checkpoint["log"][-1][COLUMNS.index("images")]
+
+
+# ---- the table of all runs -----------------------------------------------------------------------
+
+
 def runs_table() -> str:
-    """All runs there are, a line each: where they stand, and when they were saved.
+    """All runs there are, a line each: how far they are, and when they were saved.
 
     Raises:
         UserError: there is none.
     """
-    if not checkpoints.run_names():
+    names = checkpoints.run_names()
+    if not names:
         raise UserError("there is no run yet; `python ddpm.py train` makes one")
-    lines = [("run", "images", "size", "epochs", "loss", "saved")]
-    for name in checkpoints.run_names():
-        try:
-            stored = checkpoints.load(name, peek=True)
-            settings = stored["settings"]
-            images = "".join(letter for letter in str(settings["dataset"]) if letter.isprintable())
-            facts = [images, "x".join(map(str, settings["img_size"])), "", ""]
-            if stored["log"]:  # a run of fewer steps than make a row has none
-                row = dict(zip(COLUMNS, stored["log"][-1], strict=True))
-                facts[0] = f"{row['images'] / row['epoch']:,.0f} from {images}"
-                facts[2:] = f"{row['epoch']:.1f}", f"{row['loss']:.4f}"
-        except (UserError, *BROKEN_FILE):
-            facts = ["cannot be read", "", "", ""]
-        saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())
-        lines.append((name, *facts, f"{datetime.datetime.fromtimestamp(saved):%Y-%m-%d %H:%M}"))
+    lines = [("run", "images", "size", "epochs", "loss", "saved"), *map(table_row, names)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def table_row(name: str) -> tuple[str, ...]:
+    """The cells of one run in `runs_table`."""
+    try:
+        stored = checkpoints.load(name, peek=True)
+        settings = stored["settings"]
+        images = "".join(letter for letter in str(settings["dataset"]) if letter.isprintable())
+        facts = [images, "x".join(map(str, settings["img_size"])), "", ""]
+        if stored["log"]:  # a run of fewer steps than make a row has none
+            row = dict(zip(COLUMNS, stored["log"][-1], strict=True))
+            facts[0] = f"{row['images'] / row['epoch']:,.0f} from {images}"
+            facts[2:] = f"{row['epoch']:.1f}", f"{row['loss']:.4f}"
+    except (UserError, *BROKEN_FILE):
+        facts = ["cannot be read", "", "", ""]
+    saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())
+    return name, *facts, f"{datetime.datetime.fromtimestamp(saved):%Y-%m-%d %H:%M}"

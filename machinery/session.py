@@ -1,38 +1,51 @@
-"""One sitting of a training: how far it is, and what is due.
+"""One sitting of a training: how far it is, what is due after a step, when it ends.
 
-Nothing here is about diffusion, and nothing changes what is learnt - but for a time budget, by which the learning rate
-falls as the clock moves.
+Nothing here changes what is learned, except under a time budget: there the learning rate falls as
+the clock moves.
+
+Reading order: Progress, Session.
 """
 
 import contextlib
 import datetime
 import math
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from machinery import processes
+from machinery.command_line import StopSignals
+from machinery.journal import Log, describe_network
+from machinery.reading import MODES, Dataset
+from machinery.runs import Run
 
 
-class Course:
+class Progress:
     """How far a training is, in steps and by the clock, and what is due after a step.
 
     Args:
-        count: images in the data set; an epoch is so many images.
+        count: images in the data set; an epoch is this many images.
         batch_size: images per step.
         epochs: when the training ends, at the latest.
-        max_minutes: when it ends by the clock, earlier sessions included; 0 for never.
-        save_every: minutes between saves; the end of an epoch is a good moment, once a minute at most.
+        max_minutes: when it ends by the clock, earlier sittings included; 0 for never.
+        save_every: minutes between saves; the end of an epoch saves too, at most once a minute.
         sample_every: epochs between previews, 0 for none but the last.
-        step, minutes: where the run stood when it was saved.
-        began: when this session did (time.monotonic()): reading the images counts as well.
-        previews: images of the last preview, which is part of the budget; one with guidance counts as two.
+        step, minutes: steps done and time used when this sitting starts.
+        began: when this sitting started (time.monotonic()): reading the images counts too.
+        previews: images of the last preview, which is part of the budget; with guidance, twice.
     """
 
-    PREVIEW_COST = 20  # images that could be trained on while one is sampled: 5 in 15 steps, and a start and an end
-    speed = 0.0  # images per second, the best row of this session; 0 while there is none
-    save_took = 0.0  # seconds, the last one
-    is_over = False  # the budget of time
+    PREVIEW_COST = 20  # images trained in the time of one preview: 15 steps, a start and an end
+    speed = 0.0  # images per second, the best row of this sitting; 0 while there is none
+    save_seconds = 0.0  # of the last one
+    is_over = False  # the time budget is used up
 
     def __init__(
         self,
+        *,
         count: int,
         batch_size: int,
         epochs: int,
@@ -44,54 +57,74 @@ class Course:
         began: float,
         previews: int,
     ):
-        self.count, self.batch_size, self.epochs, self.max_minutes = count, batch_size, epochs, max_minutes
-        self.save_every, self.sample_every = save_every, sample_every
-        self.last_step, self.first_step = math.ceil(epochs * count / batch_size), step
-        self.minutes_before, self.began, self.saved_at = minutes, began, time.monotonic()
+        self.count = count
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.max_minutes = max_minutes
+        self.save_every = save_every
+        self.sample_every = sample_every
+        self.first_step = step
+        self.last_step = math.ceil(epochs * count / batch_size)
+        self.minutes_before = minutes
+        self.began = began
+        self.saved_at = time.monotonic()
         self.preview_cost = self.PREVIEW_COST * previews
 
-    def summary(self, step: int) -> str:
-        """How long the training is, and what of it is done."""
-        budget = f", or {self.max_minutes:g} minutes" if self.max_minutes else ""
-        length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images{budget}"
-        return f"{length}; {step:,} steps are done"
+    # ---- how far
 
-    def used(self) -> float:
-        """Minutes of training, earlier sessions included."""
+    def minutes_used(self) -> float:
+        """Minutes of training, earlier sittings included."""
         return self.minutes_before + (time.monotonic() - self.began) / 60
 
-    def by_clock(self) -> float:
-        """The share of the budget that is used up, with what the last preview will take; 0 without a budget."""
+    def fraction_used(self) -> float:
+        """Of the time budget, with the time of the last preview; 0 without a budget."""
         if not self.max_minutes:
             return 0.0
-        preview = min(self.preview_cost / self.speed / 60, self.max_minutes / 4) if self.speed else 0.0
-        share = (self.used() + preview) / self.max_minutes
-        self.is_over = self.is_over or share >= 1  # even if the preview looks shorter a moment later
-        return max(1.0, share) if self.is_over else share
+        preview = 0.0
+        if self.speed:
+            preview = min(self.preview_cost / self.speed / 60, self.max_minutes / 4)
+        fraction = (self.minutes_used() + preview) / self.max_minutes
+        return max(1.0, fraction) if self.is_over else fraction
 
-    def done(self, step: int) -> float:
-        """The share of the training that is done, in [0, 1]: of its steps or of its minutes, the larger one."""
-        return min(1.0, max(step / self.last_step, self.by_clock()))
+    def fraction_done(self, step: int) -> float:
+        """Of the training, in [0, 1]: of its steps or of its time budget, the larger one."""
+        return min(1.0, max(step / self.last_step, self.fraction_used()))
 
-    def minutes(self) -> float:
-        """What the checkpoint keeps: the minutes used, or all of a budget that is used up."""
-        return max(self.used(), self.max_minutes) if self.by_clock() >= 1 else self.used()
+    def measured(self, speed: float) -> None:
+        """Note a speed in images per second: it tells how long the last preview will take."""
+        self.speed = max(self.speed, speed)
+
+    def check_clock(self) -> None:
+        """Note if the budget is used up: it stays so, even if the preview looks shorter later."""
+        self.is_over = self.is_over or self.fraction_used() >= 1
+
+    def minutes_to_keep(self) -> float:
+        """What a checkpoint keeps: the minutes used, or all of a budget that is used up."""
+        used = self.minutes_used()
+        return max(used, self.max_minutes) if self.fraction_used() >= 1 else used
 
     def seconds_left(self, step: int, speed: float) -> float:
-        """How long the rest takes at so many images per second."""
-        by_clock = 60 * self.max_minutes * (1 - self.by_clock()) if self.max_minutes else math.inf
-        return max(0.0, min(by_clock, (self.last_step - step) * self.batch_size / speed))
+        """How long the rest takes at this many images per second."""
+        by_clock = math.inf
+        if self.max_minutes:
+            by_clock = 60 * self.max_minutes * (1 - self.fraction_used())
+        by_steps = (self.last_step - step) * self.batch_size / speed
+        return max(0.0, min(by_clock, by_steps))
+
+    # ---- in words
+
+    def summary(self, step: int) -> str:
+        """How long the training is, and how much of it is done."""
+        length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images"
+        budget = f", or {self.max_minutes:g} minutes" if self.max_minutes else ""
+        return f"{length}{budget}; {step:,} steps are done"
 
     def forecast(self, step: int, speed: float) -> str:
-        """What so many images per second mean for the rest of the training."""
+        """What this many images per second mean for the rest of the training."""
         left = datetime.timedelta(seconds=round(self.seconds_left(step, speed)))
         return f"time     {speed:.1f} images per second: about {left} to go"
 
-    def farewell(self, step: int) -> str:
-        """Why nothing is left to do."""
-        if step == 0:
-            return "nothing was learnt: reading the images took all of --max_minutes; they are read now, start again"
-        return "nothing to do: this run has come to its end; a larger --epochs or --max_minutes takes it further"
+    # ---- what is due
 
     def epoch(self, step: int) -> int:
         """How many epochs are finished."""
@@ -102,18 +135,204 @@ class Course:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Takes the time of a save; also of one that fails: not every step may try again."""
+        """Times a save, also one that fails: not every step may try again."""
         self.saved_at = time.monotonic()
         try:
             yield
         finally:
-            self.save_took = time.monotonic() - self.saved_at
+            self.save_seconds = time.monotonic() - self.saved_at
 
     def is_save_due(self, step: int) -> bool:
         wait = 60 * self.save_every
-        if self.ends_epoch(step):  # a hundredth of the time may go into these saves: training waits for them
-            wait = min(wait, max(60, 100 * self.save_took))
+        if self.ends_epoch(step):  # these saves may take 1% of the time: training waits for them
+            wait = min(wait, max(60, 100 * self.save_seconds))
         return time.monotonic() - self.saved_at >= wait
 
     def is_preview_due(self, step: int) -> bool:
-        return self.ends_epoch(step) and self.sample_every > 0 and self.epoch(step) % self.sample_every == 0
+        if not self.sample_every or not self.ends_epoch(step):
+            return False
+        return self.epoch(step) % self.sample_every == 0
+
+
+class Session:
+    """What happens around the steps of a training: it is logged, saved, shown, and ends in time.
+
+    All processes agree on how far the training is; the first one alone writes and prints.
+
+        with session:
+            while session.goes_on():
+                session.note(*training.advance(session.done))
+        session.conclude()
+
+    Args:
+        run: what is trained.
+        training: has `step` (how many are done), `advance`, `compile`, `preview`, `state()`, the
+            network, its `loader` and its `device`.
+        previews: how expensive a preview is, in images sampled.
+        began: when this sitting started (time.monotonic()).
+
+    Attributes:
+        done: the fraction of the training that is done, in [0, 1].
+        stop_status: the exit status of a training that is told to stop; 0 while it is not.
+    """
+
+    def __init__(self, run: Run, training, previews: int, began: float):
+        settings = run.settings
+        self.run = run
+        self.training = training
+        self.progress = Progress(
+            count=training.loader.count,
+            batch_size=training.loader.batch_size,
+            epochs=settings["epochs"],
+            max_minutes=settings["max_minutes"],
+            save_every=settings["save_every"],
+            sample_every=settings["sample_every"],
+            step=training.step,
+            minutes=run.stored["minutes"],
+            began=began,
+            previews=previews,
+        )
+        self.log = Log(
+            run.results,
+            self.progress,
+            settings["noise_steps"],
+            training.device,
+            rows=run.stored["log"],
+            sums=run.stored["sums"],
+            board=Path("runs", run.name) if settings["tensorboard"] else None,
+        )
+        self.agree(0)
+        self.was_done = self.done >= 1
+
+    # ---- the loop
+
+    def agree(self, stop_status: int) -> None:
+        """Have all processes know how far the training is, and whether one is told to stop."""
+        done = 0.0
+        if processes.is_first():
+            self.progress.check_clock()
+            done = self.progress.fraction_done(self.training.step)
+        stop_status, self.done = processes.largest(stop_status, done)
+        self.stop_status = int(stop_status)
+
+    def goes_on(self) -> bool:
+        return self.done < 1 and not self.stop_status
+
+    def __enter__(self) -> "Session":
+        self.exits = contextlib.ExitStack()
+        if processes.is_first():
+            self.catch_up()
+        if self.goes_on():
+            self.signals = self.exits.enter_context(StopSignals())
+            if processes.is_first():
+                self.exits.enter_context(self.log)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.exits.__exit__(*error)
+
+    def note(self, losses: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Log a step (see `Log.add`), then save and show what is due."""
+        self.agree(self.signals.status)
+        if processes.is_first():
+            self.log.add(self.training.step, losses, t, grad_norm, lr)
+            self.write(is_last=not self.goes_on())
+
+    # ---- what is written
+
+    def catch_up(self) -> None:
+        """Write what a sitting that died may have left out: the log, and the last preview."""
+        self.log.write()
+        is_finished = self.done >= 1 and self.training.step > 0
+        if is_finished and not self.preview_path().exists():
+            self.preview()
+
+    def write(self, is_last: bool) -> None:
+        """Save, preview and log what is due after a step."""
+        step = self.training.step
+        is_saved = False
+        try:
+            if is_last or self.progress.is_save_due(step):
+                self.save()
+                is_saved = True
+            if self.done >= 1 or self.progress.is_preview_due(step):
+                self.preview()
+            self.log.write()
+        except OSError as error:  # a full disk must not end a training, nor hide that it was saved
+            if is_last and not is_saved:
+                raise
+            goes_on = "" if is_last else "; training goes on"
+            what = f"{error.filename or self.run.path}: {error.strerror or error}"
+            self.log.bar.write(f"not written: {what}{goes_on}")
+
+    def save(self) -> None:
+        state = self.training.state() | self.log.state()
+        with self.progress.saving():
+            self.run.save(**state, minutes=self.progress.minutes_to_keep())
+
+    def preview_path(self) -> Path:
+        epoch = self.progress.epoch(self.training.step)
+        return self.run.results / "training_progress" / f"epoch_{epoch:04d}.png"
+
+    def preview(self) -> None:
+        self.log.illustrate(self.training.preview(self.preview_path()))
+
+    # ---- what is said
+
+    def introduce(self, data: Dataset) -> None:
+        """Print what the training is; write its first images to data.png."""
+        if not processes.is_first():
+            return
+        settings = self.run.settings
+        loader = self.training.loader
+        examples = self.run.results / "data.png"
+        loader.save_examples(examples)
+        height, width = settings["img_size"]
+        kind = f"{height}x{width} from {settings['dataset']}, in {MODES[data.mode]}"
+        remarks = [*data.remarks, f"a look at them: {examples}"]
+        network = describe_network(self.training.network, (height, width), self.training.device)
+        print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
+        print(f"network  {network}")
+        print(f"length   {self.progress.summary(self.training.step)}")
+        print(f"files    {self.run.path}, {self.run.results}{os.sep}", flush=True)
+
+    def compile(self) -> None:
+        """Compile the network, unless nothing is left to do."""
+        if self.done >= 1:
+            return
+        began = time.monotonic()
+        self.training.compile()
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+    def rehearse(self) -> None:
+        """Print how long the training would take, by the second of two steps: the first is slow."""
+        step = self.training.step
+        for _ in range(2):
+            began = time.monotonic()
+            losses, *_ = self.training.advance(self.done)
+            losses.tolist()  # waits for a GPU
+            seconds = time.monotonic() - began
+        print(self.progress.forecast(step, self.progress.batch_size / seconds))
+
+    def conclude(self, sample_flags: str) -> None:
+        """Print what came out. A training that was told to stop exits with its signal's status.
+
+        Args:
+            sample_flags: what a command that samples from this run needs to be told.
+        """
+        if self.was_done and self.training.step == 0:
+            reason = "reading the images took all of --max_minutes"
+            print(f"nothing was learned: {reason}; they are cached now, start again")
+        elif self.was_done:
+            way_on = "a larger --epochs or --max_minutes continues it"
+            print(f"nothing to do: this run is finished; {way_on}")
+        else:
+            processes.wait()  # if one leaves, torchrun stops the others, which may be saving
+            if self.goes_on_later():
+                done = f"step {self.training.step:,} of {self.progress.last_step:,}"
+                print(f"stopped and saved at {done}; the same command resumes it")
+                raise SystemExit(self.stop_status)
+            print(self.log.report(self.run.name, sample_flags))
+
+    def goes_on_later(self) -> bool:
+        return bool(self.stop_status) and self.done < 1

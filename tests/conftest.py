@@ -1,4 +1,6 @@
-"""What the tests share: a place of their own to work in, small pictures, a tiny network, and the command line."""
+"""What the tests share: a place of their own to work in, small pictures, a tiny network, and the
+command line.
+"""
 
 import os
 import signal
@@ -16,25 +18,37 @@ import ddpm
 from machinery import checkpoints, devices, journal
 
 ROOT = Path(__file__).resolve().parent.parent
-# The smallest run that goes through every part: 8x8 pixels, two levels, attention, 4 channels a group.
-TINY = ("--img_size=8", "--width=16", "--multipliers=1,2", "--blocks=1", "--attention_size=4", "--batch_size=4")
+# The smallest run that goes through every part: 8x8 pixels, two levels, attention, 4 channels a
+# group.
+TINY = (
+    "--img_size=8",
+    "--width=16",
+    "--multipliers=1,2",
+    "--blocks=1",
+    "--attention_size=4",
+    "--batch_size=4",
+)
 TINY += ("--sample_every=0", "--warmup=5", "--lr=1e-3", "--device=cpu")
 
-torch.set_num_threads(1)  # threads cost more than they give at this size, most of all on a busy machine
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what ends in "&"; programs would inherit it
+# threads cost more than they give at this size, most of all on a busy machine
+torch.set_num_threads(1)
+# so a shell starts what ends in "&"; programs would inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def compute_in_float64(set_attribute: Callable) -> None:
-    """Have `ddpm.train` compute in float64, so that what differs by more than 1e-10 is not the order of additions.
+    """Have `ddpm.train` compute in float64, so that what differs by more than 1e-10 is not the
+    order of additions.
 
-    `set_attribute` is monkeypatch.setattr, or setattr in a process of its own. The default type is the caller's to
-    set back. Previews stay empty: their noise is float32.
+    `set_attribute` is monkeypatch.setattr, or setattr in a process of its own. The default type is
+    the caller's to set back. Previews stay empty: their noise is float32.
     """
     set_attribute(devices, "has_bfloat16", lambda device: False)
-    set_attribute(checkpoints, "fits", lambda *_: True)  # its weights may be float32 and float16 only
+    # its weights may be float32 and float16 only
+    set_attribute(checkpoints, "fits", lambda *_: True)
     set_attribute(torch.Tensor, "float", torch.Tensor.double)
-    set_attribute(ddpm, "walk", lambda *_: iter([(torch.zeros(16, 3, 8, 8),) * 2]))
+    set_attribute(ddpm, "generate", lambda *_, **__: iter([(torch.zeros(16, 3, 8, 8),) * 2]))
     torch.set_default_dtype(torch.float64)
 
 
@@ -48,7 +62,9 @@ def in_float64(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_curve() -> Iterator[None]:
-    """Drawing and counting take longer than a tiny run: loss.png holds numbers here, but for the tests of them."""
+    """Drawing and counting take longer than a tiny run: loss.png holds numbers here, but for the
+    tests of them.
+    """
 
     def write_rows(rows: list[list[float]], path: Path) -> None:
         path.write_text(repr([row[:-1] for row in rows]))
@@ -101,13 +117,20 @@ def run(run_main):
 
 def start(*words: str, cwd: Path, **options) -> subprocess.Popen:
     """Start `ddpm.py WORDS...` as a process of its own, with one thread and its output in pipes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **options.pop("env", {}),
+    }
     command = [sys.executable, str(ROOT / "ddpm.py"), *words]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen(command, cwd=cwd, env=environment, **options)
 
 
-def paint(folder: Path, count: int = 10, size: tuple[int, int] = (12, 10), first_seed: int = 0) -> Path:
+def paint(
+    folder: Path, count: int = 10, size: tuple[int, int] = (12, 10), first_seed: int = 0
+) -> Path:
     """A folder of small noisy pictures, every one different, of `size` (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(first_seed, first_seed + count):

@@ -3,9 +3,10 @@
     python tests/storm.py --minutes=10
     python tests/storm.py --minutes=1 --seed=7
 
-After every death the checkpoint must load and no finished save may be missing from it. A training that was killed many
-times must end with what one that was never killed ends with, to the bit. (What kill -9 cannot show is a missing fsync:
-what was written survives it in memory. test_checkpoints.py asks for the order of the calls instead.)
+After every death the checkpoint must load and no finished save may be missing from it. A training
+that was killed many times must end with what one that was never killed ends with, to the bit. (What
+kill -9 cannot show is a missing fsync: what was written survives it in memory. test_checkpoints.py
+asks for the order of the calls instead.)
 
 Reading order: one training in a child, the ways to die, what must be true, the storm.
 """
@@ -32,16 +33,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddpm
 from machinery import basics, checkpoints, journal, reading
 
-# Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within batches.
+# Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within
+# batches.
 WORDS = "train --dataset=pictures --run_name=run --img_size=8 --width=4 --multipliers=1 --blocks=1 --attention_size=0"
-WORDS += " --dropout=0.1 --noise_steps=5 --batch_size=3 --epochs=6 --warmup=5 --lr=1e-3 --ema_decay=0.9"
+WORDS += (
+    " --dropout=0.1 --noise_steps=5 --batch_size=3 --epochs=6 --warmup=5 --lr=1e-3 --ema_decay=0.9"
+)
 WORDS += " --sample_every=0 --device=cpu"
 RUN, RESULTS, SAVES, OUTPUT = Path("models/run"), Path("results/run"), Path("saves"), Path("output")
 AT_A_POINT = 77  # exit status of a child that ended itself at a named point
 
 
 def train(save_every: float, prepare: Callable[[], None] = lambda: None) -> int:
-    """Start the training in a child of this process: its id. It notes every finished save in a file."""
+    """Start the training in a child of this process: its id. It notes every finished save in a
+    file.
+    """
     if child := os.fork():
         return child
     status = 1
@@ -72,16 +78,33 @@ def train(save_every: float, prepare: Callable[[], None] = lambda: None) -> int:
         os._exit(status)
 
 
-# ---- the ways to die -------------------------------------------------------------------------------------------------
+# ---- the ways to die -----------------------------------------------------------------------------
 
-# Between the two renames of a save the newest checkpoint has no name: that is the place to look at most.
-POINTS = [(os, "replace", "before"), (os, "replace", "before"), (os, "replace", "before"), (os, "replace", "after")]
-POINTS += [(torch, "save", "in"), (torch, "save", "after"), (os, "fsync", "before"), (os, "fsync", "after")]
-POINTS += [(checkpoints, "write_whole", "before"), (Path, "unlink", "before"), (Path, "unlink", "after")]
+# Between the two renames of a save the newest checkpoint has no name: that is the place to look at
+# most.
+POINTS = [
+    (os, "replace", "before"),
+    (os, "replace", "before"),
+    (os, "replace", "before"),
+    (os, "replace", "after"),
+]
+POINTS += [
+    (torch, "save", "in"),
+    (torch, "save", "after"),
+    (os, "fsync", "before"),
+    (os, "fsync", "after"),
+]
+POINTS += [
+    (checkpoints, "write_whole", "before"),
+    (Path, "unlink", "before"),
+    (Path, "unlink", "after"),
+]
 
 
 def die_at(owner, name: str, moment: str, call: int) -> Callable[[], None]:
-    """Have a child end itself, without a last word, before, in or after one call, counted from 1, of a function."""
+    """Have a child end itself, without a last word, before, in or after one call, counted from 1,
+    of a function.
+    """
 
     def prepare() -> None:
         function, left = getattr(owner, name), call
@@ -107,7 +130,9 @@ def die_at(owner, name: str, moment: str, call: int) -> Callable[[], None]:
 
 
 def strike(chance: random.Random, points: Iterator[tuple], seconds: float) -> tuple[str, int]:
-    """Start the training, and end it in one of the ways: how, and the exit status. It may well finish before."""
+    """Start the training, and end it in one of the ways: how, and the exit status. It may well
+    finish before.
+    """
     way = chance.choices(["kill -9", "named point", "signal"], [5, 4, 1])[0]
     save_every = chance.choice([0, 0, 0, 0.002])
     if way == "named point":
@@ -120,7 +145,7 @@ def strike(chance: random.Random, points: Iterator[tuple], seconds: float) -> tu
     return way, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-# ---- what must be true -----------------------------------------------------------------------------------------------
+# ---- what must be true ---------------------------------------------------------------------------
 
 
 def same(a, b) -> bool:
@@ -133,7 +158,7 @@ def same(a, b) -> bool:
 
 
 def result() -> dict:
-    """All that a finished run has learnt and told, without the speeds."""
+    """All that a finished run has learned and told, without the speeds."""
     with contextlib.redirect_stdout(io.StringIO()):
         state = checkpoints.load("run")
     table = [line.split(",")[:-1] for line in (RESULTS / "log.csv").read_text().splitlines()]
@@ -147,7 +172,14 @@ def last_save() -> int:
 
 def fault_after_a_death(status: int) -> str:
     """What is wrong once a child has ended, if anything is."""
-    known = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT, AT_A_POINT}
+    known = {
+        0,
+        -signal.SIGKILL,
+        -signal.SIGTERM,
+        128 + signal.SIGTERM,
+        128 + signal.SIGINT,
+        AT_A_POINT,
+    }
     if status not in known:
         return f"the training ended with status {status}"
     if not SAVES.exists() and not checkpoints.exists("run"):
@@ -157,7 +189,11 @@ def fault_after_a_death(status: int) -> str:
             step = checkpoints.load("run")["step"]
     except basics.UserError as error:
         return f"lost: {error}"
-    return "" if step >= last_save() else f"lost: step {last_save()} was saved, the checkpoint is of step {step}"
+    return (
+        ""
+        if step >= last_save()
+        else f"lost: step {last_save()} was saved, the checkpoint is of step {step}"
+    )
 
 
 def fault_after_a_run(expected: dict) -> str:
@@ -166,10 +202,14 @@ def fault_after_a_run(expected: dict) -> str:
     if different := [name for name in expected if not same(expected[name], found[name])]:
         return f"different from a run that was never killed: {', '.join(different)}"
     files = {path.name for path in RUN.iterdir()}
-    return "" if files <= {".lock", "checkpoint.pt", "checkpoint.previous.pt"} else f"left behind: {sorted(files)}"
+    return (
+        ""
+        if files <= {".lock", "checkpoint.pt", "checkpoint.previous.pt"}
+        else f"left behind: {sorted(files)}"
+    )
 
 
-# ---- the storm -------------------------------------------------------------------------------------------------------
+# ---- the storm -----------------------------------------------------------------------------------
 
 
 def begin_anew() -> None:
@@ -179,9 +219,12 @@ def begin_anew() -> None:
 
 
 def storm(seconds: float, seed: int) -> tuple[collections.Counter, list[str]]:
-    """Kill and start again for so long, in the current directory: what happened how often, and what was wrong."""
+    """Kill and start again for so long, in the current directory: what happened how often, and what
+    was wrong.
+    """
     chance, counts, faults = random.Random(seed), collections.Counter(), []
-    points = itertools.cycle(chance.sample(POINTS, len(POINTS)))  # every one of them comes, however short the storm
+    # every one of them comes, however short the storm
+    points = itertools.cycle(chance.sample(POINTS, len(POINTS)))
     started = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(train(save_every=0), 0)[1])
     whole, expected = time.monotonic() - started, result()
@@ -207,7 +250,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # a child of a process that has used threads could wait for them forever
+    # a child of a process that has used threads could wait for them forever
+    torch.set_num_threads(1)
     import matplotlib.pyplot  # noqa: F401  so that no child has to
     import torchvision.utils  # noqa: F401
     from conftest import paint
@@ -220,7 +264,9 @@ def main() -> None:
     print(f"seed {options.seed}:", ", ".join(f"{counts[name]:,} {name}" for name in names))
     if faults:
         print(*faults, sep="\n")
-        sys.exit(f"{len(faults)} faults; the same kills again: {Path(__file__).name} --seed={options.seed}")
+        sys.exit(
+            f"{len(faults)} faults; the same kills again: {Path(__file__).name} --seed={options.seed}"
+        )
 
 
 if __name__ == "__main__":

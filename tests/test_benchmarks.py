@@ -1,4 +1,6 @@
-"""The benchmarks: like is compared with like, the figures are rightly computed, the files can be read."""
+"""The benchmarks: like is compared with like, the figures are rightly computed, the files can be
+read.
+"""
 
 import contextlib
 import csv
@@ -56,14 +58,16 @@ def run(program: str, command, words: list[str], monkeypatch) -> tuple[int, str,
     monkeypatch.setattr(command_line, "steady_streams", lambda: None)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            command_line.run_command_line(f"-m {program}", {command.__name__: command}, measuring.LIMITS)
+            command_line.run_command_line(
+                f"-m {program}", {command.__name__: command}, measuring.LIMITS
+            )
             status = 0
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()
 
 
-# ---- like with like --------------------------------------------------------------------------------------------------
+# ---- like with like ------------------------------------------------------------------------------
 
 
 def test_diffusers_network_has_our_weights_our_answer_and_our_operations():
@@ -75,7 +79,8 @@ def test_diffusers_network_has_our_weights_our_answer_and_our_operations():
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
     with torch.no_grad():
         answer = network(x, t)
-        assert (answer - twin(x, t - 1).sample).abs().max() < 1e-4  # float32, and attention in another order
+        # float32, and attention in another order
+        assert (answer - twin(x, t - 1).sample).abs().max() < 1e-4
     assert answer.std() > 0.1, "an answer of 0 would equal any other"
     for training in (False, True):
         assert measuring.count_flop(network, 8, training) == measuring.count_flop(twin, 8, training)
@@ -90,16 +95,23 @@ def test_another_network_is_not_taken_for_ours():
 
 
 def test_reference_network_is_the_default_of_the_command_line():
-    defaults = {name: value.default for name, value in inspect.signature(ddpm.train).parameters.items()}
-    assert {name: defaults[name] for name in peers.REFERENCE} == peers.REFERENCE | {"img_size": (64,)}
+    defaults = {
+        name: value.default for name, value in inspect.signature(ddpm.train).parameters.items()
+    }
+    assert {name: defaults[name] for name in peers.REFERENCE} == peers.REFERENCE | {
+        "img_size": (64,)
+    }
 
 
 def test_ours_and_diffusers_make_the_same_image_in_one_step():
-    """More steps may differ: where x_0 is clipped, we correct the noise to fit and diffusers' pipeline does not."""
+    """More steps may differ: where x_0 is clipped, we correct the noise to fit and diffusers'
+    pipeline does not.
+    """
     network, x = peers.our_network(TINY), torch.randn(2, 3, 8, 8)
     ours = peers.sample_ours(network, "fp32", x, 1)()
     theirs = peers.sample_diffusers(peers.diffusers_twin(network, TINY), "fp32", x, 1)()
-    assert (ours - theirs).abs().max() < 1e-2  # float32, divided by the signal left at T, which is 0.006
+    # float32, divided by the signal left at T, which is 0.006
+    assert (ours - theirs).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("project", ["ours", "diffusers"])
@@ -108,7 +120,9 @@ def test_training_step_moves_the_weights_of_its_own_copy_alone(project, monkeypa
     network = peers.diffusers_twin(network, TINY) if project == "diffusers" else network
     before = [parameter.detach().clone() for parameter in network.parameters()]
     made, deepcopy = [], peers.copy.deepcopy
-    monkeypatch.setattr(peers.copy, "deepcopy", lambda thing: made.append(deepcopy(thing)) or made[-1])
+    monkeypatch.setattr(
+        peers.copy, "deepcopy", lambda thing: made.append(deepcopy(thing)) or made[-1]
+    )
     step = peers.TRAINING[project](network, "fp32", torch.rand(2, 3, 8, 8) * 2 - 1)
     step()
     step()  # the first one of diffusers' warm-up has learning rate 0
@@ -129,7 +143,7 @@ def test_walk_asks_the_network_once_per_step(project):
     assert len(asked) == 5
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def test_rates_and_milliseconds_of_known_seconds():
@@ -140,7 +154,11 @@ def test_rates_and_milliseconds_of_known_seconds():
 
 def test_gain_compares_the_turns_of_one_round():
     """The machine slows down fourfold meanwhile; the lever's gain is 2 in every round."""
-    assert measuring.gains(Timing([1.0, 2.0, 4.0], None), Timing([0.5, 1.0, 2.0], None)) == (2, 2, 2)
+    assert measuring.gains(Timing([1.0, 2.0, 4.0], None), Timing([0.5, 1.0, 2.0], None)) == (
+        2,
+        2,
+        2,
+    )
 
 
 def test_gain_of_a_larger_batch_is_per_image(monkeypatch):
@@ -161,7 +179,9 @@ def test_share_of_the_peak_is_of_the_better_format_in_its_best_round():
 
 
 def test_operations_of_one_convolution_are_counted():
-    """3 to 5 channels, 3x3, 8x8 pixels; the way back has as many for the weights, and none for the image."""
+    """3 to 5 channels, 3x3, 8x8 pixels; the way back has as many for the weights, and none for the
+    image.
+    """
 
     class Answer(nn.Conv2d):
         def forward(self, x, t):
@@ -196,18 +216,24 @@ def test_a_turn_is_as_many_calls_as_fill_its_time_and_a_call_is_what_is_told(mon
 
 
 def test_overhead_is_told_against_the_bare_step_before_and_after():
-    rows = [{"variant": "ours, fp32", "img_per_s": 90.0}, {"variant": "ours, bf16", "img_per_s": 200.0}]
+    rows = [
+        {"variant": "ours, fp32", "img_per_s": 90.0},
+        {"variant": "ours, bf16", "img_per_s": 200.0},
+    ]
     rows += [{"variant": "ours, bf16, again", "img_per_s": 220.0}]
     rows += [{"variant": "ours, bf16, ddpm.train", "img_per_s": 189.0}]
     assert "10.0% slower" in train_speed.overhead(rows)
     assert "+10.0%" in train_speed.overhead(rows)
 
 
-# ---- tables and files ------------------------------------------------------------------------------------------------
+# ---- tables and files ----------------------------------------------------------------------------
 
 
 def test_table_lines_up_and_shows_what_is_not_known_as_a_dash():
-    rows = [{"who": "ours", "speed": 12.345, "memory": None}, {"who": "theirs", "speed": 1.0, "memory": 0.5}]
+    rows = [
+        {"who": "ours", "speed": 12.345, "memory": None},
+        {"who": "theirs", "speed": 1.0, "memory": 0.5},
+    ]
     shown = {"who": ("who", ""), "speed": ("img/s", ".1f"), "memory": ("GB", ".2f")}
     lines = measuring.table(rows, shown).splitlines()
     assert lines == ["who     img/s    GB", "-" * 19, "ours     12.3     -", "theirs    1.0  0.50"]
@@ -228,14 +254,18 @@ def test_file_keeps_what_was_measured_before_and_can_be_read(place):
 
 
 @pytest.mark.parametrize("benchmark", ["train_speed", "sample_speed", "levers"])
-def test_whole_benchmark_prints_a_table_and_writes_its_figures(benchmark, place, hurried, installed, monkeypatch):
+def test_whole_benchmark_prints_a_table_and_writes_its_figures(
+    benchmark, place, hurried, installed, monkeypatch
+):
     installed("diffusers")
     monkeypatch.setattr(peers, "SMALL", TINY)
     monkeypatch.setattr(sample_speed, "BATCH_SIZES", (2, 1))
     monkeypatch.setattr(train_speed, "end_to_end", lambda *_: measuring.Spread(1.0, 0.5, 2.0))
     command = {"train_speed": train_speed.train_speed, "sample_speed": sample_speed.sample_speed}
     command = (command | {"levers": levers.levers})[benchmark]
-    status, out, err = run(f"benchmarks.{benchmark}", command, ["--quick", "--rounds=2", "--device=cpu"], monkeypatch)
+    status, out, err = run(
+        f"benchmarks.{benchmark}", command, ["--quick", "--rounds=2", "--device=cpu"], monkeypatch
+    )
     assert status == 0, err
     assert "left out: bf16" in out
     with open(measuring.RESULTS / f"{benchmark}.csv", newline="") as file:
@@ -246,15 +276,21 @@ def test_whole_benchmark_prints_a_table_and_writes_its_figures(benchmark, place,
     if benchmark != "levers":
         assert {row["variant"] for row in rows} >= {"ours, fp32", "diffusers, fp32"}
         assert all(row["ratio"] == "1" for row in rows if row["variant"] == "diffusers, fp32")
-        assert "denoising-diffusion-pytorch is not installed here; pip install denoising-diffusion-pytorch" in out
+        assert (
+            "denoising-diffusion-pytorch is not installed here; pip install denoising-diffusion-pytorch"
+            in out
+        )
         for row in rows:  # share * peak = operations per image * images per second
             per_second = float(row.get("img_per_s") or 1000 / float(row.get("ms") or 1))
             reached = float(row["share_of_peak"]) * float(row["peak_tflop_per_s"]) * 1000
-            assert reached == pytest.approx(float(row["gflop_per_img"]) * per_second, rel=1e-4)  # six digits are kept
+            # six digits are kept
+            assert reached == pytest.approx(float(row["gflop_per_img"]) * per_second, rel=1e-4)
 
 
 def test_end_to_end_is_what_training_logs_after_its_first_row(place, monkeypatch):
-    """Stands in for `ddpm.train`: a log of known speeds, of the pictures, steps and settings that were asked for."""
+    """Stands in for `ddpm.train`: a log of known speeds, of the pictures, steps and settings that
+    were asked for.
+    """
 
     def train(dataset: str, run_name: str, **settings) -> None:
         told.update(settings, pictures=len(list(Path(dataset).iterdir())))
@@ -275,7 +311,7 @@ def test_end_to_end_goes_through_training_itself(place):
     assert train_speed.end_to_end(TINY, batch_size=1, rows=1, device=CPU).median > 0
 
 
-# ---- peers and flags -------------------------------------------------------------------------------------------------
+# ---- peers and flags -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", sorted(peers.PIP_NAMES))
@@ -302,7 +338,9 @@ def test_compiled_variants_are_there_when_asked_for_alone():
         (["quick"], "'quick' is not an option"),
     ],
 )
-@pytest.mark.parametrize("command", [train_speed.train_speed, sample_speed.sample_speed, levers.levers])
+@pytest.mark.parametrize(
+    "command", [train_speed.train_speed, sample_speed.sample_speed, levers.levers]
+)
 def test_wrong_flag_ends_in_one_line(command, words, message, place, monkeypatch):
     status, out, err = run(f"benchmarks.{command.__name__}", command, words, monkeypatch)
     assert status == 2
@@ -312,7 +350,9 @@ def test_wrong_flag_ends_in_one_line(command, words, message, place, monkeypatch
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [train_speed.train_speed, sample_speed.sample_speed, levers.levers])
+@pytest.mark.parametrize(
+    "command", [train_speed.train_speed, sample_speed.sample_speed, levers.levers]
+)
 def test_help_names_the_command_to_type_and_every_flag(command, monkeypatch):
     program = f"benchmarks.{command.__name__}"
     status, out, _ = run(program, command, ["--help"], monkeypatch)
@@ -321,7 +361,7 @@ def test_help_names_the_command_to_type_and_every_flag(command, monkeypatch):
     assert "--rounds=auto" in out
 
 
-# ---- quality ---------------------------------------------------------------------------------------------------------
+# ---- quality -------------------------------------------------------------------------------------
 
 
 def pixels(device: torch.device) -> Features:
@@ -348,7 +388,14 @@ def judged() -> list[dict]:
 
 
 def test_every_variant_and_seed_is_trained_and_judged_once(small_experiment, monkeypatch):
-    words = ["--experiment=rate", "--images=80", "--seeds=2", "--dataset=pictures", "--held_out=unseen", "--device=cpu"]
+    words = [
+        "--experiment=rate",
+        "--images=80",
+        "--seeds=2",
+        "--dataset=pictures",
+        "--held_out=unseen",
+        "--device=cpu",
+    ]
     status, _, err = run("benchmarks.quality", quality.quality, words[:2] + words[3:], monkeypatch)
     assert status == 0, err
     assert [(row["variant"], row["seed"]) for row in judged()] == [("slow", "0"), ("fast", "0")]
@@ -367,12 +414,19 @@ def test_every_variant_and_seed_is_trained_and_judged_once(small_experiment, mon
 
 
 def test_what_changes_nothing_is_trained_once_for_all_experiments(small_experiment, monkeypatch):
-    monkeypatch.setitem(quality.EXPERIMENTS, "rate", {"slow": {"lr": 1e-5}, "as always": {"batch_size": 4}})
-    monkeypatch.setitem(quality.EXPERIMENTS, "average", {"as ever": {}, "short": {"ema_decay": 0.5}})
+    monkeypatch.setitem(
+        quality.EXPERIMENTS, "rate", {"slow": {"lr": 1e-5}, "as always": {"batch_size": 4}}
+    )
+    monkeypatch.setitem(
+        quality.EXPERIMENTS, "average", {"as ever": {}, "short": {"ema_decay": 0.5}}
+    )
     words = ["--images=40", "--dataset=pictures", "--held_out=unseen", "--device=cpu"]
     for experiment in ("rate", "average"):
         status, out, err = run(
-            "benchmarks.quality", quality.quality, [*words, f"--experiment={experiment}"], monkeypatch
+            "benchmarks.quality",
+            quality.quality,
+            [*words, f"--experiment={experiment}"],
+            monkeypatch,
         )
         assert status == 0, err
     assert [(row["experiment"], row["variant"]) for row in judged()] == [
@@ -380,11 +434,18 @@ def test_what_changes_nothing_is_trained_once_for_all_experiments(small_experime
         ("rate", "base"),
         ("average", "short"),
     ]
-    assert [line.split()[0] for line in out.splitlines()[-2:]] in (["base", "short"], ["short", "base"])
+    assert [line.split()[0] for line in out.splitlines()[-2:]] in (
+        ["base", "short"],
+        ["short", "base"],
+    )
 
 
 def test_no_two_experiments_call_different_settings_by_one_name():
-    named = [item for experiment in quality.EXPERIMENTS for item in quality.variants_of(experiment).items()]
+    named = [
+        item
+        for experiment in quality.EXPERIMENTS
+        for item in quality.variants_of(experiment).items()
+    ]
     settings = {}
     for name, changed in named:
         assert settings.setdefault(name, quality.BASE | changed) == quality.BASE | changed
@@ -393,7 +454,9 @@ def test_no_two_experiments_call_different_settings_by_one_name():
 def test_networks_of_another_shape_take_as_many_operations():
     def flop(changed: dict) -> float:
         settings = quality.BASE | changed
-        shape = {name: settings[name] for name in ddpm.NETWORK if name in settings} | {"img_size": 32}
+        shape = {name: settings[name] for name in ddpm.NETWORK if name in settings} | {
+            "img_size": 32
+        }
         return measuring.count_flop(UNet(**shape), 32, training=False)
 
     base, *others = map(flop, quality.EXPERIMENTS["shape"].values())
@@ -414,19 +477,23 @@ def test_every_variant_is_a_training_that_can_be(place):
             runs.check_network({"blocks": 2} | settings)
 
 
-# ---- quality, against the peers --------------------------------------------------------------------------------------
+# ---- quality, against the peers ------------------------------------------------------------------
 
 SIDE = 32  # diffusers' six levels need it
 
 
 @pytest.fixture
 def small_peers(monkeypatch):
-    """Their networks as small as may be, sampled in three steps; gives the trainer of a project that is installed."""
+    """Their networks as small as may be, sampled in three steps; gives the trainer of a project
+    that is installed.
+    """
     monkeypatch.setitem(quality_peers.DIFFUSERS, "block_out_channels", (8,) * 6)
     monkeypatch.setitem(quality_peers.DIFFUSERS, "layers_per_block", 1)
     monkeypatch.setitem(quality_peers.DIFFUSERS, "norm_num_groups", 2)
     monkeypatch.setattr(
-        quality_peers, "LUCIDRAINS", {"dim": 8, "dim_mults": (1, 1, 1), "attn_heads": 1, "attn_dim_head": 8}
+        quality_peers,
+        "LUCIDRAINS",
+        {"dim": 8, "dim_mults": (1, 1, 1), "attn_heads": 1, "attn_dim_head": 8},
     )
     monkeypatch.setattr(quality_peers, "PEER_STEPS", 3)
 
@@ -453,7 +520,9 @@ def clock(monkeypatch):
     return hands
 
 
-def task(place: Path, images: np.ndarray | None = None, minutes: float = 0.25) -> quality_peers.Task:
+def task(
+    place: Path, images: np.ndarray | None = None, minutes: float = 0.25
+) -> quality_peers.Task:
     """A quarter of a minute, of noisy pictures if no others are given."""
     paint(place / "pictures", count=100)  # as many as lucidrains' Trainer asks for
     if images is None:
@@ -489,9 +558,9 @@ def test_first_step_does_not_count_for_how_many_fit(monkeypatch):
 def test_peer_is_shown_a_batch_a_step_for_its_minutes_and_tries_are_not_counted(
     project, tried, small_peers, clock, place
 ):
-    learnt = small_peers(project)("fp32", task(place))
-    assert learnt.images == 15 * 16
-    assert (learnt.prepared_s, learnt.trained_s) == (tried, 15)
+    learned = small_peers(project)("fp32", task(place))
+    assert learned.images == 15 * 16
+    assert (learned.prepared_s, learned.trained_s) == (tried, 15)
     assert clock.drawn == tried + 15
 
 
@@ -514,7 +583,8 @@ def test_rate_of_diffusers_warms_up_and_ends_with_the_minutes_even_on_a_machine_
     assert rates[peak] == pytest.approx(1e-4)
     assert peak == 6, "a tenth of the 60 steps that fit"
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
-    assert rates[-1] < 1e-6  # a last step of 3 seconds begins at 57: 0.8% of the cosine's height are left
+    # a last step of 3 seconds begins at 57: 0.8% of the cosine's height are left
+    assert rates[-1] < 1e-6
 
 
 @pytest.mark.parametrize("project", quality_peers.PEERS)
@@ -557,22 +627,32 @@ def test_samples_come_from_the_averaged_weights(project, small_peers, clock, pla
         monkeypatch.setattr(package, "Trainer", Kept)
         monkeypatch.setattr(package.GaussianDiffusion, "sample", sample)
         train("fp32", task(place)).sample(2)
-        average, last = list(trainers[0].ema.ema_model.parameters()), list(trainers[0].model.parameters())
+        average, last = (
+            list(trainers[0].ema.ema_model.parameters()),
+            list(trainers[0].model.parameters()),
+        )
     assert all(torch.equal(a, b) for a, b in zip(used[0], average, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(used[0], last, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("project", quality_peers.PEERS)
-def test_one_colour_is_learnt_and_made_when_the_network_knows_it(
+def test_one_color_is_learned_and_made_when_the_network_knows_it(
     project, precision, small_peers, clock, place, monkeypatch
 ):
-    """Images go in and come out in the range of each: a network that knows the colour finds pure noise beside it."""
-    train, colour = small_peers(project), torch.tensor([250, 128, 20], dtype=torch.uint8).view(3, 1, 1)
-    x_0, found, types = colour / 127.5 - 1, [], set()
+    """Images go in and come out in the range of each: a network that knows the color finds pure
+    noise beside it.
+    """
+    train, color = (
+        small_peers(project),
+        torch.tensor([250, 128, 20], dtype=torch.uint8).view(3, 1, 1),
+    )
+    x_0, found, types = color / 127.5 - 1, [], set()
 
     def beside(x_t, t, alpha_bar):
-        signal, noise = (part[t].view(-1, 1, 1, 1).float() for part in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+        signal, noise = (
+            part[t].view(-1, 1, 1, 1).float() for part in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        )
         eps = (x_t - signal * x_0) / noise
         found.append(eps)
         return eps, signal, noise
@@ -609,52 +689,66 @@ def test_one_colour_is_learnt_and_made_when_the_network_knows_it(
                 return signal * eps - noise * x_0 + 0 * output
 
         monkeypatch.setattr(package, "Unet", Knowing)
-    learnt = train(precision, task(place, images=colour.expand(100, 3, SIDE, SIDE).numpy()))
+    learned = train(precision, task(place, images=color.expand(100, 3, SIDE, SIDE).numpy()))
     assert types == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
     seen = torch.cat([eps.flatten(1) for eps in found])
     assert len(seen) >= 15 * 16
-    assert abs(seen.mean()) < 0.02  # of half a million draws, float32's rounding divided by the noise of t = 1 included
+    # of half a million draws, float32's rounding divided by the noise of t = 1 included
+    assert abs(seen.mean()) < 0.02
     assert abs(seen.std() - 1) < 0.02
-    samples = learnt.sample(3)
+    samples = learned.sample(3)
     assert (samples.shape, samples.dtype) == ((3, 3, SIDE, SIDE), torch.uint8)
-    assert (samples.int() - colour.int()).abs().max() <= 1
+    assert (samples.int() - color.int()).abs().max() <= 1
 
 
 @pytest.fixture
 def small_contest(place, monkeypatch):
-    """One who gives back real pictures, and one who stumbles the first time and then gives black ones."""
+    """One who gives back real pictures, and one who stumbles the first time and then gives black
+    ones.
+    """
 
-    def learnt(image: Callable[[int], Tensor]) -> quality_peers.Learnt:
-        return quality_peers.Learnt(160, 1.5, 2.0, 60.0, "ddim", 50, image)
+    def learned(image: Callable[[int], Tensor]) -> quality_peers.Learned:
+        return quality_peers.Learned(160, 1.5, 2.0, 60.0, "ddim", 50, image)
 
-    def perfect(task: quality_peers.Task) -> quality_peers.Learnt:
+    def perfect(task: quality_peers.Task) -> quality_peers.Learned:
         calls.append(("perfect", task.seed))
         images = utils.load_dataset(Path("unseen"), (SIDE, SIDE)).images
         order = np.random.default_rng(0).permutation(len(images))
-        return learnt(lambda n: torch.from_numpy(images[order[n : 2 * n]]))  # whom `evaluate.judge` calls real
+        # whom `evaluate.judge` calls real
+        return learned(lambda n: torch.from_numpy(images[order[n : 2 * n]]))
 
-    def black(task: quality_peers.Task) -> quality_peers.Learnt:
+    def black(task: quality_peers.Task) -> quality_peers.Learned:
         calls.append(("black", task.seed))
         if len(calls) == 2:
             raise UserError("stumbled")
-        return learnt(lambda n: torch.zeros(n, 3, SIDE, SIDE, dtype=torch.uint8))
+        return learned(lambda n: torch.zeros(n, 3, SIDE, SIDE, dtype=torch.uint8))
 
     calls = []
-    monkeypatch.setattr(quality_peers, "contenders", lambda device: {"perfect": perfect, "black": black})
+    monkeypatch.setattr(
+        quality_peers, "contenders", lambda device: {"perfect": perfect, "black": black}
+    )
     monkeypatch.setattr(quality_peers.evaluate, "load_efficientnet", pixels)
     paint(place / "pictures", count=100)
     paint(place / "unseen", count=40, first_seed=1000)
     return calls
 
 
-CONTEST = ["--dataset=pictures", "--held_out=unseen", "--n_img=16", "--device=cpu", "--minutes=0.25"]
+CONTEST = [
+    "--dataset=pictures",
+    "--held_out=unseen",
+    "--n_img=16",
+    "--device=cpu",
+    "--minutes=0.25",
+]
 
 
 def contest(monkeypatch, *words: str) -> tuple[int, str, str]:
     """The contest, `words` instead of the same flags above."""
     given = {word.split("=")[0] for word in words}
     kept = [word for word in CONTEST if word.split("=")[0] not in given]
-    return run("benchmarks.quality_peers", quality_peers.quality_peers, [*kept, *words], monkeypatch)
+    return run(
+        "benchmarks.quality_peers", quality_peers.quality_peers, [*kept, *words], monkeypatch
+    )
 
 
 def rows_of_contest() -> list[dict]:
@@ -676,17 +770,26 @@ def test_perfect_samples_score_the_floor_and_others_more(small_contest, monkeypa
     column = title.replace("weights M", "weights").split().index("excess") + 1  # "ddim 50" is two
     assert float(table["perfect"][column]) == 0
     excess = float(black["distance"]) - float(black["distance_real"])
-    assert float(table["black"][column]) == pytest.approx(excess, rel=1e-3)  # a digit is shown, and six are kept
+    # a digit is shown, and six are kept
+    assert float(table["black"][column]) == pytest.approx(excess, rel=1e-3)
     assert list(table) == ["perfect", "black"], "the best is on top"
     assert max(map(len, out.splitlines())) <= 120
 
 
 def test_contest_goes_on_where_it_was_stopped(small_contest, monkeypatch):
     assert contest(monkeypatch)[0] == 2
-    assert [row["contender"] for row in rows_of_contest()] == ["perfect"], "written before the other one began"
+    assert [row["contender"] for row in rows_of_contest()] == ["perfect"], (
+        "written before the other one began"
+    )
     assert contest(monkeypatch)[0] == 0
     assert contest(monkeypatch, "--seeds=2")[0] == 0
-    assert small_contest == [("perfect", 0), ("black", 0), ("black", 0), ("perfect", 1), ("black", 1)]
+    assert small_contest == [
+        ("perfect", 0),
+        ("black", 0),
+        ("black", 0),
+        ("perfect", 1),
+        ("black", 1),
+    ]
     rows = rows_of_contest()
     assert [(row["contender"], row["seed"]) for row in rows] == [
         ("perfect", "0"),
@@ -713,11 +816,15 @@ def test_every_contender_learns_samples_and_is_judged(small_peers, place, monkey
     assert [row["contender"] for row in rows] == list(quality_peers.contenders(CPU))
     for row in rows:
         assert int(row["images"]) > 0
-        assert float(row["trained_s"]) >= 1.0199, "60 times 0.017 minutes, and the rest of the last step"
+        assert float(row["trained_s"]) >= 1.0199, (
+            "60 times 0.017 minutes, and the rest of the last step"
+        )
         assert row["contender"] in out[out.index("---") :]
 
 
-def test_contenders_are_ours_alone_where_nothing_is_installed_and_it_says_so(installed, hurried, capsys):
+def test_contenders_are_ours_alone_where_nothing_is_installed_and_it_says_so(
+    installed, hurried, capsys
+):
     installed()
     assert list(quality_peers.contenders(CPU)) == ["ours", "ours, for a CPU"]
     out = capsys.readouterr().out
@@ -729,10 +836,20 @@ def test_contenders_are_ours_alone_where_nothing_is_installed_and_it_says_so(ins
 def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_readme():
     (_, defaults), (_, first) = quality_peers.OURS.values()
     assert defaults == {}
-    command = re.search(r"ddpm.py train (--run_name=first .*?) &&", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    parameters = {name: value.annotation for name, value in inspect.signature(ddpm.train).parameters.items()}
-    flags = command_line.read_flags("train", parameters, command.group(1).replace("\\\n", "").split())
-    settings = {name: command_line.FLAG_TYPES[parameters[name]][0](text) for name, text in flags.items()}
+    command = re.search(
+        r"ddpm.py train (--run_name=first .*?) &&",
+        (ROOT / "README.md").read_text(),
+        flags=re.DOTALL,
+    )
+    parameters = {
+        name: value.annotation for name, value in inspect.signature(ddpm.train).parameters.items()
+    }
+    flags = command_line.read_flags(
+        "train", parameters, command.group(1).replace("\\\n", "").split()
+    )
+    settings = {
+        name: command_line.FLAG_TYPES[parameters[name]][0](text) for name, text in flags.items()
+    }
     by_default = inspect.signature(ddpm.train).parameters
     settings |= {name: by_default[name].default for name in first if name not in settings}
     assert settings == first | {"run_name": "first", "epochs": settings["epochs"]}
@@ -748,7 +865,9 @@ def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_r
         (["--sampler=ddim"], "--sampler is not an option"),
     ],
 )
-def test_contest_that_cannot_be_is_refused_before_any_work(words, message, small_contest, monkeypatch):
+def test_contest_that_cannot_be_is_refused_before_any_work(
+    words, message, small_contest, monkeypatch
+):
     status, out, err = contest(monkeypatch, *words)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1

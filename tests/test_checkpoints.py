@@ -1,4 +1,6 @@
-"""What a checkpoint promises: it is on the disk whole, damage is seen, and opening a stranger's is safe."""
+"""What a checkpoint promises: it is on the disk whole, damage is seen, and opening a stranger's is
+safe.
+"""
 
 import contextlib
 import os
@@ -46,17 +48,23 @@ def state(trained, place) -> dict:
     return checkpoints.read(CHECKPOINT)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [None, Path("kept")])
 def test_a_file_is_on_the_disk_before_it_gets_its_name(place, monkeypatch, keep):
-    """Write, fsync, rename, fsync of the folder: in any other order a loss of power could leave an empty file."""
+    """Write, fsync, rename, fsync of the folder: in any other order a loss of power could leave an
+    empty file.
+    """
     calls, replace = [], os.replace
 
     def fsync(number: int) -> None:
         facts = os.fstat(number)
-        calls.append("fsync of the folder" if stat.S_ISDIR(facts.st_mode) else f"fsync of {facts.st_size} bytes")
+        calls.append(
+            "fsync of the folder"
+            if stat.S_ISDIR(facts.st_mode)
+            else f"fsync of {facts.st_size} bytes"
+        )
 
     def replace_and_note(old: Path, new: Path) -> None:
         calls.append(f"{Path(old).name} becomes {Path(new).name}")
@@ -67,7 +75,11 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(place, monkeypatch, keep)
     path = Path("file")
     path.write_text("before")
     basics.write_whole(path, lambda file: file.write(b"1234567"), keep)
-    expected = ["fsync of 7 bytes", "file becomes kept" if keep else "", "file.unfinished becomes file"]
+    expected = [
+        "fsync of 7 bytes",
+        "file becomes kept" if keep else "",
+        "file.unfinished becomes file",
+    ]
     expected += ["fsync of the folder" if os.name != "nt" else ""]
     assert calls == [call for call in expected if call]
     assert path.read_text() == "1234567"
@@ -88,11 +100,13 @@ def test_what_could_not_be_written_leaves_no_trace(place, error):
     assert Path("file").read_text() == "before"
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def somewhere(chance: random.Random, size: int) -> int:
-    """A place in a file; every other one is in its last twentieth, where an archive has its table of contents."""
+    """A place in a file; every other one is in its last twentieth, where an archive has its table
+    of contents.
+    """
     return chance.randrange(chance.choice([0, size - size // 20]), size)
 
 
@@ -121,10 +135,14 @@ def change_the_archive(chance: random.Random, whole: bytes) -> bytes:
     with zipfile.ZipFile("whole") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     names = list(files)
-    one, two = chance.sample([name for name in names if "/data/" in name or name.endswith(".pkl")], 2)
+    one, two = chance.sample(
+        [name for name in names if "/data/" in name or name.endswith(".pkl")], 2
+    )
     how = chance.choice(["without", "exchanged", "only"])
     kept = [one] if how == "only" else [name for name in names if how != "without" or name != one]
-    renamed = {one: two, two: one} if how == "exchanged" and len(files[one]) != len(files[two]) else {}
+    renamed = (
+        {one: two, two: one} if how == "exchanged" and len(files[one]) != len(files[two]) else {}
+    )
     with zipfile.ZipFile("changed", "w") as archive:
         for name in kept:
             archive.writestr(renamed.get(name, name), files[name])
@@ -133,7 +151,9 @@ def change_the_archive(chance: random.Random, whole: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, zero_a_block, put_garbage, change_the_archive])
 def test_damage_is_named_or_harmless(state, damage):
-    """Sixty times each: refused in one line with the file's name, or (where nobody reads) the same to the bit."""
+    """Sixty times each: refused in one line with the file's name, or (where nobody reads) the same
+    to the bit.
+    """
     whole, harmless = CHECKPOINT.read_bytes(), 0
     for seed in range(60):
         CHECKPOINT.write_bytes(damage(random.Random(seed), whole))
@@ -141,7 +161,9 @@ def test_damage_is_named_or_harmless(state, damage):
             assert same(checkpoints.load("run"), state), f"seed {seed} loads something else"
             harmless += 1
         except UserError as error:
-            assert str(error).startswith(f"{CHECKPOINT} cannot be read as a checkpoint ("), f"seed {seed}"
+            assert str(error).startswith(f"{CHECKPOINT} cannot be read as a checkpoint ("), (
+                f"seed {seed}"
+            )
             assert "\n" not in str(error), f"seed {seed}"
     assert harmless < 60
 
@@ -149,12 +171,17 @@ def test_damage_is_named_or_harmless(state, damage):
 def edited(data, whole: bytes) -> bytes:
     """Some bytes of a file replaced, a few times over."""
     for _ in range(data.draw(strategies.integers(1, 4))):
-        start, taken = data.draw(strategies.integers(0, len(whole))), data.draw(strategies.integers(0, 8))
+        start, taken = (
+            data.draw(strategies.integers(0, len(whole))),
+            data.draw(strategies.integers(0, 8)),
+        )
         whole = whole[:start] + data.draw(strategies.binary(max_size=8)) + whole[start + taken :]
     return whole
 
 
-@hypothesis.settings(max_examples=20 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1)
+@hypothesis.settings(
+    max_examples=20 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1
+)
 @hypothesis.given(strategies.data())
 def test_no_bytes_do_more_than_be_refused(trained, data):
     """Edited checkpoints, edited pickles in sound archives, and no checkpoints at all."""
@@ -166,19 +193,28 @@ def test_no_bytes_do_more_than_be_refused(trained, data):
     elif kind == "edited":
         path.write_bytes(edited(data, whole))
     else:
-        with zipfile.ZipFile(trained / CHECKPOINT) as archive, zipfile.ZipFile(path, "w") as changed:
+        with (
+            zipfile.ZipFile(trained / CHECKPOINT) as archive,
+            zipfile.ZipFile(path, "w") as changed,
+        ):
             for name in archive.namelist():
                 contents = archive.read(name)
-                changed.writestr(name, edited(data, contents) if name.endswith("data.pkl") else contents)
+                changed.writestr(
+                    name, edited(data, contents) if name.endswith("data.pkl") else contents
+                )
     before = files_below(trained)
     with contextlib.suppress(UserError):
         checkpoints.read(path)
     assert files_below(trained) == before
 
 
-# ---- strangers' checkpoints ------------------------------------------------------------------------------------------
+# ---- strangers' checkpoints ----------------------------------------------------------------------
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight, beside the number of its steps
+# what AdamW remembers of each weight, beside the number of its steps
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+)
 
 
 class Bomb:
@@ -194,7 +230,10 @@ def giant(tensors: dict) -> dict:
 
 
 def without_setting(name: str) -> Callable[[dict], dict]:
-    return lambda state: state | {"settings": {key: value for key, value in state["settings"].items() if key != name}}
+    return lambda state: (
+        state
+        | {"settings": {key: value for key, value in state["settings"].items() if key != name}}
+    )
 
 
 def with_settings(**settings) -> Callable[[dict], dict]:
@@ -202,15 +241,27 @@ def with_settings(**settings) -> Callable[[dict], dict]:
 
 
 def giant_everywhere(state: dict) -> dict:
-    """A network of terabytes with all its weights, in a few kilobytes: no shape contradicts another."""
+    """A network of terabytes with all its weights, in a few kilobytes: no shape contradicts
+    another.
+    """
     settings = state["settings"] | {"width": 4096, "multipliers": (64, 64)}
     with torch.device("meta"):
         network = ddpm.build(settings, "meta")[0]
-    weights = {name: torch.zeros(1).expand(weight.shape) for name, weight in network.state_dict().items()}
+    weights = {
+        name: torch.zeros(1).expand(weight.shape) for name, weight in network.state_dict().items()
+    }
     shapes = [weight.shape for weight in network.parameters()]
-    moments = [{"step": torch.ones(()), **{name: torch.zeros(1).expand(shape) for name in MOMENTS}} for shape in shapes]
+    moments = [
+        {"step": torch.ones(()), **{name: torch.zeros(1).expand(shape) for name in MOMENTS}}
+        for shape in shapes
+    ]
     optimizer = state["optimizer"] | {"state": dict(enumerate(moments))}
-    return state | {"settings": settings, "network": weights, "average": weights, "optimizer": optimizer}
+    return state | {
+        "settings": settings,
+        "network": weights,
+        "average": weights,
+        "optimizer": optimizer,
+    }
 
 
 def of_other_weights(state: dict) -> dict:
@@ -231,7 +282,9 @@ def with_moments(**changed: Tensor) -> Callable[[dict], dict]:
 STRANGE = {
     "a bomb": lambda state: Bomb(),
     "a bomb inside": lambda state: state | {"log": Bomb()},
-    "giant weights": lambda state: state | {kind: giant(state[kind]) for kind in ("network", "average")},
+    "giant weights": lambda state: (
+        state | {kind: giant(state[kind]) for kind in ("network", "average")}
+    ),
     "a giant average": lambda state: state | {"average": giant(state["average"])},
     "a giant network": with_settings(width=4096, multipliers=(64, 64), blocks=16),
     "a giant network with giant weights": giant_everywhere,
@@ -241,13 +294,21 @@ STRANGE = {
     "no settings": lambda state: state | {"settings": {}},
     "settings that are a list": lambda state: state | {"settings": [1, 2]},
     "a newer format": lambda state: state | {"format": checkpoints.FORMAT + 1},
-    "a newer format with other parts": lambda state: {"format": checkpoints.FORMAT + 1, "weights": {}},
+    "a newer format with other parts": lambda state: {
+        "format": checkpoints.FORMAT + 1,
+        "weights": {},
+    },
     "no format": lambda state: {name: value for name, value in state.items() if name != "format"},
     "weights of another width": of_other_weights,
-    "weights that are numbers": lambda state: state | {"average": dict.fromkeys(state["average"], 1.0)},
+    "weights that are numbers": lambda state: (
+        state | {"average": dict.fromkeys(state["average"], 1.0)}
+    ),
     "weights without values": lambda state: (
         state
-        | {kind: {name: weight.to("meta") for name, weight in state[kind].items()} for kind in ("network", "average")}
+        | {
+            kind: {name: weight.to("meta") for name, weight in state[kind].items()}
+            for kind in ("network", "average")
+        }
     ),
     "weights alone": lambda state: state["network"],
     "one tensor": lambda state: torch.zeros(3),
@@ -261,41 +322,60 @@ STRANGE_TO_TRAIN = {
     "no optimizer": lambda state: state | {"optimizer": {}},
     "a setting left out": without_setting("lr"),
     "a setting that is a tensor": with_settings(flip=torch.ones(2)),
-    "weights in bfloat16": lambda state: state | {"average": {k: w.bfloat16() for k, w in state["average"].items()}},
+    "weights in bfloat16": lambda state: (
+        state | {"average": {k: w.bfloat16() for k, w in state["average"].items()}}
+    ),
     "other sums": lambda state: state | {"sums": torch.zeros(7)},
     "a step that is text": lambda state: state | {"step": "many"},
     "a log that is a number": lambda state: state | {"log": 5},
 }
-CASES = [(words, name) for words in (SAMPLE, TRAIN) for name in STRANGE] + [(TRAIN, name) for name in STRANGE_TO_TRAIN]
+CASES = [(words, name) for words in (SAMPLE, TRAIN) for name in STRANGE] + [
+    (TRAIN, name) for name in STRANGE_TO_TRAIN
+]
 
 
 def peak_memory() -> int:
     """The most memory this process has had, in bytes."""
-    resource = pytest.importorskip("resource", reason="this system does not tell how much memory was used")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resource = pytest.importorskip(
+        "resource", reason="this system does not tell how much memory was used"
+    )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 @pytest.mark.parametrize("words, name", CASES, ids=[f"{words[0]}: {name}" for words, name in CASES])
 def test_a_strange_checkpoint_is_refused_in_one_line(run, state, monkeypatch, words, name):
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: pytest.fail("it trains on with what it was given"))
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda optimizer: pytest.fail("it trains on with what it was given"),
+    )
     torch.save((STRANGE | STRANGE_TO_TRAIN)[name](state), CHECKPOINT)
     before, memory = files_below(Path()), peak_memory()
     result = run(*words)
     assert (result.status, result.err.count("\n")) == (2, 1), result.err
     assert "models/run" in result.err.replace(os.sep, "/") or "--run_name=run" in result.err
     assert files_below(Path()) == before
-    assert peak_memory() - memory < 300e6  # the large network would take a gigabyte, the giant ones more than there is
+    # the large network would take a gigabyte, the giant ones more than there is
+    assert peak_memory() - memory < 300e6
 
 
 def scattered(moment: Tensor) -> Tensor:
-    """The same numbers, but the last of them lies at the end of the memory they are in, the first far before it."""
+    """The same numbers, but the last of them lies at the end of the memory they are in, the first
+    far before it.
+    """
     return torch.zeros(moment.numel() + 1)[-1:].expand(moment.shape)
 
 
 def test_only_dense_moments_and_options_of_its_own_reach_the_optimizer(run, state, monkeypatch):
     """It trusts both blindly: others would have it write where no moment is."""
     optimizer = torch.optim.AdamW([torch.zeros(1)], weight_decay=0.0, fused=True)
-    own = {name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "lr")}
+    own = {
+        name: value
+        for name, value in optimizer.param_groups[0].items()
+        if name not in ("params", "lr")
+    }
     moments = state["optimizer"]["state"]
     for facts in moments.values():
         facts |= {"exp_avg": scattered(facts["exp_avg"]), "max_exp_avg_sq": torch.zeros(1)}
@@ -304,7 +384,11 @@ def test_only_dense_moments_and_options_of_its_own_reach_the_optimizer(run, stat
 
     def look(optimizer) -> None:
         assert {name: optimizer.param_groups[0][name] for name in own} == own
-        assert all(optimizer.state[weight][name].is_contiguous() for weight in optimizer.state for name in MOMENTS)
+        assert all(
+            optimizer.state[weight][name].is_contiguous()
+            for weight in optimizer.state
+            for name in MOMENTS
+        )
         raise UserError("looked")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", look)
@@ -317,7 +401,12 @@ def test_a_newer_format_is_called_newer(run, state, name):
     assert f"{CHECKPOINT} has format {checkpoints.FORMAT + 1}" in run(*SAMPLE).err
 
 
-IMPOSSIBLE = [{"multipliers": (1,) * 2_000}, {"multipliers": (10**9,)}, {"blocks": 10**6}, {"width": 10**6}]
+IMPOSSIBLE = [
+    {"multipliers": (1,) * 2_000},
+    {"multipliers": (10**9,)},
+    {"blocks": 10**6},
+    {"width": 10**6},
+]
 
 
 @pytest.mark.parametrize("settings", IMPOSSIBLE, ids=["levels", "multipliers", "blocks", "width"])
@@ -335,7 +424,11 @@ def write_old_format(state: dict) -> None:
 def write_a_wrong_reference(state: dict) -> None:
     """PyTorch finds such a pickle with an assert."""
     with zipfile.ZipFile(CHECKPOINT, "w") as archive:
-        for name, contents in {"data.pkl": b"\x80\x02K\x00Q.", "version": b"3", "byteorder": b"little"}.items():
+        for name, contents in {
+            "data.pkl": b"\x80\x02K\x00Q.",
+            "version": b"3",
+            "byteorder": b"little",
+        }.items():
             archive.writestr(f"checkpoint/{name}", contents)
 
 

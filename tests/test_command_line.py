@@ -39,27 +39,41 @@ def settings_of(*words: str) -> dict:
 
         return tell
 
-    return command_line.plan("ddpm.py", {name: echo(command) for name, command in COMMANDS.items()}, list(words))()
+    return command_line.plan(
+        "ddpm.py", {name: echo(command) for name, command in COMMANDS.items()}, list(words)
+    )()
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """Four pictures, a run trained on them with 20 noising steps, an empty folder and a file; no test changes it."""
+    """Four pictures, a run trained on them with 20 noising steps, an empty folder and a file; no
+    test changes it.
+    """
     house = tmp_path_factory.mktemp("house")
     paint(house / "pictures", count=4)
     (house / "empty").mkdir()
     (house / "a_file").touch()
-    line = ("train", *TINY, "--dataset=pictures", "--run_name=tiny", "--noise_steps=20", "--epochs=1")
+    line = (
+        "train",
+        *TINY,
+        "--dataset=pictures",
+        "--run_name=tiny",
+        "--noise_steps=20",
+        "--epochs=1",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(house)
         ddpm.train(**settings_of(*line))
-    shutil.rmtree(house / "datasets")  # its cache: that a refused line begins another would not be seen
+    # its cache: that a refused line begins another would not be seen
+    shutil.rmtree(house / "datasets")
     return house
 
 
 @pytest.fixture
 def refused(house, run, monkeypatch):
-    """Run a command line in the house, on a machine without GPUs, and insist on a refusal; gives its one line."""
+    """Run a command line in the house, on a machine without GPUs, and insist on a refusal; gives
+    its one line.
+    """
     monkeypatch.chdir(house)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -76,7 +90,7 @@ def refused(house, run, monkeypatch):
     return refused_words
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 MISREAD = [  # a command line, and what the answer names
     # no such command or option
@@ -172,7 +186,10 @@ IMPOSSIBLE = [
     ("sample --run_name=tiny --steps=21", "--steps=21 is more than the 20 noising steps"),
     ("sample --run_name=tiny --steps=1 --n_img=1e300", "--n_img=1000"),
     # so many that the number of steps leaves the range of a float
-    ("train --dataset=pictures --img_size=8 --width=16 --multipliers=1 --batch_size=1 --epochs=1.7e308", "--epochs=1"),
+    (
+        "train --dataset=pictures --img_size=8 --width=16 --multipliers=1 --batch_size=1 --epochs=1.7e308",
+        "--epochs=1",
+    ),
     # the network
     ("train --width=6", "--width=6"),
     ("train --width=130", "--width=130"),
@@ -201,7 +218,10 @@ IMPOSSIBLE = [
     ("train --device=cpu:3", "--device=cpu:3"),
     ("train --device=CPU", "--device=CPU"),
     ("train --device=", "--device="),
-    ("train --device=cuda", "--device=cuda is not on this machine (0 CUDA devices); --device=cpu works everywhere"),
+    (
+        "train --device=cuda",
+        "--device=cuda is not on this machine (0 CUDA devices); --device=cpu works everywhere",
+    ),
     ("train --device=cuda:0", "--device=cuda:0 is not on this machine"),
     ("train --device=cuda:99", "--device=cuda:99 is not on this machine"),
     ("train --device=cuda:-1", "--device=cuda:-1"),
@@ -220,7 +240,9 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("line, named", MISREAD + IMPOSSIBLE)
-def test_what_cannot_be_done_is_refused_in_one_line_before_anything_is_written(line, named, refused):
+def test_what_cannot_be_done_is_refused_in_one_line_before_anything_is_written(
+    line, named, refused
+):
     assert named in refused(*shlex.split(line))
 
 
@@ -250,7 +272,7 @@ def test_every_limit_is_kept(name, flag, value, refused):
 
 @pytest.mark.parametrize("flag", ddpm.LIMITS)
 def test_every_limit_belongs_to_a_flag_and_includes_its_ends(flag):
-    assert flag in {flag for _, flag, _ in FLAGS} | ddpm.IMPORTED.keys()
+    assert flag in {flag for _, flag, _ in FLAGS} | runs.IMPORTED.keys()
     for end in ddpm.LIMITS[flag]:
         command_line.check_limits({flag: end}, ddpm.LIMITS)
 
@@ -275,7 +297,9 @@ NO_NAMES = [
 NO_NAMES += ["a b", "a\nb", "a\n", "\u00e9", "\u65e5\u672c", "a\u0661", "~", "$HOME", "a*"]
 
 
-@pytest.mark.parametrize("option", ["train --run_name", "sample --run_name", "sample --run_name=tiny --steps=1 --name"])
+@pytest.mark.parametrize(
+    "option", ["train --run_name", "sample --run_name", "sample --run_name=tiny --steps=1 --name"]
+)
 @pytest.mark.parametrize("name", [*NO_NAMES, pytest.param("x" * 300, id="300")])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(option, name, refused):
     """It would lead out of models/, hide, alias another run, or fail on another system."""
@@ -284,18 +308,28 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused(option, name, refused):
 
 
 def test_a_name_that_is_empty_is_refused(refused):
-    for line in (["train", "--run_name="], ["train", "--run_name", ""], ["sample", "--run_name=tiny", "--name", ""]):
+    for line in (
+        ["train", "--run_name="],
+        ["train", "--run_name", ""],
+        ["sample", "--run_name=tiny", "--name", ""],
+    ):
         assert "name= is not a usable name" in refused(*line)
 
 
-@pytest.mark.parametrize("name", ["a", "7", "1.10", "my_run-2.b", "console", "nul_1", "com10", "x" * 64])
+@pytest.mark.parametrize(
+    "name", ["a", "7", "1.10", "my_run-2.b", "console", "nul_1", "com10", "x" * 64]
+)
 def test_an_ordinary_name_is_taken(name):
     command_line.check_name("run_name", name)
 
 
-@pytest.mark.parametrize("text", ["cuda:2", "cuda:01", "cuda:\u0661", "cuda:128", "cuda:200", "cuda:" + "9" * 20])
+@pytest.mark.parametrize(
+    "text", ["cuda:2", "cuda:01", "cuda:\u0661", "cuda:128", "cuda:200", "cuda:" + "9" * 20]
+)
 def test_only_a_gpu_there_is_can_be_picked(text, monkeypatch):
-    """PyTorch's own reader wraps 200 round to -56, and answers leading zeros and huge numbers with a traceback."""
+    """PyTorch's own reader wraps 200 round to -56, and answers leading zeros and huge numbers with
+    a traceback.
+    """
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=f"--device={text}"):
@@ -323,8 +357,14 @@ def test_auto_is_the_first_device_there_is(gpus, mps, text, device, monkeypatch)
 def test_larger_images_and_wider_networks_go_through_in_smaller_batches():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [devices.images_at_once(device, (64, 64), 64) for device in (cpu, gpu)] == [16, 256]
-    assert [devices.images_at_once(gpu, (64, 64), width) for width in (16, 128, 256)] == [256, 128, 64]
-    assert [devices.images_at_once(gpu, size, 64) for size in ((32, 32), (64, 128), (256, 256))] == [256, 128, 16]
+    assert [devices.images_at_once(gpu, (64, 64), width) for width in (16, 128, 256)] == [
+        256,
+        128,
+        64,
+    ]
+    assert [
+        devices.images_at_once(gpu, size, 64) for size in ((32, 32), (64, 128), (256, 256))
+    ] == [256, 128, 16]
     assert devices.images_at_once(cpu, (1024, 1024), 512) == 1
 
 
@@ -352,7 +392,7 @@ def test_the_size_it_advises_is_possible_and_none_is_nearer(side, stride):
     assert abs(nearest - side) == min(abs(other - side) for other in possible)
 
 
-# ---- what is understood ----------------------------------------------------------------------------------------------
+# ---- what is understood --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +405,10 @@ def test_the_size_it_advises_is_possible_and_none_is_nearer(side, stride):
         ("train --seed=-5", "seed", -5),
         ("train --lr -1e-3", "lr", -1e-3),
         ("train --lr=3", "lr", 3.0),
-        *[(f"train --resume={no}", "resume", False) for no in ("false", "False", "no", "NO", "0", "off")],
+        *[
+            (f"train --resume={no}", "resume", False)
+            for no in ("false", "False", "no", "NO", "0", "off")
+        ],
         *[(f"train --resume={yes}", "resume", True) for yes in ("true", "TRUE", "yes", "1", "on")],
         ("train --resume no", "resume", False),
         ("train --noresume", "resume", False),
@@ -389,7 +432,19 @@ def test_the_size_it_advises_is_possible_and_none_is_nearer(side, stride):
         ("train --run_name help", "run_name", "help"),
         *[
             (f"train --run_name={text}", "run_name", text)
-            for text in ("2024", "1e3", "True", "007", "None", "1.10", "(1,)", "data#1", "a=b", "--epochs", "-")
+            for text in (
+                "2024",
+                "1e3",
+                "True",
+                "007",
+                "None",
+                "1.10",
+                "(1,)",
+                "data#1",
+                "a=b",
+                "--epochs",
+                "-",
+            )
         ],
     ],
 )
@@ -422,7 +477,9 @@ def test_no_digit_of_a_number_is_lost(number):
     assert settings_of("train", f"--lr={number!r}")["lr"] == number
 
 
-@given(st.lists(st.integers(0, 10**6), min_size=1).map(tuple), st.sampled_from(["{}", "({})", "[{}]"]))
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1).map(tuple), st.sampled_from(["{}", "({})", "[{}]"])
+)
 @settings(deadline=None)
 def test_whole_numbers_are_read_in_every_spelling(numbers, spelling):
     for between in (",", ", ", "x"):
@@ -436,18 +493,27 @@ def test_what_is_not_said_is_the_default(name):
     assert settings_of(name) == defaults
 
 
-WORDS = st.text(max_size=12) | st.sampled_from(["-", "--", "--help", "-b", "train", "sample", "auto", "1", "no"])
-WORDS |= st.builds(
-    "{}{}{}".format, st.sampled_from(["--", "--no", "-"]), st.sampled_from([f for _, f, _ in FLAGS]), WORDS
+WORDS = st.text(max_size=12) | st.sampled_from(
+    ["-", "--", "--help", "-b", "train", "sample", "auto", "1", "no"]
 )
-WORDS |= st.builds("--{}={}".format, st.sampled_from([f for _, f, _ in FLAGS]), WORDS | st.floats().map(repr))
+WORDS |= st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["--", "--no", "-"]),
+    st.sampled_from([f for _, f, _ in FLAGS]),
+    WORDS,
+)
+WORDS |= st.builds(
+    "--{}={}".format, st.sampled_from([f for _, f, _ in FLAGS]), WORDS | st.floats().map(repr)
+)
 
 
 @given(st.sampled_from(["train", "sample"]), st.lists(WORDS))
 @settings(deadline=None, max_examples=500)
 def test_any_line_is_understood_or_refused(name, words):
     with contextlib.suppress(UserError):
-        assert settings_of(name, *words).keys() == inspect.signature(COMMANDS[name]).parameters.keys()
+        assert (
+            settings_of(name, *words).keys() == inspect.signature(COMMANDS[name]).parameters.keys()
+        )
 
 
 @given(st.lists(st.text(), min_size=1))
@@ -471,10 +537,19 @@ def test_planning_runs_nothing():
 
 
 def test_a_training_and_a_sampling_do_as_they_are_told(run, place):
-    """What the plan understood is what happens: odd names, both spellings, a space for an equals sign."""
+    """What the plan understood is what happens: odd names, both spellings, a space for an equals
+    sign.
+    """
     paint(place / "data#1", count=4)
     result = run(
-        "train", *TINY, "--dataset", "data#1", "--run_name=1.10", "--epochs=1e0", "--noflip", "--noise-steps=9"
+        "train",
+        *TINY,
+        "--dataset",
+        "data#1",
+        "--run_name=1.10",
+        "--epochs=1e0",
+        "--noflip",
+        "--noise-steps=9",
     )
     assert (result.status, result.err) == (0, "")
     stored = checkpoints.load("1.10")["settings"]
@@ -482,13 +557,15 @@ def test_a_training_and_a_sampling_do_as_they_are_told(run, place):
     assert stored["flip"] is False
     assert (stored["epochs"], stored["noise_steps"], stored["img_size"]) == (1, 9, (8, 8))
 
-    result = run("sample", "--run_name=1.10", "--n-img", "2", "--steps=3", "--save_grid=no", "--device=cpu")
+    result = run(
+        "sample", "--run_name=1.10", "--n-img", "2", "--steps=3", "--save_grid=no", "--device=cpu"
+    )
     assert (result.status, result.err) == (0, "")
     names = {"sample_0001.png", "sample_0002.png"}
     assert files_below(place / "results" / "1.10" / "samples") == names
 
 
-# ---- help ------------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 
 def spoken(run, *words: str) -> str:
@@ -498,14 +575,31 @@ def spoken(run, *words: str) -> str:
     return result.out
 
 
-HELP = ["", "--help", "-h", "help", "train --help", "train -h", "help sample", "sample --help", "--help train"]
-HELP += ["train --epochs=1 --help", "train --epcohs=5 --help", "train --epochs --help", "train stray --help"]
+HELP = [
+    "",
+    "--help",
+    "-h",
+    "help",
+    "train --help",
+    "train -h",
+    "help sample",
+    "sample --help",
+    "--help train",
+]
+HELP += [
+    "train --epochs=1 --help",
+    "train --epcohs=5 --help",
+    "train --epochs --help",
+    "train stray --help",
+]
 HELP += ["train -- --help", "nothing --help", "sample --run_name=tiny --help --n_img=2"]
 
 
 @pytest.mark.parametrize("line", HELP)
 def test_help_wins_and_does_nothing_else(line, run, house, monkeypatch):
-    """On a terminal Fire's own help would open a pager, and a mistake in the line is a reason to read help."""
+    """On a terminal Fire's own help would open a pager, and a mistake in the line is a reason to
+    read help.
+    """
     monkeypatch.chdir(house)
     monkeypatch.setattr(fire, "Fire", lambda *_: pytest.fail("Fire was asked"))
     before = files_below(house)
@@ -515,9 +609,15 @@ def test_help_wins_and_does_nothing_else(line, run, house, monkeypatch):
     assert files_below(house) == before
 
 
-@pytest.mark.parametrize("name, flag, parameter", FLAGS, ids=[f"{name}-{flag}" for name, flag, _ in FLAGS])
+@pytest.mark.parametrize(
+    "name, flag, parameter", FLAGS, ids=[f"{name}-{flag}" for name, flag, _ in FLAGS]
+)
 def test_help_tells_every_flag_its_default_its_limit_and_a_sentence(name, flag, parameter, run):
-    entry = re.search(rf"^  --{flag}=(.*?)    \((.+)\)\n((?:      \S.*\n)+)", spoken(run, name, "--help"), re.MULTILINE)
+    entry = re.search(
+        rf"^  --{flag}=(.*?)    \((.+)\)\n((?:      \S.*\n)+)",
+        spoken(run, name, "--help"),
+        re.MULTILINE,
+    )
     default, kind, sentence = entry.groups()
     assert settings_of(name, f"--{flag}={default}")[flag] == parameter.default
     assert sentence.split()[-1].endswith(".")
@@ -536,7 +636,9 @@ def test_the_docstring_explains_exactly_the_flags_there_are(name):
 def test_without_a_word_it_lists_the_commands_and_two_examples(run):
     text = spoken(run)
     for name, command in COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(inspect.getdoc(command).splitlines()[0])}$", text, re.MULTILINE)
+        assert re.search(
+            rf"^  {name} +{re.escape(inspect.getdoc(command).splitlines()[0])}$", text, re.MULTILINE
+        )
     assert len(re.findall("^  python ddpm.py (train|sample) --", text, re.MULTILINE)) == 2
 
 
@@ -549,7 +651,7 @@ def test_the_examples_can_be_typed(line, run):
         assert settings_of(*words)
 
 
-# ---- how it ends -----------------------------------------------------------------------------------------------------
+# ---- how it ends ---------------------------------------------------------------------------------
 
 
 def end_with(monkeypatch, command, *words: str) -> int:
@@ -569,7 +671,11 @@ def end_with(monkeypatch, command, *words: str) -> int:
     [
         (UserError("--x=1 is odd"), 2, "--x=1 is odd"),
         (UserError("--x=1\n2 is odd"), 2, "--x=1 2 is odd"),
-        (OSError(28, "No space left on device", "models/x"), 2, "models/x: No space left on device"),
+        (
+            OSError(28, "No space left on device", "models/x"),
+            2,
+            "models/x: No space left on device",
+        ),
         (OSError("full"), 2, "disk: full"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
@@ -612,5 +718,8 @@ def test_the_program_itself_refuses_in_one_line(place):
     process = start("train", "--epcohs=5", cwd=place)
     out, err = process.communicate()
     assert process.returncode == 2
-    assert (out, err) == ("", "ddpm.py: --epcohs is not an option of train; did you mean --epochs?\n")
+    assert (out, err) == (
+        "",
+        "ddpm.py: --epcohs is not an option of train; did you mean --epochs?\n",
+    )
     assert files_below(place) == set()

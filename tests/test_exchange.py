@@ -15,14 +15,21 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import TINY, files_below, paint
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 from torch import Tensor, nn
 
 import ddpm
 import tools.exchange
 import utils
-from machinery import checkpoints, command_line, devices
+from machinery import checkpoints, command_line, devices, runs, writing
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--noise_steps=20", "--epochs=8")
 
@@ -51,11 +58,13 @@ def exchange(here, run_main):
     return lambda *words: run_main(tools.exchange.main, *words)
 
 
-# ---- publish --------------------------------------------------------------------------------------------------------
+# ---- publish -------------------------------------------------------------------------------------
 
 
 def test_what_is_published_is_small_and_makes_the_same_images(exchange, run, monkeypatch):
-    """Half precision has 11 binary digits, down to 2^-24; a walk of few steps shows little of what is behind them."""
+    """Half precision has 11 binary digits, down to 2^-24; a walk of few steps shows little of what
+    is behind them.
+    """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     assert exchange("publish", "--run_name=tiny", "--to=public").status == 0
     whole, small = (checkpoints.paths_of(name)[0] for name in ("tiny", "public"))
@@ -64,10 +73,18 @@ def test_what_is_published_is_small_and_makes_the_same_images(exchange, run, mon
     assert {weight.dtype for weight in published["average"].values()} == {torch.float16}
     assert published.keys() == checkpoints.TO_SAMPLE | {"format"}
     for name, weight in checkpoints.load("tiny")["average"].items():
-        assert ((weight - published["average"][name].float()).abs() <= weight.abs() * 2**-11 + 2**-25).all()
+        assert (
+            (weight - published["average"][name].float()).abs() <= weight.abs() * 2**-11 + 2**-25
+        ).all()
     for name in ("tiny", "public"):
-        assert run("sample", f"--run_name={name}", "--n_img=4", "--steps=5", "--device=cpu").status == 0
-    one, two = (np.asarray(Image.open(f"results/{name}/samples/samples.png"), int) for name in ("tiny", "public"))
+        assert (
+            run("sample", f"--run_name={name}", "--n_img=4", "--steps=5", "--device=cpu").status
+            == 0
+        )
+    one, two = (
+        np.asarray(Image.open(f"results/{name}/samples/samples.png"), int)
+        for name in ("tiny", "public")
+    )
     assert abs(one - two).mean() < 0.5
 
 
@@ -86,7 +103,12 @@ def test_a_published_run_is_not_gone_on_with_and_says_what_it_is_for(exchange, r
 def test_a_published_run_keeps_its_mode_and_its_classes(exchange, run, here, mode):
     make_run("mine", mode=mode, classes=("cats", "dogs"))
     assert exchange("publish", "--run_name=mine", "--to=public").status == 0
-    assert run("sample", "--run_name=public", "--label=dogs", "--n_img=2", "--steps=2", "--device=cpu").status == 0
+    assert (
+        run(
+            "sample", "--run_name=public", "--label=dogs", "--n_img=2", "--steps=2", "--device=cpu"
+        ).status
+        == 0
+    )
     with Image.open("results/public/samples/sample_0002.png") as picture:
         assert (picture.mode, picture.text["label"]) == (mode, "dogs")
 
@@ -128,11 +150,13 @@ def test_weights_beyond_half_precision_are_not_published(exchange, here):
     assert not checkpoints.exists("public")
 
 
-# ---- beginning from another run -------------------------------------------------------------------------------------
+# ---- beginning from another run ------------------------------------------------------------------
 
 
 def test_a_run_begins_with_the_average_of_another(here, run):
-    """At a learning rate of nearly nothing the weights and their average stay what they were at the beginning."""
+    """At a learning rate of nearly nothing the weights and their average stay what they were at the
+    beginning.
+    """
     start = checkpoints.load("tiny")
     words = [word for word in TRAIN if not word.startswith("--lr=")]
     assert run(*words, "--lr=1e-9", "--run_name=mine", "--init_from=tiny").status == 0
@@ -155,17 +179,32 @@ def test_a_run_begins_with_the_average_of_another(here, run):
 )
 def test_another_network_is_refused_with_the_flags_that_fit(here, run, changed, flags):
     words = dict(word.split("=") for word in (*TRAIN[1:], *changed))
-    command = ["train", *("=".join(item) for item in words.items()), "--run_name=mine", "--init_from=tiny"]
+    command = [
+        "train",
+        *("=".join(item) for item in words.items()),
+        "--run_name=mine",
+        "--init_from=tiny",
+    ]
     before = files_below(here)
     result = run(*command)
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert result.err.endswith(f"to fit it, add {flags}\n")
     assert files_below(here) == before
     words |= dict(word.split("=") for word in flags.split())
-    assert run("train", *("=".join(item) for item in words.items()), "--run_name=mine", "--init_from=tiny").status == 0
+    assert (
+        run(
+            "train",
+            *("=".join(item) for item in words.items()),
+            "--run_name=mine",
+            "--init_from=tiny",
+        ).status
+        == 0
+    )
 
 
-@pytest.mark.parametrize("name, named", [("other", "other is not a trained run"), ("../x", "--init_from=../x is not")])
+@pytest.mark.parametrize(
+    "name, named", [("other", "other is not a trained run"), ("../x", "--init_from=../x is not")]
+)
 def test_a_run_to_begin_from_must_be_there(here, run, name, named):
     before = files_below(here)
     result = run(*TRAIN, "--run_name=mine", f"--init_from={name}")
@@ -185,37 +224,72 @@ def test_once_begun_the_other_run_is_not_needed_any_more(here, run):
     assert "--init_from was tiny, is now " in result.err
 
 
-# ---- models from elsewhere ------------------------------------------------------------------------------------------
+# ---- models from elsewhere -----------------------------------------------------------------------
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 # What the DDPM paper's converted checkpoints have in common.
-PAPERS = {"act_fn": "silu", "attention_head_dim": None, "center_input_sample": False, "downsample_padding": 0}
-PAPERS |= {"flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3, "layers_per_block": 2, "out_channels": 3}
-PAPERS |= {"mid_block_scale_factor": 1, "norm_eps": 1e-6, "norm_num_groups": 32, "time_embedding_type": "positional"}
+PAPERS = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "center_input_sample": False,
+    "downsample_padding": 0,
+}
+PAPERS |= {
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "out_channels": 3,
+}
+PAPERS |= {
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "time_embedding_type": "positional",
+}
 
 
 def kinds(levels: int, *attended: int) -> dict:
     """The types of so many levels, attention on some of them."""
     down = ["AttnDownBlock2D" if level in attended else "DownBlock2D" for level in range(levels)]
-    return {"down_block_types": down, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
+    return {
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+    }
 
 
 CIFAR = PAPERS | {"sample_size": 32, "block_out_channels": [128, 256, 256, 256], **kinds(4, 1)}
-LARGE = PAPERS | {"sample_size": 256, "block_out_channels": [128, 128, 256, 256, 512, 512], **kinds(6, 4)}
+LARGE = PAPERS | {
+    "sample_size": 256,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    **kinds(6, 4),
+}
 
 
 def scaled(config: dict, **changes) -> dict:
     """An eighth of the channels, as many in a group; 32x32 pixels."""
-    small = {"block_out_channels": [width // 8 for width in config["block_out_channels"]], "sample_size": 32}
+    small = {
+        "block_out_channels": [width // 8 for width in config["block_out_channels"]],
+        "sample_size": 32,
+    }
     return config | small | {"norm_num_groups": config["norm_num_groups"] // 8} | changes
 
 
-COURSE = {"sample_size": [16, 8], "block_out_channels": [16, 32, 32, 64], "norm_num_groups": 8, **kinds(4, 2, 3)}
+COURSE = {
+    "sample_size": [16, 8],
+    "block_out_channels": [16, 32, 32, 64],
+    "norm_num_groups": 8,
+    **kinds(4, 2, 3),
+}
 MODELS = {  # a network, its noising process, and where a pipeline of it keeps its files
     "ddpm-cifar10-32": (scaled(CIFAR), {"variance_type": "fixed_large"}, ""),
     "ddpm-celebahq-256": (scaled(LARGE), {"variance_type": "fixed_small"}, "unet"),
     "ddpm-ema-church-256": (scaled(LARGE, block_out_channels=[16, 16, 32, 32, 48, 64]), {}, ""),
-    "attention on two levels": (COURSE, {"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"}, "unet"),
+    "attention on two levels": (
+        COURSE,
+        {"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"},
+        "unet",
+    ),
     "v, heads of 4 and 8 channels a group": (
         {
             "sample_size": 8,
@@ -224,7 +298,12 @@ MODELS = {  # a network, its noising process, and where a pipeline of it keeps i
             "attention_head_dim": 4,
             **kinds(2, 0),
         },
-        {"prediction_type": "v_prediction", "num_train_timesteps": 25, "beta_start": 0.004, "beta_end": 0.8},
+        {
+            "prediction_type": "v_prediction",
+            "num_train_timesteps": 25,
+            "beta_start": 0.004,
+            "beta_end": 0.8,
+        },
         "unet",
     ),
 }
@@ -241,17 +320,22 @@ def their_model(name: str) -> UNet2DModel:
 
 
 def write_model(name: str, folder: Path) -> DDPMPipeline:
-    """One of MODELS as a folder, in today's form or in that of 2022: all in one place, weights in a .bin, old names."""
+    """One of MODELS as a folder, in today's form or in that of 2022: all in one place, weights in a
+    .bin, old names.
+    """
     _, noising, place = MODELS[name]
     pipeline = DDPMPipeline(their_model(name), DDPMScheduler(**noising))
     pipeline.save_pretrained(folder)
     if not place:
         weights = safetensors.torch.load_file(folder / "unet/diffusion_pytorch_model.safetensors")
         for new, old in OLD_NAMES.items():
-            weights = {key.replace(f".{new}.", f".{old}."): weight for key, weight in weights.items()}
+            weights = {
+                key.replace(f".{new}.", f".{old}."): weight for key, weight in weights.items()
+            }
         assert any("proj_attn" in key for key in weights)
         torch.save(weights, folder / "diffusion_pytorch_model.bin")
-        config = {key: MODELS[name][0][key] for key in sorted(MODELS[name][0])}  # no entry that is newer
+        # no entry that is newer
+        config = {key: MODELS[name][0][key] for key in sorted(MODELS[name][0])}
         (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
         shutil.move(folder / "scheduler/scheduler_config.json", folder)
         shutil.rmtree(folder / "unet")
@@ -272,7 +356,9 @@ def quick_picture(monkeypatch):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """Has diffusers draw its noise as `ddpm.walk` draws that of one image of seed 5; and all compute in float32."""
+    """Has diffusers draw its noise as `ddpm.generate` draws that of one image of seed 5; and all
+    compute in float32.
+    """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
 
     def begin(shape: tuple[int, int, int]):
@@ -281,7 +367,11 @@ def same_noise(monkeypatch):
         def draw(*_, **__) -> Tensor:
             return torch.from_numpy(generator.standard_normal((1, *shape), dtype=np.float32))
 
-        places = ("pipelines.ddpm.pipeline_ddpm", "pipelines.ddim.pipeline_ddim", "schedulers.scheduling_ddpm")
+        places = (
+            "pipelines.ddpm.pipeline_ddpm",
+            "pipelines.ddim.pipeline_ddim",
+            "schedulers.scheduling_ddpm",
+        )
         for place in places:
             monkeypatch.setattr(f"diffusers.{place}.randn_tensor", draw)
         return draw
@@ -293,7 +383,8 @@ def our_image(run_name: str, sampler: str, steps: int) -> Tensor:
     """The image (1, C, H, W) of seed 5."""
     stored = ddpm.load_run(run_name)
     network, diffusion = ddpm.build_trained(stored, torch.device("cpu"))
-    *_, (image, _) = ddpm.walk(network, diffusion, [5], stored["settings"]["img_size"], sampler, steps)
+    how = {"visited_steps": diffusion.visited_steps(steps), "sampler": sampler}
+    *_, (image, _) = ddpm.generate(network, diffusion, [5], stored["settings"]["img_size"], **how)
     return image
 
 
@@ -318,21 +409,25 @@ def their_image(pipeline: DDPMPipeline, sampler: str, steps: int, same_noise) ->
     kind = "fixed_large" if steps == config.num_train_timesteps else "fixed_small"
     if sampler == "ddpm":
         pipeline = DDPMPipeline(
-            pipeline.unet, DDPMScheduler.from_config(config, variance_type=kind, timestep_spacing="trailing")
+            pipeline.unet,
+            DDPMScheduler.from_config(config, variance_type=kind, timestep_spacing="trailing"),
         )
         extra = {}
     else:
-        pipeline = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(config, timestep_spacing="trailing"))
+        pipeline = DDIMPipeline(
+            pipeline.unet, DDIMScheduler.from_config(config, timestep_spacing="trailing")
+        )
         extra = {"use_clipped_model_output": True}
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(num_inference_steps=steps, output_type="pt", **extra).images  # in [0, 1]
     return images * 2 - 1
 
 
-# ---- import ---------------------------------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own affair
+# diffusers' own affair
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_imported_answers_and_samples_as_diffusers_does(exchange, place, same_noise, name):
     pipeline = write_model(name, place / "theirs")
@@ -341,19 +436,20 @@ def test_what_is_imported_answers_and_samples_as_diffusers_does(exchange, place,
     network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
     size = pipeline.unet.config.sample_size
     x = torch.randn(3, 3, *((size, size) if isinstance(size, int) else size))
-    t = torch.tensor([1, diffusion.steps // 2, diffusion.steps])
+    t = torch.tensor([1, diffusion.noise_steps // 2, diffusion.noise_steps])
     same_noise(x.shape[1:])  # and float32
     with torch.no_grad():
         answer = network(x, t)
-        assert distance(answer, pipeline.unet(x, t - 1).sample) < 1e-4  # float32, and attention in another order
+        # float32, and attention in another order
+        assert distance(answer, pipeline.unet(x, t - 1).sample) < 1e-4
     assert answer.std() > 0.1
     for sampler in ddpm.SAMPLERS:
         ours, theirs = our_image("mine", sampler, 5), their_image(pipeline, sampler, 5, same_noise)
         assert distance(ours, theirs) < 1e-4  # float32 over 5 steps, in another order
-    if diffusion.steps < 1000:
+    if diffusion.noise_steps < 1000:
         ours, theirs = (
-            our_image("mine", "ddpm", diffusion.steps),
-            their_image(pipeline, "ddpm", diffusion.steps, same_noise),
+            our_image("mine", "ddpm", diffusion.noise_steps),
+            their_image(pipeline, "ddpm", diffusion.noise_steps, same_noise),
         )
         assert distance(ours, theirs) < 1e-4
 
@@ -364,18 +460,30 @@ def test_the_papers_own_networks_have_our_names_and_shapes_in_full_size(config):
         theirs = UNet2DModel(**config)
     network, settings = tools.exchange.network_of(config, tools.exchange.noising_of({}))
     assert checkpoints.shapes_of(network.state_dict()) == checkpoints.shapes_of(theirs.state_dict())
-    assert {attention.heads for attention in network.modules() if hasattr(attention, "heads")} == {1}
-    assert (settings["schedule"], settings["objective"], settings["noise_steps"]) == ("linear", "eps", 1000)
+    assert {attention.heads for attention in network.modules() if hasattr(attention, "heads")} == {
+        1
+    }
+    assert (settings["schedule"], settings["objective"], settings["noise_steps"]) == (
+        "linear",
+        "eps",
+        1000,
+    )
 
 
 def test_a_network_alone_is_imported_with_the_papers_noise_and_says_so(exchange, place, run):
     their_model("ddpm-cifar10-32").save_pretrained(place / "theirs")
     result = exchange("import", "--source=theirs", "--run_name=mine")
     assert "the paper's is assumed" in result.out
-    command = re.search("ddpm.py (sample .*)", result.out)[1].replace("--n_img=16", "--n_img=1").split()
+    command = (
+        re.search("ddpm.py (sample .*)", result.out)[1].replace("--n_img=16", "--n_img=1").split()
+    )
     assert run(*command, "--steps=2", "--device=cpu").status == 0
     settings = ddpm.load_run("mine")["settings"]
-    assert [settings[name] for name in ("noise_steps", "schedule", "objective")] == [1000, "linear", "eps"]
+    assert [settings[name] for name in ("noise_steps", "schedule", "objective")] == [
+        1000,
+        "linear",
+        "eps",
+    ]
     assert settings["dataset"] == "theirs"
 
 
@@ -396,7 +504,9 @@ def refused(exchange, place: Path, named: str, *words: str) -> None:
     assert files_below(place) == before
 
 
-def import_changed(whole: Path, exchange, place: Path, named: str, file: str, changed: dict) -> None:
+def import_changed(
+    whole: Path, exchange, place: Path, named: str, file: str, changed: dict
+) -> None:
     """Importing that folder is refused once some entries of a configuration are others."""
     shutil.copytree(whole, place / "theirs")
     path = place / "theirs" / file
@@ -408,7 +518,10 @@ def import_changed(whole: Path, exchange, place: Path, named: str, file: str, ch
     "changed, named",
     [
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift=scale_shift"),
-        ({"down_block_types": ["DownBlock2D"] * 3 + ["ResnetDownsampleBlock2D"]}, "ResnetDownsampleBlock2D"),
+        (
+            {"down_block_types": ["DownBlock2D"] * 3 + ["ResnetDownsampleBlock2D"]},
+            "ResnetDownsampleBlock2D",
+        ),
         ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types="),
         ({"mid_block_type": None}, "mid_block_type=None"),
         ({"attention_head_dim": 24}, "attention_head_dim=24"),
@@ -423,7 +536,10 @@ def import_changed(whole: Path, exchange, place: Path, named: str, file: str, ch
         ({"in_channels": 1}, "out_channels=3"),
         ({"in_channels": 2, "out_channels": 2}, "in_channels=2; 1 is gray, 3 RGB and 4 RGBA"),
         ({"out_channels": 6}, "out_channels=6"),
-        ({"num_class_embeds": 10}, "classes.json must name all but the last one, which stands for no class"),
+        (
+            {"num_class_embeds": 10},
+            "classes.json must name all but the last one, which stands for no class",
+        ),
         ({"num_class_embeds": 0}, "knows classes (num_class_embeds=0)"),
         ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
         ({"something_new": 3}, "something_new=3"),
@@ -439,7 +555,9 @@ def import_changed(whole: Path, exchange, place: Path, named: str, file: str, ch
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_network_that_cannot_be_expressed_is_refused_by_name(whole, exchange, place, changed, named):
+def test_a_network_that_cannot_be_expressed_is_refused_by_name(
+    whole, exchange, place, changed, named
+):
     import_changed(whole, exchange, place, named, "unet/config.json", changed)
 
 
@@ -459,7 +577,9 @@ def test_a_network_that_cannot_be_expressed_is_refused_by_name(whole, exchange, 
         ('["cats", "do', "cannot be read"),
     ],
 )
-def test_a_network_by_class_is_refused_where_its_classes_are_not_told(exchange, place, quick_picture, text, named):
+def test_a_network_by_class_is_refused_where_its_classes_are_not_told(
+    exchange, place, quick_picture, text, named
+):
     make_run("mine", classes=("cats", "dogs"))
     assert exchange("export", "--run_name=mine", "--to=model").status == 0
     path = Path("model/classes.json")
@@ -470,22 +590,34 @@ def test_a_network_by_class_is_refused_where_its_classes_are_not_told(exchange, 
 def test_of_four_channels_it_is_said_what_they_are_taken_for(exchange, place):
     for channels, is_said in {1: False, 3: False, 4: True}.items():
         kind = {"in_channels": channels, "out_channels": channels}
-        UNet2DModel(**MODELS["attention on two levels"][0] | kind).save_pretrained(place / str(channels))
+        UNet2DModel(**MODELS["attention on two levels"][0] | kind).save_pretrained(
+            place / str(channels)
+        )
         result = exchange("import", f"--source={channels}", f"--run_name=of_{channels}")
         assert result.status == 0
-        assert ("taken for colours times alpha, and alpha" in result.out) == is_said
-    assert [ddpm.load_run(f"of_{channels}")["settings"]["mode"] for channels in (1, 3, 4)] == ["L", "RGB", "RGBA"]
+        assert ("taken for colors times alpha, and alpha" in result.out) == is_said
+    assert [ddpm.load_run(f"of_{channels}")["settings"]["mode"] for channels in (1, 3, 4)] == [
+        "L",
+        "RGB",
+        "RGBA",
+    ]
 
 
 @pytest.mark.parametrize(
     "changed, named",
     [
         ({"beta_schedule": "scaled_linear"}, "beta_schedule=scaled_linear"),
-        ({"beta_schedule": "linear", "beta_end": 0.03}, "none of the schedules linear, cosine, sigmoid"),
+        (
+            {"beta_schedule": "linear", "beta_end": 0.03},
+            "none of the schedules linear, cosine, sigmoid",
+        ),
         ({"trained_betas": [0.1] * 10}, "none of the schedules"),
         ({"trained_betas": [0.1] * 9}, "none of the schedules"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
-        ({"prediction_type": "flow", "clip_sample_range": 2.0}, "prediction_type=flow, clip_sample_range=2.0"),
+        (
+            {"prediction_type": "flow", "clip_sample_range": 2.0},
+            "prediction_type=flow, clip_sample_range=2.0",
+        ),
         ({"_class_name": "EDMEulerScheduler"}, "_class_name=EDMEulerScheduler"),
         ({"num_train_timesteps": 10**9}, "out of range"),
         ({"num_train_timesteps": "many"}, "cannot be read"),
@@ -515,8 +647,14 @@ def test_a_bin_that_would_run_code_is_refused_and_does_not(exchange, place):
 @pytest.mark.parametrize(
     "damage, named",
     [
-        (lambda weights: weights | {"conv_in.bias": torch.zeros(1).expand(16)}, "larger than the file"),
-        (lambda weights: weights | {"conv_in.bias": torch.zeros(17)}, "conv_in.bias has the shape torch.Size([17])"),
+        (
+            lambda weights: weights | {"conv_in.bias": torch.zeros(1).expand(16)},
+            "larger than the file",
+        ),
+        (
+            lambda weights: weights | {"conv_in.bias": torch.zeros(17)},
+            "conv_in.bias has the shape torch.Size([17])",
+        ),
         (
             lambda weights: weights | {"more": torch.zeros(1)},
             "more has the shape torch.Size([1]), its network takes None",
@@ -563,14 +701,32 @@ def test_nothing_is_overwritten_and_everything_has_a_name(exchange, here, words,
     refused(exchange, here, named, *words)
 
 
-# ---- export ---------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def make_run(name: str, **changes) -> None:
     """A run of 8x8 pixels with random weights."""
-    settings = {"run_name": name, "dataset": "/a/secret place/pictures", "img_size": (8, 8), "width": 16}
-    settings |= {"multipliers": (1, 2), "blocks": 1, "attention_size": 4, "noise_steps": 20, "min_snr": 0.0}
-    settings |= {"schedule": "linear", "objective": "eps", "dropout": 0.0, "mode": "RGB", "classes": (), **changes}
+    settings = {
+        "run_name": name,
+        "dataset": "/a/secret place/pictures",
+        "img_size": (8, 8),
+        "width": 16,
+    }
+    settings |= {
+        "multipliers": (1, 2),
+        "blocks": 1,
+        "attention_size": 4,
+        "noise_steps": 20,
+        "min_snr": 0.0,
+    }
+    settings |= {
+        "schedule": "linear",
+        "objective": "eps",
+        "dropout": 0.0,
+        "mode": "RGB",
+        "classes": (),
+        **changes,
+    }
     settings["conditional"] = bool(settings["classes"])
     torch.manual_seed(0)
     network = ddpm.build(settings, "cpu")[0]
@@ -583,7 +739,13 @@ RUNS = [
     {"schedule": "cosine", "objective": "v", "noise_steps": 25},
     {"schedule": "sigmoid", "objective": "x0", "noise_steps": 1000, "img_size": (16, 8)},
     {"noise_steps": 1000, "attention_size": 8, "multipliers": (2, 3), "min_snr": 5.0},
-    {"head_width": 99, "attention_levels": (0,), "norm_groups": 2, "frequency_shift": 1.0, "downsample_padding": 0},
+    {
+        "head_width": 99,
+        "attention_levels": (0,),
+        "norm_groups": 2,
+        "frequency_shift": 1.0,
+        "downsample_padding": 0,
+    },
     {"mode": "L", "objective": "v"},
     {"mode": "RGBA", "img_size": (8, 16)},
 ]
@@ -597,9 +759,12 @@ def as_words(changes: dict) -> str:
     return "-".join(map(str, changes.values()))
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own affair
+# diffusers' own affair
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("changes", RUNS, ids=as_words)
-def test_what_is_exported_answers_and_samples_as_here(exchange, place, quick_picture, same_noise, changes):
+def test_what_is_exported_answers_and_samples_as_here(
+    exchange, place, quick_picture, same_noise, changes
+):
     make_run("mine", **changes)
     result = exchange("export", "--run_name=mine", "--to=out/model")
     assert (result.status, result.err) == (0, "")
@@ -607,24 +772,30 @@ def test_what_is_exported_answers_and_samples_as_here(exchange, place, quick_pic
     pipeline = DDPMPipeline.from_pretrained("out/model")
     network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
     x = torch.randn(3, network.conv_in.in_channels, *ddpm.load_run("mine")["settings"]["img_size"])
-    t = torch.tensor([1, diffusion.steps // 2, diffusion.steps])
+    t = torch.tensor([1, diffusion.noise_steps // 2, diffusion.noise_steps])
     same_noise(x.shape[1:])  # and float32
     with torch.no_grad():
         answer = network(x, t)
-        assert distance(answer, pipeline.unet(x, t - 1).sample) < 1e-4  # float32, and attention in another order
+        # float32, and attention in another order
+        assert distance(answer, pipeline.unet(x, t - 1).sample) < 1e-4
     assert answer.std() > 0.1
     for sampler in ddpm.SAMPLERS:
         ours, theirs = our_image("mine", sampler, 5), their_image(pipeline, sampler, 5, same_noise)
         assert distance(ours, theirs) < 1e-4  # float32 over 5 steps, in another order
-    if diffusion.steps < 1000:  # the pipelines as they are
+    if diffusion.noise_steps < 1000:  # the pipelines as they are
         same_noise(x.shape[1:])
         pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(num_inference_steps=diffusion.steps, output_type="pt").images * 2 - 1
-        assert distance(our_image("mine", "ddpm", diffusion.steps), images) < 1e-4
+        images = (
+            pipeline(num_inference_steps=diffusion.noise_steps, output_type="pt").images * 2 - 1
+        )
+        assert distance(our_image("mine", "ddpm", diffusion.noise_steps), images) < 1e-4
     same_noise(x.shape[1:])
     pipeline = DDIMPipeline.from_pretrained("out/model")
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(num_inference_steps=5, output_type="pt", use_clipped_model_output=True).images * 2 - 1
+    images = (
+        pipeline(num_inference_steps=5, output_type="pt", use_clipped_model_output=True).images * 2
+        - 1
+    )
     assert distance(our_image("mine", "ddim", 5), images) < 1e-4
 
 
@@ -635,11 +806,15 @@ def test_what_was_exported_and_imported_is_the_run(exchange, place, quick_pictur
     assert exchange("export", "--run_name=mine", "--to=model").status == 0
     assert exchange("import", "--source=model", "--run_name=again").status == 0
     mine, again = ddpm.load_run("mine"), ddpm.load_run("again")
-    other_words = {"min_snr", "attention_size", "head_width"} if "head_width" in changes else {"min_snr"}
-    kept = {"mode", "classes", "conditional", *ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING}
+    other_words = (
+        {"min_snr", "attention_size", "head_width"} if "head_width" in changes else {"min_snr"}
+    )
+    kept = {"mode", "classes", "conditional", *ddpm.NETWORK, *runs.IMPORTED, *ddpm.NOISING}
     for name in kept - other_words:
         assert mine["settings"].get(name) == again["settings"].get(name), name
-    assert all(torch.equal(weight, again["average"][name]) for name, weight in mine["average"].items())
+    assert all(
+        torch.equal(weight, again["average"][name]) for name, weight in mine["average"].items()
+    )
     assert torch.equal(our_image("mine", "dpm++", 5), our_image("again", "dpm++", 5))
 
 
@@ -653,8 +828,10 @@ def test_an_exported_network_answers_by_class_as_here_and_its_last_class_is_none
     theirs = UNet2DModel.from_pretrained("model", subfolder="unet")
     network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
     count = len(changes["classes"])
-    x = torch.randn(1, network.conv_in.in_channels, *changes.get("img_size", (8, 8))).repeat(count + 1, 1, 1, 1)
-    t, labels = torch.full((count + 1,), diffusion.steps // 2), torch.arange(count + 1)
+    x = torch.randn(1, network.conv_in.in_channels, *changes.get("img_size", (8, 8))).repeat(
+        count + 1, 1, 1, 1
+    )
+    t, labels = torch.full((count + 1,), diffusion.noise_steps // 2), torch.arange(count + 1)
     with torch.no_grad():
         answer = network(x, t, labels)
         assert distance(answer, theirs(x, t - 1, labels).sample) < 1e-4  # float32, in another order
@@ -662,9 +839,12 @@ def test_an_exported_network_answers_by_class_as_here_and_its_last_class_is_none
     assert torch.pdist(answer.flatten(1)).min() > 0.1, "classes are told apart"
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own affair
+# diffusers' own affair
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("changes", [*RUNS[-2:], *BY_CLASS], ids=as_words)
-def test_the_lines_of_the_card_make_the_images_that_are_made_here(exchange, place, quick_picture, monkeypatch, changes):
+def test_the_lines_of_the_card_make_the_images_that_are_made_here(
+    exchange, place, quick_picture, monkeypatch, changes
+):
     """A level of 255 may be the rounding's."""
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     make_run("mine", **changes)
@@ -672,16 +852,27 @@ def test_the_lines_of_the_card_make_the_images_that_are_made_here(exchange, plac
     network, diffusion = ddpm.build_trained(ddpm.load_run("mine"), torch.device("cpu"))
     size, last = changes.get("img_size", (8, 8)), len(changes.get("classes", ())) - 1
     labels = torch.tensor([0, 0, last, last]) if last > 0 else None
-    *_, (images, _) = ddpm.walk(network, diffusion, range(4), size, "ddim", 20, labels)
-    noise = [np.random.default_rng(seed).standard_normal(images.shape[1:], dtype=np.float32) for seed in range(4)]
+    how = {"visited_steps": diffusion.visited_steps(20), "sampler": "ddim", "labels": labels}
+    *_, (images, _) = ddpm.generate(network, diffusion, range(4), size, **how)
+    noise = [
+        np.random.default_rng(seed).standard_normal(images.shape[1:], dtype=np.float32)
+        for seed in range(4)
+    ]
     noise, names = torch.from_numpy(np.stack(noise)), {}
     monkeypatch.setattr(torch, "randn", lambda *shape: noise.view(shape))
-    monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda shape, **_: noise.view(shape))
+    monkeypatch.setattr(
+        "diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda shape, **_: noise.view(shape)
+    )
     exec(re.search("```python\n(.*?)```", Path("model/README.md").read_text(), re.DOTALL)[1], names)
     assert len(names["images"]) == 4
-    for image, expected in zip(names["images"], map(utils.to_picture, utils.to_bytes(images)), strict=True):
+    for image, expected in zip(
+        names["images"], map(writing.to_pillow, utils.to_bytes(images)), strict=True
+    ):
         assert (image.mode, image.size) == (expected.mode, expected.size)
-        premultiplied = [np.asarray(side.convert("RGBA").convert("RGBa"), dtype=int) for side in (image, expected)]
+        premultiplied = [
+            np.asarray(side.convert("RGBA").convert("RGBa"), dtype=int)
+            for side in (image, expected)
+        ]
         assert np.abs(premultiplied[0] - premultiplied[1]).max() <= 1
 
 
@@ -690,8 +881,13 @@ def test_the_card_tells_what_kind_of_images_there_are(exchange, place, quick_pic
     make_run("mine", **changes)
     assert exchange("export", "--run_name=mine", "--to=model").status == 0
     card = huggingface_hub.ModelCard.load("model/README.md")
-    for part, is_told in {"by class": "classes" in changes, "premultiplied": changes.get("mode") == "RGBA"}.items():
-        words = {"by class": f"{len(changes.get('classes', ()))} stands for no class"}.get(part, part)
+    for part, is_told in {
+        "by class": "classes" in changes,
+        "premultiplied": changes.get("mode") == "RGBA",
+    }.items():
+        words = {"by class": f"{len(changes.get('classes', ()))} stands for no class"}.get(
+            part, part
+        )
         assert (words in card.text) == is_told
     tag = "unconditional-image-generation"
     assert [tag in card.data.tags, card.data.pipeline_tag == tag] == ["classes" not in changes] * 2
@@ -701,7 +897,9 @@ def test_the_card_tells_what_kind_of_images_there_are(exchange, place, quick_pic
 
 @pytest.mark.parametrize("count, shown", [(0, (4, 4)), (3, (4, 3)), (20, (4, 16))])
 def test_the_cards_picture_has_a_row_for_each_class(exchange, place, monkeypatch, count, shown):
-    """Of 16 classes at most; the images that stand in for those of a network are as bright as their class says."""
+    """Of 16 classes at most; the images that stand in for those of a network are as bright as their
+    class says.
+    """
 
     def make_samples(stored, seeds, sampler, steps, batch_size, device, labels) -> Tensor:
         labels = torch.zeros(len(seeds)) if labels is None else labels
@@ -719,8 +917,14 @@ def test_the_cards_picture_has_a_row_for_each_class(exchange, place, monkeypatch
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"schedule": "sigmoid"}, "schedule=sigmoid with noise_steps=20 ends in too little signal for float32"),
-        ({"head_width": 32, "multipliers": (1, 4), "attention_levels": (0,)}, "heads are of 2 widths"),
+        (
+            {"schedule": "sigmoid"},
+            "schedule=sigmoid with noise_steps=20 ends in too little signal for float32",
+        ),
+        (
+            {"head_width": 32, "multipliers": (1, 4), "attention_levels": (0,)},
+            "heads are of 2 widths",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_expressed_is_refused_by_name(exchange, place, changes, named):
@@ -729,7 +933,19 @@ def test_a_run_that_cannot_be_expressed_is_refused_by_name(exchange, place, chan
 
 
 def test_the_card_tells_of_the_run_and_its_three_lines_make_images(exchange, here):
-    table = [["run", "step", "sampler", "steps", "n", "measure", "distance", "distance_real", "precision"]]
+    table = [
+        [
+            "run",
+            "step",
+            "sampler",
+            "steps",
+            "n",
+            "measure",
+            "distance",
+            "distance_real",
+            "precision",
+        ]
+    ]
     step = checkpoints.load("tiny")["step"]
     for row_step, figure in ((step, 1.0), (step, 123.45678), (step + 1, 9.0)):
         table.append(["tiny", row_step, "dpm++", 25, 64, "FD", figure, 4.5, 0.5])
@@ -759,7 +975,10 @@ def test_the_cards_picture_is_the_newest_of_these_weights(exchange, run, here):
     assert run("sample", "--run_name=tiny", "--n_img=4", "--steps=5", "--device=cpu").status == 0
     assert run("sample", "--run_name=tiny", "--n_img=4", "--steps=4", "--device=cpu").status == 0
     assert exchange("export", "--run_name=tiny", "--to=one").status == 0
-    assert Path("one/samples.png").read_bytes() == Path("results/tiny/samples_2/samples.png").read_bytes()
+    assert (
+        Path("one/samples.png").read_bytes()
+        == Path("results/tiny/samples_2/samples.png").read_bytes()
+    )
     make_run("tiny")
     assert exchange("export", "--run_name=tiny", "--to=two").status == 0
     with Image.open("two/samples.png") as picture:
@@ -767,7 +986,8 @@ def test_the_cards_picture_is_the_newest_of_these_weights(exchange, run, here):
 
 
 @pytest.mark.parametrize(
-    "words", [("--label=dogs",), ("--label=dogs,cats",), ("--init_image=pictures/picture_0000.png",)]
+    "words",
+    [("--label=dogs",), ("--label=dogs,cats",), ("--init_image=pictures/picture_0000.png",)],
 )
 def test_the_cards_picture_is_of_all_classes_and_of_no_other_picture(exchange, run, here, words):
     make_run("mine", classes=("cats", "dogs"))
@@ -775,7 +995,10 @@ def test_the_cards_picture_is_of_all_classes_and_of_no_other_picture(exchange, r
     for options in ((), words):
         assert run(*command, *options).status == 0
     assert exchange("export", "--run_name=mine", "--to=model").status == 0
-    assert Path("model/samples.png").read_bytes() == Path("results/mine/samples/samples.png").read_bytes()
+    assert (
+        Path("model/samples.png").read_bytes()
+        == Path("results/mine/samples/samples.png").read_bytes()
+    )
 
 
 def test_the_card_keeps_where_the_pictures_lay_to_itself(exchange, place, quick_picture):
@@ -800,7 +1023,7 @@ def test_without_safetensors_the_command_to_get_it_is_named(exchange, place, mon
     refused(exchange, place, "pip install safetensors", "export", "--run_name=mine", "--to=model")
 
 
-# ---- runs that were imported ----------------------------------------------------------------------------------------
+# ---- runs that were imported ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -831,14 +1054,28 @@ def test_a_strangers_facts_of_a_network_are_not_trusted(run, place, changes):
 
 def test_a_run_begun_from_an_imported_one_keeps_its_network_and_goes_on(here, run):
     """Both trainings do next to nothing: their network still answers as the one that was imported."""
-    make_run("theirs", norm_eps=0.1, attention_levels=(0,), downsample_padding=0, frequency_shift=1.0)
-    words = [word for word in TRAIN if not word.startswith(("--lr=", "--attention_size", "--epochs"))]
-    words += ["--lr=1e-9", "--schedule=linear", "--objective=eps", "--run_name=mine", "--init_from=theirs"]
+    make_run(
+        "theirs", norm_eps=0.1, attention_levels=(0,), downsample_padding=0, frequency_shift=1.0
+    )
+    words = [
+        word for word in TRAIN if not word.startswith(("--lr=", "--attention_size", "--epochs"))
+    ]
+    words += [
+        "--lr=1e-9",
+        "--schedule=linear",
+        "--objective=eps",
+        "--run_name=mine",
+        "--init_from=theirs",
+    ]
     for epochs in (2, 3):
         result = run(*words, f"--epochs={epochs}")
         assert result.status == 0, result.err
         mine = ddpm.load_run("mine")["settings"]
-        assert [mine[name] for name in ("norm_eps", "downsample_padding", "frequency_shift")] == [0.1, 0, 1.0]
+        assert [mine[name] for name in ("norm_eps", "downsample_padding", "frequency_shift")] == [
+            0.1,
+            0,
+            1.0,
+        ]
     assert distance(our_image("mine", "dpm++", 5), our_image("theirs", "dpm++", 5)) < 1e-3
 
 

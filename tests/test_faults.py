@@ -1,4 +1,6 @@
-"""What goes wrong while the program runs: kills, signals, readers that leave, full disks, little memory, odd input."""
+"""What goes wrong while the program runs: kills, signals, readers that leave, full disks, little
+memory, odd input.
+"""
 
 import contextlib
 import inspect
@@ -25,20 +27,33 @@ from machinery import checkpoints, command_line, reading, runs
 from machinery.basics import UserError
 
 CHECKPOINT = Path("models/run/checkpoint.pt")
-TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", "--save_every=0", *TINY]
+TRAIN = [
+    "train",
+    "--dataset=pictures",
+    "--run_name=run",
+    "--noise_steps=8",
+    "--save_every=0",
+    *TINY,
+]
 FOREVER = [*TRAIN, "--epochs=1_000_000"]
 LENGTH = int(os.environ.get("FUZZ", "1"))  # FUZZ=100 tries a hundred times as many examples
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
-# ---- kills and signals -----------------------------------------------------------------------------------------------
+# ---- kills and signals ---------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux may a process that has used PyTorch fork")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only on Linux may a process that has used PyTorch fork"
+)
 def test_a_storm_of_kills_loses_nothing(place):
-    """No finished save is lost, and whoever finishes has learnt what a run without kills learns, to the bit."""
+    """No finished save is lost, and whoever finishes has learned what a run without kills learns, to
+    the bit.
+    """
     command = [sys.executable, str(ROOT / "tests" / "storm.py"), "--minutes=0.45"]
-    end = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    end = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert end.returncode == 0, end.stdout + end.stderr
     for name in ("kill -9", "named point", "signal", "finished runs"):
         assert re.search(f"[1-9][0-9]* {name}", end.stdout), end.stdout
@@ -95,7 +110,11 @@ def test_ctrl_c_again_and_again_harms_nothing(training):
         training.send_signal(signal.SIGINT)
         time.sleep(0.003)
     out, _ = training.communicate()
-    assert training.returncode in (130, -signal.SIGINT)  # the latter if one more comes while it is leaving
+    # the latter if one more comes while it is leaving
+    assert training.returncode in (
+        130,
+        -signal.SIGINT,
+    )
     assert "stopped and saved" not in out
     assert checkpoints.load("run")["step"] >= step
     assert not list(CHECKPOINT.parent.glob("*.unfinished"))
@@ -114,7 +133,7 @@ def test_the_lock_of_a_killed_training_dies_with_it(training, run):
     assert f"{step:,} steps are done" in result.out
 
 
-# ---- readers that leave ----------------------------------------------------------------------------------------------
+# ---- readers that leave --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gone", [("stdout",), ("stdout", "stderr")], ids="+".join)
@@ -137,18 +156,22 @@ def test_a_training_needs_no_streams_at_all(place):
     paint(place / "pictures")
     script = 'exec "$0" "$@" >&- 2>&-'
     command = [sys.executable, str(ROOT / "ddpm.py"), *TRAIN, "--epochs=4"]
-    end = subprocess.run(["sh", "-c", script, *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place)
+    end = subprocess.run(
+        ["sh", "-c", script, *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place
+    )
     assert end.returncode == 0
     assert checkpoints.load("run")["step"] == 10
 
 
-# ---- a full disk, too little memory ----------------------------------------------------------------------------------
+# ---- a full disk, too little memory --------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def full_disk(monkeypatch, first: int, last: int):
     """Within this block, the saves of these steps find no room: no file may grow beyond 20 kB."""
-    resource = pytest.importorskip("resource", reason="this system has no limits on the size of a file")
+    resource = pytest.importorskip(
+        "resource", reason="this system has no limits on the size of a file"
+    )
     save, limits = checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_on_a_full_disk(run_name: str, **state) -> None:
@@ -193,10 +216,15 @@ def test_a_disk_that_is_full_at_the_last_save_is_an_error_of_one_line(place, run
     assert checkpoints.load("run")["step"] == 8
 
 
-MEMORY = [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")]
+MEMORY = [
+    MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+]
 
 
-@pytest.mark.parametrize("error", [*MEMORY, torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [*MEMORY, torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr
+)
 def test_too_little_memory_is_said_in_one_line(place, run, monkeypatch, error):
     def fail(*inputs):
         raise error
@@ -216,48 +244,64 @@ def test_other_errors_are_not_hidden(place, run, monkeypatch):
         run(*TRAIN, "--epochs=1")
 
 
-# ---- odd input -------------------------------------------------------------------------------------------------------
+# ---- odd input -----------------------------------------------------------------------------------
 
 
 def picture_files() -> dict[str, bytes]:
     """One small picture in every way of writing it that readers have code of their own for."""
-    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
-    gray = colours.convert("L")
+    colors = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    gray = colors.convert("L")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     ways = {
-        "a.png": (colours, {}),
-        "palette.png": (colours.convert("P"), {"transparency": 0}),
+        "a.png": (colors, {}),
+        "palette.png": (colors.convert("P"), {"transparency": 0}),
         "16 bit.png": (Image.fromarray(np.asarray(gray, dtype=np.uint16) * 257), {}),
-        "a.jpg": (colours, {"exif": exif}),
-        "cmyk.jpg": (colours.convert("CMYK"), {}),
-        "progressive.jpg": (colours, {"progressive": True}),
-        "moving.gif": (colours, {"save_all": True, "append_images": [colours.rotate(180)]}),
-        "a.tif": (colours, {}),
-        "packed.tif": (colours, {"compression": "tiff_lzw"}),
+        "a.jpg": (colors, {"exif": exif}),
+        "cmyk.jpg": (colors.convert("CMYK"), {}),
+        "progressive.jpg": (colors, {"progressive": True}),
+        "moving.gif": (colors, {"save_all": True, "append_images": [colors.rotate(180)]}),
+        "a.tif": (colors, {}),
+        "packed.tif": (colors, {"compression": "tiff_lzw"}),
         "float.tif": (gray.convert("F"), {}),
-        "a.webp": (colours, {"exif": exif}),
-        "lossless.webp": (colours.convert("RGBA"), {"lossless": True}),
-        "a.bmp": (colours, {}),
-        "bits.bmp": (colours.convert("1"), {}),
+        "a.webp": (colors, {"exif": exif}),
+        "lossless.webp": (colors.convert("RGBA"), {"lossless": True}),
+        "a.bmp": (colors, {}),
+        "bits.bmp": (colors.convert("1"), {}),
     }
     files = {}
     for name, (picture, options) in ways.items():
-        picture.save(file := io.BytesIO(), {"jpg": "jpeg", "tif": "tiff"}.get(name[-3:], name.split(".")[1]), **options)
+        picture.save(
+            file := io.BytesIO(),
+            {"jpg": "jpeg", "tif": "tiff"}.get(name[-3:], name.split(".")[1]),
+            **options,
+        )
         files[name] = file.getvalue()
     return files
 
 
 def edited(data, whole: bytes) -> bytes:
-    """A file with a few bytes replaced, left out or put in, most of them near its beginning, where the facts are."""
+    """A file with a few bytes replaced, left out or put in, most of them near its beginning, where
+    the facts are.
+    """
     for _ in range(data.draw(strategies.integers(0, 4))):
-        start = data.draw(strategies.integers(0, min(len(whole), data.draw(strategies.sampled_from([100, 10**6])))))
+        start = data.draw(
+            strategies.integers(
+                0, min(len(whole), data.draw(strategies.sampled_from([100, 10**6])))
+            )
+        )
         taken = data.draw(strategies.integers(0, 8))
         whole = whole[:start] + data.draw(strategies.binary(max_size=8)) + whole[start + taken :]
-    return whole[: data.draw(strategies.integers(0, len(whole)))] if data.draw(strategies.booleans()) else whole
+    return (
+        whole[: data.draw(strategies.integers(0, len(whole)))]
+        if data.draw(strategies.booleans())
+        else whole
+    )
 
 
-@hypothesis.settings(max_examples=300 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1)
+@hypothesis.settings(
+    max_examples=300 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1
+)
 @hypothesis.given(strategies.data(), strategies.sampled_from([(8, 8), (4, 12)]))
 @pytest.mark.filterwarnings("ignore")
 def test_any_bytes_are_a_picture_or_a_reason(tmp_path_factory, data, size):
@@ -281,7 +325,25 @@ def test_the_pictures_that_get_damaged_are_good(place, name, whole):
     assert reading.read_image(Path(name), (8, 8))[0] is not None
 
 
-VALUES = ["", "0", "1", "-1", "2", "4", "8", "16", "nan", "-inf", "1e3", "1e400", "0.5", "8x8", "16x8", "1,2", "2,1,1"]
+VALUES = [
+    "",
+    "0",
+    "1",
+    "-1",
+    "2",
+    "4",
+    "8",
+    "16",
+    "nan",
+    "-inf",
+    "1e3",
+    "1e400",
+    "0.5",
+    "8x8",
+    "16x8",
+    "1,2",
+    "2,1,1",
+]
 VALUES += [
     "auto",
     "cpu",
@@ -299,19 +361,42 @@ VALUES += [
     "x0",
     "ddim",
 ]
-VALUES += ["models", "datasets", "None", "\u00e9", "\0", "\n", "%s", "{}", "--", "-", "con", "9" * 30, "x" * 300]
-texts = strategies.text(max_size=5).filter(lambda text: "/" not in text)  # "/" is a data set: the whole disk
+VALUES += [
+    "models",
+    "datasets",
+    "None",
+    "\u00e9",
+    "\0",
+    "\n",
+    "%s",
+    "{}",
+    "--",
+    "-",
+    "con",
+    "9" * 30,
+    "x" * 300,
+]
+# "/" is a data set: the whole disk
+texts = strategies.text(max_size=5).filter(lambda text: "/" not in text)
 values = strategies.sampled_from(VALUES) | texts | strategies.integers(-9, 99).map(str)
 COMMANDS = {"train": ddpm.train, "sample": ddpm.sample}
 BASE = {
-    "train": {"dataset": "pictures", "img_size": "8", "width": "16", "multipliers": "1,2", "device": "cpu"},
+    "train": {
+        "dataset": "pictures",
+        "img_size": "8",
+        "width": "16",
+        "multipliers": "1,2",
+        "device": "cpu",
+    },
     "sample": {"run_name": "run", "steps": "2", "device": "cpu"},
 }
 
 
 @strategies.composite
 def lines(draw) -> list[str]:
-    """A sensible command line, some options of which were replaced or added, now and then with a word too many."""
+    """A sensible command line, some options of which were replaced or added, now and then with a
+    word too many.
+    """
     name = draw(strategies.sampled_from(sorted(COMMANDS)))
     flags = strategies.sampled_from(sorted(inspect.signature(COMMANDS[name]).parameters))
     options = BASE[name] | draw(strategies.dictionaries(flags, values, max_size=3))
@@ -323,7 +408,9 @@ def lines(draw) -> list[str]:
 
 @pytest.fixture
 def far_enough(place, monkeypatch) -> Path:
-    """A folder with pictures and a trained run, where commands end once everything has been checked and read."""
+    """A folder with pictures and a trained run, where commands end once everything has been checked
+    and read.
+    """
     paint(place / "here" / "pictures", 2)
     monkeypatch.chdir("here")
     command_line.plan("ddpm.py", COMMANDS, [*TRAIN, "--epochs=1"])()
@@ -340,9 +427,13 @@ def far_enough(place, monkeypatch) -> Path:
 
 
 def test_any_words_are_done_or_refused(run, far_enough):
-    """Whatever is typed: status 0 or 2, at most one line on stderr, and nothing written where it should not be."""
+    """Whatever is typed: status 0 or 2, at most one line on stderr, and nothing written where it
+    should not be.
+    """
 
-    @hypothesis.settings(max_examples=200 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1)
+    @hypothesis.settings(
+        max_examples=200 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1
+    )
     @hypothesis.given(lines())
     @hypothesis.example(["sample", "--run_name=run", "--steps=2"])
     def holds(words: list[str]) -> None:
@@ -351,7 +442,12 @@ def test_any_words_are_done_or_refused(run, far_enough):
         assert result.err.count("\n") == (result.status == 2), result.err
         assert files_below(far_enough / "pictures") == {"picture_0000.png", "picture_0001.png"}
         assert {path.name for path in (far_enough / "datasets").iterdir()} <= {".cache"}
-        assert {path.name for path in far_enough.iterdir()} <= {"models", "results", "datasets", "pictures"}
+        assert {path.name for path in far_enough.iterdir()} <= {
+            "models",
+            "results",
+            "datasets",
+            "pictures",
+        }
         assert {path.name for path in far_enough.parent.iterdir()} == {"here"}
 
     holds()

@@ -1,4 +1,6 @@
-"""What a training tells, and when it ends: clock and epochs, the log, curves, TensorBoard, the table of runs."""
+"""What a training tells, and when it ends: clock and epochs, the log, curves, TensorBoard, the
+table of runs.
+"""
 
 import csv
 import math
@@ -19,7 +21,7 @@ import ddpm
 import utils
 from machinery import checkpoints, journal, reading, session
 from machinery.journal import Log, gflop_per_image, plot_curves
-from machinery.session import Course
+from machinery.session import Progress
 from modules import UNet
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
@@ -37,64 +39,82 @@ def clock(monkeypatch) -> SimpleNamespace:
 @pytest.fixture
 def slow_steps(clock, monkeypatch) -> SimpleNamespace:
     """A step takes 6 seconds of that clock, a preview 30."""
-    batch_indices, walk = utils.batch_indices, ddpm.walk
+    batch_indices, walk = utils.batch_indices, ddpm.generate
 
     def take_step(*numbers: int) -> Tensor:
         clock.seconds += 6
         return batch_indices(*numbers)
 
-    def take_preview(*inputs):
+    def take_preview(*inputs, **options):
         clock.seconds += 30
-        return walk(*inputs)
+        return walk(*inputs, **options)
 
     monkeypatch.setattr(utils, "batch_indices", take_step)
-    monkeypatch.setattr(ddpm, "walk", take_preview)
+    monkeypatch.setattr(ddpm, "generate", take_preview)
     return clock
 
 
-def course(**changed) -> Course:
+def ten_epochs(**changed) -> Progress:
     """A training of 10 epochs of 100 images, 10 a step."""
-    facts = {"count": 100, "batch_size": 10, "epochs": 10, "max_minutes": 0, "save_every": 10, "sample_every": 0}
-    return Course(**facts | {"previews": 16, "step": 0, "minutes": 0.0, "began": journal.time.monotonic()} | changed)
+    facts = {
+        "count": 100,
+        "batch_size": 10,
+        "epochs": 10,
+        "max_minutes": 0,
+        "save_every": 10,
+        "sample_every": 0,
+    }
+    return Progress(
+        **facts
+        | {"previews": 16, "step": 0, "minutes": 0.0, "began": journal.time.monotonic()}
+        | changed
+    )
 
 
-# ---- how far a training is ------------------------------------------------------------------------------------------
+# ---- how far a training is -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("speed, laid_aside", [(0, 0), (10, 32), (1000, 0.32), (0.1, 150)])
 @pytest.mark.parametrize("max_minutes", [0, 10])
-def test_steps_and_clock_both_count_and_the_larger_share_holds(clock, max_minutes, speed, laid_aside):
-    """Without a budget only the steps count; with one the last preview, too: the time of 320 images, if known."""
-    training = course(max_minutes=max_minutes)
+def test_steps_and_clock_both_count_and_the_larger_share_holds(
+    clock, max_minutes, speed, laid_aside
+):
+    """Without a budget only the steps count; with one the last preview, too: the time of 320
+    images, if known.
+    """
+    training = ten_epochs(max_minutes=max_minutes)
     training.speed = speed
     assert training.last_step == 100
     for step in (0, 1, 50, 99, 100):
         clock.seconds = 1000 + 9 * step
         by_clock = (9 * step + laid_aside) / 600 if max_minutes else 0
-        assert training.done(step) == pytest.approx(min(1, max(step / 100, by_clock)))
+        assert training.fraction_done(step) == pytest.approx(min(1, max(step / 100, by_clock)))
 
 
 def test_the_checkpoint_keeps_the_minutes_used_and_no_more_until_the_budget_is(clock):
-    training = course(max_minutes=10, minutes=2.0)
+    training = ten_epochs(max_minutes=10, minutes=2.0)
     training.speed = 10  # a preview takes half a minute
     clock.seconds += 60
-    assert training.minutes() == pytest.approx(3)
+    assert training.minutes_to_keep() == pytest.approx(3)
     clock.seconds += 6.4 * 60
-    assert training.minutes() == pytest.approx(9.4)
+    assert training.minutes_to_keep() == pytest.approx(9.4)
     clock.seconds += 0.2 * 60
-    assert training.minutes() == 10
+    assert training.minutes_to_keep() == 10
     clock.seconds += 60
-    assert training.minutes() == pytest.approx(10.6)
+    assert training.minutes_to_keep() == pytest.approx(10.6)
 
 
 def test_a_budget_that_is_used_up_stays_so(clock):
-    """Also where the last preview looks quicker a moment later; else a finished run would be taken up again."""
-    training = course(max_minutes=10)
+    """Also where the last preview looks quicker a moment later; else a finished run would be taken
+    up again.
+    """
+    training = ten_epochs(max_minutes=10)
     training.speed = 10  # a preview takes half a minute
     clock.seconds += 9.5 * 60
-    assert training.done(1) == 1
-    training.speed = 1000
-    assert (training.done(1), training.minutes()) == (1, 10)
+    training.check_clock()
+    assert training.fraction_done(1) == 1
+    training.measured(1000)
+    assert (training.fraction_done(1), training.minutes_to_keep()) == (1, 10)
 
 
 def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch):
@@ -108,12 +128,12 @@ def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch
     monkeypatch.setattr(reading, "read_dataset", read_for_a_minute)
     result = run(*TRAIN, "--max_minutes=1")
     assert (result.status, checkpoints.exists("run")) == (0, False)
-    assert "nothing was learnt" in result.out
+    assert "nothing was learned" in result.out
 
 
 def test_minutes_of_earlier_sessions_count(clock):
-    assert course(max_minutes=10, step=50, minutes=8.0).done(50) == pytest.approx(0.8)
-    assert course(max_minutes=10, step=50, minutes=12.0).done(50) == 1
+    assert ten_epochs(max_minutes=10, step=50, minutes=8.0).fraction_done(50) == pytest.approx(0.8)
+    assert ten_epochs(max_minutes=10, step=50, minutes=12.0).fraction_done(50) == 1
 
 
 def test_stops_take_nothing_from_the_budget(run, place, slow_steps, monkeypatch):
@@ -132,21 +152,28 @@ def test_stops_take_nothing_from_the_budget(run, place, slow_steps, monkeypatch)
         assert checkpoints.load("run")["minutes"] == pytest.approx(0.3 * sitting)
 
 
-@pytest.mark.parametrize("batch_size, ends", [(10, [10, 20, 30]), (30, [4, 7, 10]), (100, [1, 2, 3])])
+@pytest.mark.parametrize(
+    "batch_size, ends", [(10, [10, 20, 30]), (30, [4, 7, 10]), (100, [1, 2, 3])]
+)
 def test_an_epoch_ends_with_the_step_that_completes_it(batch_size, ends):
-    training = course(batch_size=batch_size)
+    training = ten_epochs(batch_size=batch_size)
     found = [step for step in range(1, ends[-1] + 1) if training.ends_epoch(step)]
     assert found == ends
     assert [training.epoch(step) for step in ends] == [1, 2, 3]
 
 
-# ---- a budget of time -----------------------------------------------------------------------------------------------
+# ---- a budget of time ----------------------------------------------------------------------------
 
 
-def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(run, place, slow_steps, monkeypatch):
-    """5 minutes of steps of 6 seconds and one preview of 30 that is foreseen; the rate is cos^2 of the time gone."""
+def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(
+    run, place, slow_steps, monkeypatch
+):
+    """5 minutes of steps of 6 seconds and one preview of 30 that is foreseen; the rate is cos^2 of
+    the time gone.
+    """
     paint(place / "pictures")
-    monkeypatch.setattr(Course, "PREVIEW_COST", 5 * 4 / 16)  # of 16 previews five steps of four images: 30 seconds
+    # of 16 previews five steps of four images: 30 seconds
+    monkeypatch.setattr(Progress, "PREVIEW_COST", 5 * 4 / 16)
     monkeypatch.setattr(journal, "ROW_EVERY", 5)
     assert run(*TRAIN, "--max_minutes=5").status == 0
     assert slow_steps.seconds - 1000 == pytest.approx(300, abs=6)
@@ -178,14 +205,15 @@ def test_the_epochs_may_be_over_before_the_budget(run, place, slow_steps):
     assert checkpoints.load("run")["step"] == 5
 
 
-# ---- before the first step ------------------------------------------------------------------------------------------
+# ---- before the first step -----------------------------------------------------------------------
 
 
 def test_a_dry_run_learns_and_keeps_nothing(run, place, slow_steps):
     paint(place / "pictures")
     result = run(*TRAIN, "--dry_run", "--epochs=100")
     assert result.status == 0
-    assert "time     0.7 images per second: about 0:25:00 to go" in result.out  # 250 steps of 6 seconds
+    # 250 steps of 6 seconds
+    assert "time     0.7 images per second: about 0:25:00 to go" in result.out
     assert files_below(place / "results") == {"run", "run/data.png"}
     assert not checkpoints.exists("run")
 
@@ -206,11 +234,18 @@ def test_the_sheet_of_the_data_shows_the_images_of_the_first_steps(run, place, f
     paint(place / "pictures", count=16)
     assert run(*TRAIN, "--dry_run", f"--flip={flip}").status == 0
     with Image.open("results/run/data.png") as picture:
-        sheet = np.asarray(picture).reshape(4, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3).reshape(16, 3, 8, 8)
+        sheet = (
+            np.asarray(picture).reshape(4, 8, 4, 8, 3).transpose(0, 2, 4, 1, 3).reshape(16, 3, 8, 8)
+        )
     images = utils.load_dataset(Path("pictures"), (8, 8)).images
     order = torch.cat([utils.batch_indices(16, 4, step, seed=0) for step in range(4)])
-    as_it_is = [np.array_equal(shown, images[index]) for shown, index in zip(sheet, order, strict=True)]
-    mirrored = [np.array_equal(shown[..., ::-1], images[index]) for shown, index in zip(sheet, order, strict=True)]
+    as_it_is = [
+        np.array_equal(shown, images[index]) for shown, index in zip(sheet, order, strict=True)
+    ]
+    mirrored = [
+        np.array_equal(shown[..., ::-1], images[index])
+        for shown, index in zip(sheet, order, strict=True)
+    ]
     assert all(np.logical_or(as_it_is, mirrored))
     assert any(mirrored) == flip
 
@@ -237,13 +272,23 @@ def test_the_summary_tells_what_will_happen(run, place):
 
 
 def test_operations_are_those_of_convolutions_and_products():
-    """Against the closed form for a network of known layers: one level, no attention but the middle's."""
+    """Against the closed form for a network of known layers: one level, no attention but the
+    middle's.
+    """
     network = UNet(8, width=4, multipliers=(1,), blocks=1, attention_size=0)
     sides = 8 * 8
-    convolutions = [(3, 4, 9), (4, 3, 9), *[(4, 4, 9)] * 6, *[(8, 4, 9), (4, 4, 9)] * 2, *[(8, 4, 1)] * 2]
+    convolutions = [
+        (3, 4, 9),
+        (4, 3, 9),
+        *[(4, 4, 9)] * 6,
+        *[(8, 4, 9), (4, 4, 9)] * 2,
+        *[(8, 4, 1)] * 2,
+    ]
     # in and out; a block down and two in the middle; two blocks up with their shortcuts
     linear = [(4, 16, 1), (16, 16, 1), *[(16, 4, 1)] * 5, *[(4, 4, sides)] * 4]
-    products = sum(i * o * k * sides for i, o, k in convolutions) + sum(i * o * n for i, o, n in linear)
+    products = sum(i * o * k * sides for i, o, k in convolutions) + sum(
+        i * o * n for i, o, n in linear
+    )
     products += 2 * sides * sides * 4  # of the attention: weights, and the mixture
     assert gflop_per_image(network, (8, 8)) * 1e9 == pytest.approx(2 * products, rel=1e-12)
 
@@ -251,27 +296,31 @@ def test_operations_are_those_of_convolutions_and_products():
 def test_few_images_are_given_as_the_reason_for_noise(run, place):
     """After the training and in sampling, until there were enough."""
     paint(place / "pictures")
-    told = "only 80 images have been shown so far"
+    told = "only 80 images have been seen in training so far"
     assert told in run(*TRAIN, "--epochs=8").out
     assert told in run("sample", "--run_name=run", "--n_img=1", "--steps=2", "--device=cpu").out
     assert journal.hint(journal.FEW_IMAGES - 1) and not journal.hint(journal.FEW_IMAGES)
 
 
-# ---- the log --------------------------------------------------------------------------------------------------------
+# ---- the log -------------------------------------------------------------------------------------
 
 
 def logged(losses: Tensor, t: Tensor, tmp_path: Path, board: Path | None = None) -> dict:
     """The row that a log writes of steps of four images each."""
-    log = Log(tmp_path, course(batch_size=4), noise_steps=8, device=torch.device("cpu"), board=board)
+    log = Log(
+        tmp_path, ten_epochs(batch_size=4), noise_steps=8, device=torch.device("cpu"), board=board
+    )
     with log:
         for step in range(len(losses)):
-            log.add(step + 1, losses[step], t[step], norm=torch.tensor(float(step)), rate=0.5)
+            log.add(step + 1, losses[step], t[step], grad_norm=torch.tensor(float(step)), lr=0.5)
         log.write()
     return next(csv.DictReader((tmp_path / "log.csv").open()))
 
 
 def test_a_row_tells_the_means_and_the_loss_of_each_quarter(tmp_path, monkeypatch):
-    """Steps 1, 2 of 8 are the first quarter, 7 and 8 the last; where no image fell, nothing is said."""
+    """Steps 1, 2 of 8 are the first quarter, 7 and 8 the last; where no image fell, nothing is
+    said.
+    """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     losses = torch.rand(3, 4)
     t = torch.tensor([[1, 2, 3, 4], [8, 7, 1, 2], [3, 3, 1, 8]])
@@ -286,7 +335,8 @@ def test_a_row_tells_the_means_and_the_loss_of_each_quarter(tmp_path, monkeypatc
 
 def test_the_curves_are_drawn_of_a_log_with_gaps(tmp_path):
     rows = [
-        [step, step / 10, step, 1 / step, 1e-3, 1.0, 0, None, 1 / step, 2 / step, 3.0, 9.0] for step in range(1, 60)
+        [step, step / 10, step, 1 / step, 1e-3, 1.0, 0, None, 1 / step, 2 / step, 3.0, 9.0]
+        for step in range(1, 60)
     ]
     for count in (0, 1, 59):
         plot_curves(rows[:count], tmp_path / "loss.png")
@@ -320,12 +370,14 @@ def test_a_disk_that_tensorboard_cannot_write_to_ends_only_that(run, place, monk
     paint(place / "pictures")
     result = run(*TRAIN, "--epochs=5", "--tensorboard")
     assert result.status == 0
-    assert result.out.count("TensorBoard is not written to any more: No space left") == 1
+    assert result.out.count("TensorBoard is no longer written: No space left") == 1
     assert checkpoints.load("run")["step"] == 13
 
 
 def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, monkeypatch):
-    """A step of four images takes 6 seconds: the first row of the second session has but three of its five steps."""
+    """A step of four images takes 6 seconds: the first row of the second session has but three of
+    its five steps.
+    """
     paint(place / "pictures")
     monkeypatch.setattr(journal, "ROW_EVERY", 5)
     assert run(*TRAIN, "--epochs=3", "--lr_decay=none").status == 0
@@ -335,13 +387,14 @@ def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, 
     rows = checkpoints.load("run")["log"]
     assert [row[0] for row in rows] == [5, 10, 15, 20]
     assert all(row[-1] == pytest.approx(4 / 6) for row in rows[1:])
-    assert "time     0.7 images per second: about 0:00:48 to go" in result.out  # 8 steps after the first whole row
+    # 8 steps after the first whole row
+    assert "time     0.7 images per second: about 0:00:48 to go" in result.out
 
 
 def test_a_log_that_could_not_be_written_is_whole_at_the_next_row(tmp_path, monkeypatch):
     """One message a row, which names the file; a part of a row that was written does not stay."""
     monkeypatch.setattr(journal, "ROW_EVERY", 2)
-    log = Log(tmp_path, course(batch_size=4), noise_steps=8, device=torch.device("cpu"))
+    log = Log(tmp_path, ten_epochs(batch_size=4), noise_steps=8, device=torch.device("cpu"))
     numbers = torch.ones(4), torch.ones(4, dtype=torch.long), torch.tensor(1.0), 0.5
     with log:
         log.write()
@@ -361,7 +414,9 @@ def test_a_log_that_could_not_be_written_is_whole_at_the_next_row(tmp_path, monk
     assert [row["step"] for row in csv.DictReader(log.path.open())] == ["2", "4", "6", "8"]
 
 
-def test_without_tensorboard_the_flag_is_refused_before_anything_is_learnt(run, place, monkeypatch):
+def test_without_tensorboard_the_flag_is_refused_before_anything_is_learned(
+    run, place, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     paint(place / "pictures")
     result = run(*TRAIN, "--tensorboard")
@@ -381,19 +436,20 @@ def test_without_a_terminal_a_long_training_tells_itself_in_under_200_lines(
     monkeypatch.setattr(journal, "time", clock)
     monkeypatch.setattr(session, "time", clock)
     monkeypatch.setattr(tqdm.std, "time", clock.monotonic)
-    training = course(batch_size=1, epochs=500, max_minutes=max_minutes)
+    training = ten_epochs(batch_size=1, epochs=500, max_minutes=max_minutes)
     with Log(tmp_path, training, noise_steps=8, device=torch.device("cpu")) as log:
         step = 0
-        while training.done(step) < 1:
+        while training.fraction_done(step) < 1:
             step += 1
             clock.seconds += hours * 3600 / 50_000
             log.bar.total = max(log.bar.total, step)
             log.bar.update(1)
     words = capfd.readouterr().err.split()
-    assert (1 if hours == 0.01 else 20) <= sum("<" in word for word in words) < 150  # times gone and left
+    # times gone and left
+    assert (1 if hours == 0.01 else 20) <= sum("<" in word for word in words) < 150
 
 
-# ---- the table of runs ----------------------------------------------------------------------------------------------
+# ---- the table of runs ---------------------------------------------------------------------------
 
 
 def test_without_any_run_there_is_no_table(run, place):

@@ -1,4 +1,6 @@
-"""Any picture: gray, colour, transparent, of any shape, with classes or without, from scratch or from a picture."""
+"""Any picture: gray, color, transparent, of any shape, with classes or without, from scratch or
+from a picture.
+"""
 
 import gc
 import shlex
@@ -11,21 +13,22 @@ from PIL import Image
 
 import ddpm
 import utils
-from machinery import checkpoints, processes
+from machinery import checkpoints, processes, writing
 from modules import UNet
 
-# What a picture of each kind is made of: Pillow's mode, and a colour that only this mode can tell from its neighbours'.
+# What a picture of each kind is made of: Pillow's mode, and a color that only this mode can tell
+# from its neighbours'.
 KINDS = {"L": ("L", 200), "RGB": ("RGB", (250, 40, 90)), "RGBA": ("RGBA", (250, 40, 90, 128))}
 STEPS = "--steps=4"
 
 
 def draw(folder, mode: str, count: int = 6, size: tuple[int, int] = (16, 8)):
     """Pictures of `mode`, `size` wide and high, no two alike."""
-    kind, colour = KINDS[mode]
+    kind, color = KINDS[mode]
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        picture = Image.new(kind, size, 0 if mode == "L" else (0,) * len(colour))
-        picture.paste(colour, (number, 1, number + 6, 6))
+        picture = Image.new(kind, size, 0 if mode == "L" else (0,) * len(color))
+        picture.paste(color, (number, 1, number + 6, 6))
         picture.save(folder / f"{number}.png")
     return folder
 
@@ -33,8 +36,13 @@ def draw(folder, mode: str, count: int = 6, size: tuple[int, int] = (16, 8)):
 @pytest.fixture
 def train(run):
     def train_run(*words: str):
-        flags = dict(word.partition("=")[::2] for word in (*TINY, "--run_name=run", "--dataset=pictures", *words))
-        return run("train", *(f"{flag}={value}" if value else flag for flag, value in flags.items()))
+        flags = dict(
+            word.partition("=")[::2]
+            for word in (*TINY, "--run_name=run", "--dataset=pictures", *words)
+        )
+        return run(
+            "train", *(f"{flag}={value}" if value else flag for flag, value in flags.items())
+        )
 
     return train_run
 
@@ -47,26 +55,30 @@ def words_of(path) -> list[str]:
 def as_seen(path) -> np.ndarray:
     """A picture over white, (H, W, 4) in 0..255."""
     picture = Image.open(path).convert("RGBA")
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)).astype(int)
+    return np.asarray(
+        Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    ).astype(int)
 
 
-# ---- colours and shapes ----------------------------------------------------------------------------------------------
+# ---- colors and shapes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["auto", "L", "RGB", "RGBA"])
 @pytest.mark.parametrize("mode", KINDS)
-def test_samples_are_in_the_mode_that_was_learnt(place, train, run, mode, flag):
-    """auto: gray for gray pictures, else colour; white stands behind what is transparent."""
+def test_samples_are_in_the_mode_that_was_learned(place, train, run, mode, flag):
+    """auto: gray for gray pictures, else color; white stands behind what is transparent."""
     draw(place / "pictures", mode)
-    learnt = {"auto": "L" if mode == "L" else "RGB"}.get(flag, flag)
+    learned = {"auto": "L" if mode == "L" else "RGB"}.get(flag, flag)
     result = train("--epochs=1", f"--mode={flag}", "--img_size=8x16")
     assert result.status == 0, result.err
-    assert {"L": "in gray", "RGB": "in colour", "RGBA": "in colour and alpha"}[learnt] in result.out
+    assert {"L": "in gray", "RGB": "in color", "RGBA": "in color and alpha"}[learned] in result.out
     settings = checkpoints.load("run")["settings"]
-    assert (settings["mode"], settings["img_size"]) == (learnt, (8, 16))
+    assert (settings["mode"], settings["img_size"]) == (learned, (8, 16))
     assert run("sample", "--run_name=run", "--n_img=3", STEPS).status == 0
     samples = sorted((place / "results/run/samples").glob("sample_*.png"))
-    assert [(Image.open(path).mode, Image.open(path).size) for path in samples] == [(learnt, (16, 8))] * 3
+    assert [(Image.open(path).mode, Image.open(path).size) for path in samples] == [
+        (learned, (16, 8))
+    ] * 3
     grid = Image.open(place / "results/run/samples/samples.png")
     assert (grid.mode, grid.size) == ("RGB", (32, 16))
     preview = Image.open(place / "results/run/training_progress/epoch_0001.png")
@@ -83,32 +95,39 @@ def test_a_run_goes_on_in_its_own_mode(place, train, mode):
     refused = train("--epochs=2", f"--mode={other}")
     assert refused.status == 2
     assert f"--mode was {mode}, is now {other}" in refused.err
-    if mode != "RGBA":  # of transparent pictures auto makes colour
+    if mode != "RGBA":  # of transparent pictures auto makes color
         assert train("--epochs=2").status == 0
     assert train("--epochs=3", f"--mode={mode}").status == 0
 
 
-@pytest.mark.parametrize(("learnt", "of"), [("RGB", "L"), ("RGBA", "RGB"), ("L", "RGB")])
-def test_auto_is_the_mode_of_the_run_that_goes_on(place, train, learnt, of):
+@pytest.mark.parametrize(("learned", "of"), [("RGB", "L"), ("RGBA", "RGB"), ("L", "RGB")])
+def test_auto_is_the_mode_of_the_run_that_goes_on(place, train, learned, of):
     """Also where it would be another mode for a new run."""
     draw(place / "pictures", of)
-    assert train("--epochs=1", f"--mode={learnt}").status == 0
+    assert train("--epochs=1", f"--mode={learned}").status == 0
     assert train("--epochs=2").status == 0
-    assert checkpoints.load("run")["settings"]["mode"] == learnt
+    assert checkpoints.load("run")["settings"]["mode"] == learned
 
 
 def test_a_run_that_begins_from_another_has_its_mode(place, train, run):
-    """Gray pictures for a network of colours, in the first call and in the next."""
+    """Gray pictures for a network of colors, in the first call and in the next."""
     draw(place / "pictures", "RGB")
     draw(place / "gray", "L")
     assert train("--epochs=1").status == 0
     for epochs in (1, 2):
-        result = run("train", *TINY, "--dataset=gray", "--run_name=two", "--init_from=run", f"--epochs={epochs}")
+        result = run(
+            "train",
+            *TINY,
+            "--dataset=gray",
+            "--run_name=two",
+            "--init_from=run",
+            f"--epochs={epochs}",
+        )
         assert result.status == 0, result.err
     assert checkpoints.load("two")["settings"]["mode"] == "RGB"
 
 
-def test_a_checkpoint_of_a_version_that_knew_no_modes_is_of_colours(place, train, run):
+def test_a_checkpoint_of_a_version_that_knew_no_modes_is_of_colors(place, train, run):
     draw(place / "pictures", "RGB")
     assert train("--epochs=1").status == 0
     stored = checkpoints.load("run")
@@ -120,21 +139,31 @@ def test_a_checkpoint_of_a_version_that_knew_no_modes_is_of_colours(place, train
 
 
 def test_transparency_is_over_white_in_a_grid_and_kept_in_a_picture():
-    """Colours are premultiplied: half-transparent full red is (128, 0, 0, 128)."""
+    """Colors are premultiplied: half-transparent full red is (128, 0, 0, 128)."""
     clear, half, solid = (0, 0, 0, 0), (128, 0, 0, 128), (10, 20, 30, 255)
-    images = torch.tensor([clear, half, solid], dtype=torch.uint8).view(3, 4, 1, 1).expand(-1, -1, 2, 2)
-    assert utils.over_white(images)[:, :, 0, 0].tolist() == [[255, 255, 255], [255, 127, 127], [10, 20, 30]]
-    assert [utils.to_picture(image).getpixel((0, 0)) for image in images] == [clear, (255, 0, 0, 128), solid]
+    images = (
+        torch.tensor([clear, half, solid], dtype=torch.uint8).view(3, 4, 1, 1).expand(-1, -1, 2, 2)
+    )
+    assert utils.over_white(images)[:, :, 0, 0].tolist() == [
+        [255, 255, 255],
+        [255, 127, 127],
+        [10, 20, 30],
+    ]
+    assert [writing.to_pillow(image).getpixel((0, 0)) for image in images] == [
+        clear,
+        (255, 0, 0, 128),
+        solid,
+    ]
 
 
-def test_colours_brighter_than_their_alpha_do_not_wrap_round():
+def test_colors_brighter_than_their_alpha_do_not_wrap_round():
     """A network knows no such rule."""
     images = torch.tensor([255, 100, 0, 100], dtype=torch.uint8).view(1, 4, 1, 1)
     assert utils.over_white(images).flatten().tolist() == [255, 255, 155]
-    assert utils.to_picture(images[0]).getpixel((0, 0)) == (255, 255, 0, 100)
+    assert writing.to_pillow(images[0]).getpixel((0, 0)) == (255, 255, 0, 100)
 
 
-# ---- classes ---------------------------------------------------------------------------------------------------------
+# ---- classes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,7 +176,9 @@ def classes(place):
             Image.new("L", (8, 8), level + number).save(folder / f"{number}.png")
 
 
-def test_a_grid_that_is_sent_to_another_process_is_no_larger_than_it_looks(three_classes, run, monkeypatch):
+def test_a_grid_that_is_sent_to_another_process_is_no_larger_than_it_looks(
+    three_classes, run, monkeypatch
+):
     """A view of a batch would be sent with the whole batch, once for each image."""
     sent = []
     monkeypatch.setattr(processes, "gather", lambda what: sent.append(what) or [what])
@@ -157,14 +188,23 @@ def test_a_grid_that_is_sent_to_another_process_is_no_larger_than_it_looks(three
 
 def test_without_the_flag_folders_are_mentioned_only(classes, train):
     result = train("--epochs=1")
-    assert "3 classes, such as bright, dark, middle; --conditional would tell them apart" in result.out
+    assert (
+        "3 classes, such as bright, dark, middle; --conditional would tell them apart" in result.out
+    )
     assert checkpoints.load("run")["settings"]["classes"] == ()
 
 
 def test_a_network_learns_its_classes(classes, train, run, place):
-    """In 180 steps it tells bright from dark from gray; guidance 0 ignores the class, so that all come out alike."""
+    """In 180 steps it tells bright from dark from gray; guidance 0 ignores the class, so that all
+    come out alike.
+    """
     result = train(
-        "--conditional", "--epochs=60", "--lr=3e-3", "--objective=x0", "--schedule=cosine", "--ema_decay=0.9"
+        "--conditional",
+        "--epochs=60",
+        "--lr=3e-3",
+        "--objective=x0",
+        "--schedule=cosine",
+        "--ema_decay=0.9",
     )
     assert result.status == 0, result.err
     assert checkpoints.load("run")["settings"]["classes"] == ("bright", "dark", "middle")
@@ -181,11 +221,17 @@ def test_a_network_learns_its_classes(classes, train, run, place):
         assert run(*sample).status == 0
         for path in sorted((place / f"results/run/g{guidance}").glob("sample_*.png")):
             picture = Image.open(path)
-            shades.setdefault((guidance, picture.info["label"]), []).append(np.asarray(picture).mean())
+            shades.setdefault((guidance, picture.info["label"]), []).append(
+                np.asarray(picture).mean()
+            )
     assert {len(of_class) for of_class in shades.values()} == {4}  # they take turns
     means = {key: np.mean(of_class) for key, of_class in shades.items()}
     for guidance in (1, 2):
-        assert means[guidance, "dark"] + 40 < means[guidance, "middle"] < means[guidance, "bright"] - 40, means
+        assert (
+            means[guidance, "dark"] + 40
+            < means[guidance, "middle"]
+            < means[guidance, "bright"] - 40
+        ), means
     ignored = [means[0, name] for name in ("bright", "dark", "middle")]
     told = [means[1, name] for name in ("bright", "dark", "middle")]
     assert np.ptp(ignored) < np.ptp(told), means
@@ -204,7 +250,17 @@ def test_labels_choose_the_classes_and_their_rows(three_classes, run, place):
             ("dark,bright", 2, ["dark", "bright", "dark", "bright", "dark"]),
         )
     ):
-        assert run("sample", "--run_name=run", "--n_img=5", STEPS, f"--label={label}", f"--name=n{number}").status == 0
+        assert (
+            run(
+                "sample",
+                "--run_name=run",
+                "--n_img=5",
+                STEPS,
+                f"--label={label}",
+                f"--name=n{number}",
+            ).status
+            == 0
+        )
         folder = place / f"results/run/n{number}"
         paths = sorted(folder.glob("sample_*.png"))
         assert [Image.open(path).info["label"] for path in paths] == labels
@@ -220,7 +276,18 @@ def test_labels_choose_the_classes_and_their_rows(three_classes, run, place):
 
 def test_the_command_in_an_image_makes_it_again(three_classes, run, place):
     """Of a batch that begins with another class than the first, too."""
-    assert run("sample", "--run_name=run", "--n_img=7", "--batch_size=2", STEPS, "--guidance=3", "--seed=5").status == 0
+    assert (
+        run(
+            "sample",
+            "--run_name=run",
+            "--n_img=7",
+            "--batch_size=2",
+            STEPS,
+            "--guidance=3",
+            "--seed=5",
+        ).status
+        == 0
+    )
     for number in (1, 4, 7):
         path = place / f"results/run/samples/sample_{number:04d}.png"
         assert run(*words_of(path), f"--name=again_{number}").status == 0
@@ -238,8 +305,11 @@ def test_the_command_in_an_image_makes_it_again(three_classes, run, place):
             "--label=drak is not a class of this run; did you mean dark? (there are: bright, dark",
         ),
         (["--guidance=-1"], "--guidance=-1.0 is out of range"),
-        (["--strength=0.5"], "--strength=0.5 takes a picture to begin with"),
-        (["--mask=pictures/dark/0.png"], "--mask=pictures/dark/0.png says where to change a picture"),
+        (["--strength=0.5"], "--strength=0.5 needs an image to change"),
+        (
+            ["--mask=pictures/dark/0.png"],
+            "--mask=pictures/dark/0.png needs an image to inpaint",
+        ),
         (["--init_image=nowhere.png"], "--init_image=nowhere.png is not a file"),
     ],
 )
@@ -255,7 +325,7 @@ def test_classes_are_for_runs_that_know_them(place, train, run, option):
     draw(place / "pictures", "RGB")
     assert train("--epochs=1").status == 0
     result = run("sample", "--run_name=run", option)
-    assert (result.status, f"{option} is for runs that know classes" in result.err) == (2, True)
+    assert (result.status, f"{option} is for class-conditional runs" in result.err) == (2, True)
 
 
 def test_a_run_goes_on_with_its_classes_or_not_at_all(three_classes, train, run, place):
@@ -282,16 +352,25 @@ def test_forgotten_labels_are_those_of_a_tenth(monkeypatch, classes, train):
     assert train("--conditional", "--epochs=100", "--batch_size=12").status == 0
     labels = torch.cat([batch for batch in seen if batch is not None])
     shares = labels.bincount(minlength=4) / len(labels)
-    assert abs(shares[3] - ddpm.FORGOTTEN) < 0.035  # four standard errors of 1,200 draws
+    assert abs(shares[3] - ddpm.LABEL_DROPOUT) < 0.035  # four standard errors of 1,200 draws
     assert (shares[:3] - 0.3).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("mode", KINDS)
 def test_a_stopped_run_of_classes_goes_on_to_the_bit(place, train, run, monkeypatch, mode):
-    """In every mode: forgotten labels, mirrored images, noise and dropped activations hang on the step alone."""
+    """In every mode: forgotten labels, mirrored images, noise and dropped activations hang on the
+    step alone.
+    """
     for name in ("one", "two"):
         draw(place / "pictures" / name, mode, count=3 if name == "one" else 4)
-    words = ("--conditional", f"--mode={mode}", "--img_size=8x16", "--dropout=0.2", "--epochs=4", "--save_every=0")
+    words = (
+        "--conditional",
+        f"--mode={mode}",
+        "--img_size=8x16",
+        "--dropout=0.2",
+        "--epochs=4",
+        "--save_every=0",
+    )
     assert train(*words).status == 0
     whole = checkpoints.load("run")
     (place / "models").rename(place / "before")
@@ -313,14 +392,21 @@ def test_a_stopped_run_of_classes_goes_on_to_the_bit(place, train, run, monkeypa
     for kind in ("network", "average"):
         assert all(torch.equal(weight, whole[kind][name]) for name, weight in again[kind].items())
     for number, batch_size in ((1, 2), (2, 3)):  # and its images hang on seed and class alone
-        sample = ("sample", "--run_name=run", "--n_img=5", f"--batch_size={batch_size}", f"--name=n{number}", STEPS)
+        sample = (
+            "sample",
+            "--run_name=run",
+            "--n_img=5",
+            f"--batch_size={batch_size}",
+            f"--name=n{number}",
+            STEPS,
+        )
         assert run(*sample).status == 0
     one, two = (sorted((place / f"results/run/n{number}").glob("*_0*")) for number in (1, 2))
     differences = [np.abs(as_seen(a) - as_seen(b)).max() for a, b in zip(one, two, strict=True)]
-    assert max(differences) <= (2 if mode == "RGBA" else 1)  # a level in a colour, one in alpha
+    assert max(differences) <= (2 if mode == "RGBA" else 1)  # a level in a color, one in alpha
 
 
-# ---- from a picture --------------------------------------------------------------------------------------------------
+# ---- from a picture ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", KINDS)

@@ -9,13 +9,18 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from modules import SelfAttention, UNet, timestep_embedding, update_average
+from modules import SelfAttention, UNet, timestep_embedding, update_ema
 
 
 def small_network(**options) -> UNet:
-    """A network for 8x8 images with 4 channels a group, whose last convolution is not the 0 it starts from."""
+    """A network for 8x8 images with 4 channels a group, whose last convolution is not the 0 it
+    starts from.
+    """
     torch.manual_seed(0)
-    network = UNet(**{"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4} | options)
+    network = UNet(
+        **{"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
+        | options
+    )
     nn.init.normal_(network.conv_out.weight, std=0.1)
     return network.eval()
 
@@ -24,19 +29,25 @@ def distance(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def test_timestep_embedding_has_its_values_at_known_angles():
     """Of width 4 the frequencies are 1 and 1/100: cosines first, then sines."""
     t = torch.tensor([0, math.pi / 2, 50 * math.pi], dtype=torch.float64)
-    expected = torch.tensor([[1.0, 1, 0, 0], [0, math.cos(math.pi / 200), 1, math.sin(math.pi / 200)], [1, 0, 0, 1]])
-    assert distance(timestep_embedding(t, 4), expected) < 1e-5  # float32 knows the angle 157 to 1e-5
+    expected = torch.tensor(
+        [[1.0, 1, 0, 0], [0, math.cos(math.pi / 200), 1, math.sin(math.pi / 200)], [1, 0, 0, 1]]
+    )
+    # float32 knows the angle 157 to 1e-5
+    assert distance(timestep_embedding(t, 4), expected) < 1e-5
 
 
 def test_shifted_by_one_the_frequencies_reach_down_to_a_ten_thousandth():
     t = torch.tensor([0, 10_000 * math.pi / 2])
-    assert distance(timestep_embedding(t, 4, 1.0)[:, [1, 3]], torch.tensor([[1.0, 0], [0, 1]])) < 1e-3  # t is 15708
+    # t is 15708
+    assert (
+        distance(timestep_embedding(t, 4, 1.0)[:, [1, 3]], torch.tensor([[1.0, 0], [0, 1]])) < 1e-3
+    )
 
 
 def test_timestep_embedding_tells_all_steps_apart():
@@ -46,27 +57,60 @@ def test_timestep_embedding_tells_all_steps_apart():
     assert torch.pdist(embedding).min() > 0.1
 
 
-# ---- the network as others know it -----------------------------------------------------------------------------------
+# ---- the network as others know it ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"img_size": 32, "width": 16, "multipliers": (1, 2, 2), "blocks": 2, "attention_size": 16},
-        {"img_size": (24, 16), "channels": 1, "width": 32, "multipliers": (1, 2, 4), "blocks": 1, "attention_size": 8},
-        {"img_size": (8, 16), "channels": 4, "width": 12, "multipliers": (1, 3), "blocks": 3, "attention_size": 8},
-        {"img_size": 16, "width": 128, "multipliers": (1, 2), "blocks": 1, "attention_size": 0, "classes": 7},
-        {"img_size": 8, "width": 64, "multipliers": (1,), "blocks": 1, "attention_size": 8, "classes": 1},
+        {
+            "img_size": (24, 16),
+            "channels": 1,
+            "width": 32,
+            "multipliers": (1, 2, 4),
+            "blocks": 1,
+            "attention_size": 8,
+        },
+        {
+            "img_size": (8, 16),
+            "channels": 4,
+            "width": 12,
+            "multipliers": (1, 3),
+            "blocks": 3,
+            "attention_size": 8,
+        },
+        {
+            "img_size": 16,
+            "width": 128,
+            "multipliers": (1, 2),
+            "blocks": 1,
+            "attention_size": 0,
+            "classes": 7,
+        },
+        {
+            "img_size": 8,
+            "width": 64,
+            "multipliers": (1,),
+            "blocks": 1,
+            "attention_size": 8,
+            "classes": 1,
+        },
         {"img_size": 8, "width": 32, "multipliers": (2, 3), "blocks": 1, "attention_size": 4},
     ],
     ids=lambda options: "-".join(str(value).replace(" ", "") for value in options.values()),
 )
 def test_diffusers_takes_the_weights_and_answers_the_same(options):
     network = small_network(**options)
-    size, channels, classes = options["img_size"], options.get("channels", 3), options.get("classes")
+    size, channels, classes = (
+        options["img_size"],
+        options.get("channels", 3),
+        options.get("classes"),
+    )
     height, width = (size, size) if isinstance(size, int) else size
     attended = [
-        min(height, width) // 2**depth <= options["attention_size"] for depth in range(len(options["multipliers"]))
+        min(height, width) // 2**depth <= options["attention_size"]
+        for depth in range(len(options["multipliers"]))
     ]
     widths = [options["width"] * multiplier for multiplier in options["multipliers"]]
     theirs = UNet2DModel(
@@ -76,7 +120,8 @@ def test_diffusers_takes_the_weights_and_answers_the_same(options):
         block_out_channels=widths,
         layers_per_block=options["blocks"],
         norm_num_groups=min(32, options["width"] // 4),
-        attention_head_dim=widths[-1] // network.mid_block.attentions[0].heads,  # one number for all levels
+        attention_head_dim=widths[-1]
+        // network.mid_block.attentions[0].heads,  # one number for all levels
         down_block_types=["AttnDownBlock2D" if there else "DownBlock2D" for there in attended],
         up_block_types=["AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attended)],
         num_class_embeds=classes + 1 if classes else None,
@@ -86,7 +131,8 @@ def test_diffusers_takes_the_weights_and_answers_the_same(options):
     labels = torch.tensor([0, classes - 1, classes]) if classes else None  # the last one: no class
     with torch.no_grad():
         answer = network(x, t, labels)
-        assert distance(answer, theirs(x, t - 1, labels).sample) < 1e-4  # float32, and attention in another order
+        # float32, and attention in another order
+        assert distance(answer, theirs(x, t - 1, labels).sample) < 1e-4
     assert answer.std() > 0.1
 
 
@@ -98,7 +144,10 @@ def test_diffusers_takes_the_weights_and_answers_the_same(options):
             {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 16},
         ),
         ({"head_width": 8}, {"attention_head_dim": 8}),
-        ({"head_width": 12, "multipliers": (1, 3)}, {"attention_head_dim": 12, "block_out_channels": [16, 48]}),
+        (
+            {"head_width": 12, "multipliers": (1, 3)},
+            {"attention_head_dim": 12, "block_out_channels": [16, 48]},
+        ),
         (
             {"head_width": 99, "attention_size": 8},
             {"attention_head_dim": None, "down_block_types": ["AttnDownBlock2D"] * 2},
@@ -111,19 +160,34 @@ def test_diffusers_takes_the_weights_and_answers_the_same(options):
     ids=lambda options: "-".join(options),
 )
 def test_networks_from_elsewhere_fit(ours, theirs):
-    """One fact at a time, at 8x8 pixels: diffusers answers the same, and the network without that fact does not."""
+    """One fact at a time, at 8x8 pixels: diffusers answers the same, and the network without that
+    fact does not.
+    """
     network = small_network(**ours)
-    config = {"block_out_channels": [16, 32], "norm_num_groups": 4, "norm_eps": 1e-5, "attention_head_dim": 32}
-    config |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "layers_per_block": 1} | theirs
-    config["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
+    config = {
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 4,
+        "norm_eps": 1e-5,
+        "attention_head_dim": 32,
+    }
+    config |= {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "layers_per_block": 1,
+    } | theirs
+    config["up_block_types"] = [
+        kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])
+    ]
     model = UNet2DModel(**config).eval()
     model.load_state_dict(network.state_dict(), strict=True)
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([1, 500, 1000])
     with torch.no_grad():
         answer = network(x, t)
-        assert distance(answer, model(x, t - 1).sample) < 1e-4  # float32, and attention in another order
+        # float32, and attention in another order
+        assert distance(answer, model(x, t - 1).sample) < 1e-4
         if "attention_levels" not in ours:  # these have other weights
-            plain = small_network(**{name: ours[name] for name in ours if name in ("multipliers", "attention_size")})
+            plain = small_network(
+                **{name: ours[name] for name in ours if name in ("multipliers", "attention_size")}
+            )
             plain.load_state_dict(network.state_dict())
             assert distance(answer, plain(x, t)) > 1e-3
 
@@ -134,12 +198,14 @@ def test_default_network_has_26_6_million_weights():
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == 26.6
 
 
-# ---- the layout of the network ---------------------------------------------------------------------------------------
+# ---- the layout of the network -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2, 4, 4), (3, 1, 5)])
 def test_every_group_has_four_channels_or_more(multipliers):
-    """GroupNorm with one channel per group would silently erase time and class: it takes a group's mean away."""
+    """GroupNorm with one channel per group would silently erase time and class: it takes a group's
+    mean away.
+    """
     for width in (*range(4, 129, 4), 160, 256, 512):
         with torch.device("meta"):
             network = UNet(16, width=width, multipliers=multipliers, attention_size=16, classes=2)
@@ -161,7 +227,9 @@ def test_every_group_has_four_channels_or_more(multipliers):
         (32, 0, [False, False, False, False]),
     ],
 )
-def test_attention_sits_where_the_shorter_side_is_small_enough_and_in_the_middle(img_size, attention_size, levels):
+def test_attention_sits_where_the_shorter_side_is_small_enough_and_in_the_middle(
+    img_size, attention_size, levels
+):
     with torch.device("meta"):
         network = UNet(img_size, width=16, multipliers=(1, 1, 2, 2), attention_size=attention_size)
 
@@ -169,7 +237,9 @@ def test_attention_sits_where_the_shorter_side_is_small_enough_and_in_the_middle
         return [isinstance(attention, SelfAttention) for attention in level.attentions]
 
     assert [attended(level) for level in network.down_blocks] == [[there] * 2 for there in levels]
-    assert [attended(level) for level in network.up_blocks] == [[there] * 3 for there in reversed(levels)]
+    assert [attended(level) for level in network.up_blocks] == [
+        [there] * 3 for there in reversed(levels)
+    ]
     assert attended(network.mid_block) == [True, False]
 
 
@@ -186,7 +256,9 @@ def test_heads_are_64_channels_wide_where_the_attended_levels_allow(options, cha
     with torch.device("meta"):
         network = UNet(64, **options)
     attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
-    assert {attention.to_q.in_features // attention.heads for attention in attentions} == {channels_per_head}
+    assert {attention.to_q.in_features // attention.heads for attention in attentions} == {
+        channels_per_head
+    }
 
 
 def test_attention_sees_the_whole_image():
@@ -223,7 +295,7 @@ def test_any_multiple_of_the_stride_is_a_size(multipliers, sizes):
         assert network(x, torch.tensor([1, 2])).shape == x.shape
 
 
-# ---- what reaches the answer -----------------------------------------------------------------------------------------
+# ---- what reaches the answer ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -254,10 +326,17 @@ def test_no_label_means_no_class():
 
 def test_images_of_a_batch_do_not_see_each_other():
     network = small_network(classes=3)
-    x, t, labels = torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 100, 1000]), torch.tensor([0, 1, 2, 3])
+    x, t, labels = (
+        torch.randn(4, 3, 8, 8),
+        torch.tensor([1, 10, 100, 1000]),
+        torch.tensor([0, 1, 2, 3]),
+    )
     with torch.no_grad():
-        one_by_one = torch.cat([network(x[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(4)])
-        assert distance(network(x, t, labels), one_by_one) < 1e-5  # float32: kernels may add in another order
+        one_by_one = torch.cat(
+            [network(x[i : i + 1], t[i : i + 1], labels[i : i + 1]) for i in range(4)]
+        )
+        # float32: kernels may add in another order
+        assert distance(network(x, t, labels), one_by_one) < 1e-5
 
 
 def test_dropout_acts_in_training_alone():
@@ -277,47 +356,73 @@ def test_gradient_reaches_every_parameter():
     network(torch.randn(4, 3, 8, 8), t, labels).square().mean().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        if not name.endswith("to_k.bias"):  # it shifts all scores of a pixel alike, which softmax does not see
-            reached = parameter.grad.flatten(1).abs().amax(dim=1) if parameter.dim() > 1 else parameter.grad.abs().max()
+        # it shifts all scores of a pixel alike, which softmax does not see
+        if not name.endswith("to_k.bias"):
+            reached = (
+                parameter.grad.flatten(1).abs().amax(dim=1)
+                if parameter.dim() > 1
+                else parameter.grad.abs().max()
+            )
             assert (reached > 1e-9).all(), name
 
 
-# ---- the running average ---------------------------------------------------------------------------------------------
+# ---- the running average -------------------------------------------------------------------------
 
 
 def test_average_of_still_weights_closes_in_by_the_product_of_the_decays():
-    """(1 + k) / (10 + k) multiplied over k = 1..n is (n + 1)! 10! / (n + 10)!; at 0.5 the warm-up is over after 8."""
+    """(1 + k) / (10 + k) multiplied over k = 1..n is (n + 1)! 10! / (n + 10)!; at 0.5 the warm-up
+    is over after 8.
+    """
     network, average = nn.Linear(3, 2), nn.Linear(3, 2)
-    gaps = [start - end for start, end in zip(copy.deepcopy(average).parameters(), network.parameters(), strict=True)]
+    gaps = [
+        start - end
+        for start, end in zip(
+            copy.deepcopy(average).parameters(), network.parameters(), strict=True
+        )
+    ]
     still = copy.deepcopy(network.state_dict())
     for decay, warm_steps in ((0.9999, 30), (0.5, 8)):
         current = copy.deepcopy(average)
         for step in range(1, 31):
-            update_average(current, network, step, decay)
+            update_ema(current, network, step, decay)
             warm = min(step, warm_steps)
-            share = math.factorial(warm + 1) * math.factorial(10) / math.factorial(warm + 10) * decay ** (step - warm)
-            for parameter, end, gap in zip(current.parameters(), network.parameters(), gaps, strict=True):
+            share = (
+                math.factorial(warm + 1)
+                * math.factorial(10)
+                / math.factorial(warm + 10)
+                * decay ** (step - warm)
+            )
+            for parameter, end, gap in zip(
+                current.parameters(), network.parameters(), gaps, strict=True
+            ):
                 assert distance(parameter, end + share * gap) < 1e-6  # float32, weights below 1
-    assert all(torch.equal(network.state_dict()[name], still[name]) for name in still), "the network stays as it is"
+    assert all(torch.equal(network.state_dict()[name], still[name]) for name in still), (
+        "the network stays as it is"
+    )
 
 
 def test_average_weighs_the_past_by_powers_of_the_decay():
-    """Long after the warm-up: (1 - decay) decay^age of what the network was, and decay^n of the start."""
+    """Long after the warm-up: (1 - decay) decay^age of what the network was, and decay^n of the
+    start.
+    """
     torch.manual_seed(0)
     average, network = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
     start, history, decay = average.weight.detach().clone(), torch.randn(20, 2, 3), 0.9
     for number, weights in enumerate(history):
         network.weight.data = weights
-        update_average(average, network, 1000 + number, decay)
+        update_ema(average, network, 1000 + number, decay)
     ages = torch.arange(19, -1, -1).view(-1, 1, 1)
     expected = decay**20 * start + ((1 - decay) * decay**ages * history).sum(dim=0)
     assert distance(average.weight, expected) < 1e-6  # float32, weights near 1
 
 
 def test_average_without_decay_is_the_network():
-    network, average = small_network(), UNet(8, width=16, multipliers=(1, 2), blocks=1, attention_size=4)
+    network, average = (
+        small_network(),
+        UNet(8, width=16, multipliers=(1, 2), blocks=1, attention_size=4),
+    )
     for step in (1, 1000):
-        update_average(average, network, step, decay=0.0)
+        update_ema(average, network, step, decay=0.0)
         weights = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in weights)
         nn.init.normal_(network.conv_in.weight)

@@ -1,11 +1,12 @@
 """Several processes at one command: each function by itself, and the program under torchrun.
 
     python -m pytest tests/test_processes.py
-    torchrun --standalone --nproc_per_node=2 tests/test_processes.py train ...   # ddpm.py without bfloat16
-    EXACT=1 torchrun ...                                                         # its training in float64
+    torchrun --standalone --nproc_per_node=2 tests/test_processes.py train ...   # ddpm.py without
+    bfloat16 EXACT=1 torchrun ...                                                         # its
+    training in float64
 
-Started as a program, this file is a process that the tests look at: `PART WORD` is one of the parts below, anything
-else a command line of ddpm.py.
+Started as a program, this file is a process that the tests look at: `PART WORD` is one of the parts
+below, anything else a command line of ddpm.py.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pytest has done so, torchrun has not
+# pytest has done so, torchrun has not
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import TINY, compute_in_float64, files_below, paint
 
@@ -35,14 +37,21 @@ from machinery.basics import UserError
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
-# ---- processes to look at --------------------------------------------------------------------------------------------
+# ---- processes to look at ------------------------------------------------------------------------
 
 
 def uneven(rank: int) -> list[torch.Tensor]:
     """Tensors of several types, shapes and layouts, whose sum hangs on the order of the terms."""
     generator = torch.Generator().manual_seed(rank)
-    long, image = torch.randn(1000, generator=generator), torch.randn(2, 3, 4, 5, generator=generator)
-    return [long, image.to(memory_format=torch.channels_last), torch.tensor(rank + 0.5, dtype=torch.float64)]
+    long, image = (
+        torch.randn(1000, generator=generator),
+        torch.randn(2, 3, 4, 5, generator=generator),
+    )
+    return [
+        long,
+        image.to(memory_format=torch.channels_last),
+        torch.tensor(rank + 0.5, dtype=torch.float64),
+    ]
 
 
 def part_together() -> dict:
@@ -50,7 +59,11 @@ def part_together() -> dict:
     rank, came = processes.rank(), []
     tensors = uneven(rank)
     processes.add_up(tensors)
-    found = {"sums": tensors, "share": processes.share(10), "device": str(processes.join(torch.device("cpu")))}
+    found = {
+        "sums": tensors,
+        "share": processes.share(10),
+        "device": str(processes.join(torch.device("cpu"))),
+    }
     found["largest"] = processes.largest(rank, -rank, 0.1)
     found["gather"] = processes.gather({"rank": rank, "long": "x" * rank})
     found["from_first"] = processes.from_first([rank, None])
@@ -71,7 +84,8 @@ def part_killed() -> dict:
         "add_up": lambda: processes.add_up([torch.ones(100_000)]),
         "largest": lambda: processes.largest(1.0),
         "gather": lambda: processes.gather(1),
-        "from_first": lambda: [processes.from_first(1) for _ in range(10)],  # what is sent first gets through
+        # what is sent first gets through
+        "from_first": lambda: [processes.from_first(1) for _ in range(10)],
         "wait": processes.wait,
     }
     with contextlib.suppress(processes.Abandoned):
@@ -155,7 +169,7 @@ def kill(rank: int, place: Path) -> None:
         os.kill(int((place / f"pid_{rank}").read_text()), signal.SIGKILL)
 
 
-# ---- one process -----------------------------------------------------------------------------------------------------
+# ---- one process ---------------------------------------------------------------------------------
 
 
 def test_one_process_needs_no_others():
@@ -166,7 +180,11 @@ def test_one_process_needs_no_others():
     assert tensor.tolist() == [1, 2]
     assert (processes.rank(), processes.count(), processes.is_first()) == (0, 1, True)
     assert processes.join(torch.device("cuda:3")) == torch.device("cuda:3")
-    assert (processes.largest(1, -2.5), processes.gather("a"), processes.from_first("b")) == ((1, -2.5), ["a"], "b")
+    assert (processes.largest(1, -2.5), processes.gather("a"), processes.from_first("b")) == (
+        (1, -2.5),
+        ["a"],
+        "b",
+    )
     assert processes.share(7) == range(7)
     processes.leave()
     assert not torch.distributed.is_initialized()
@@ -174,7 +192,12 @@ def test_one_process_needs_no_others():
 
 def as_one_of(monkeypatch, rank: int, count: int) -> None:
     """Have this process take itself for one of several, on one machine."""
-    for name, number in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}.items():
+    for name, number in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+    }.items():
         monkeypatch.setenv(name, str(number))
 
 
@@ -208,7 +231,9 @@ def test_a_device_that_processes_would_have_to_share_is_refused(device, gpus, ad
 
 
 MISTAKES = ["The size of tensor a (2) must match", "Tensor list input to gloo cannot be empty"]
-MISTAKES += ["[enforce fail at /x/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes"]
+MISTAKES += [
+    "[enforce fail at /x/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes"
+]
 
 
 @pytest.mark.parametrize("text", MISTAKES)
@@ -217,8 +242,16 @@ def test_a_mistake_of_our_own_is_not_taken_for_the_end_of_another_process(text):
         raise RuntimeError(text)
 
 
-ENDS = [RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")]
-ENDS += [torch.distributed.DistBackendError("NCCL error: ncclRemoteError: A call failed possibly due to a network")]
+ENDS = [
+    RuntimeError(
+        "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"
+    )
+]
+ENDS += [
+    torch.distributed.DistBackendError(
+        "NCCL error: ncclRemoteError: A call failed possibly due to a network"
+    )
+]
 ENDS += [torch.distributed.DistNetworkError("failed to recv, got 0 bytes")]
 
 
@@ -229,17 +262,27 @@ def test_the_end_of_another_process_is_told_by_name(error):
         raise error
 
 
-# ---- a share in parts ------------------------------------------------------------------------------------------------
+# ---- a share in parts ----------------------------------------------------------------------------
 
 # As CUDA's allocator, cuBLAS, Apple's GPU, a CPU and NumPy tell of it.
-OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
-OUT_OF_MEMORY += [RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), MemoryError("Unable to allocate")]
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+]
+OUT_OF_MEMORY += [
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    MemoryError("Unable to allocate"),
+]
 OUT_OF_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
 
 
 @pytest.mark.parametrize(
     "size, failing, sizes, later",
-    [("auto", {}, [7], [7]), ("auto", {0, 2}, [7, 4, 3, 2, 2, 2, 1], [2, 2, 2, 1]), (3, {}, [3, 3, 1], [3, 3, 1])],
+    [
+        ("auto", {}, [7], [7]),
+        ("auto", {0, 2}, [7, 4, 3, 2, 2, 2, 1], [2, 2, 2, 1]),
+        (3, {}, [3, 3, 1], [3, 3, 1]),
+    ],
 )
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:4])
 def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes, later, error):
@@ -253,10 +296,10 @@ def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes
         done.extend(range(10)[part])
 
     parts = devices.MicroBatches(range(2, 9), size)
-    parts.go_through(work, undo=done.clear)
+    parts.run(work, reset=done.clear)
     assert (done, tried) == (list(range(2, 9)), sizes)
     done.clear()
-    parts.go_through(work, undo=done.clear)
+    parts.run(work, reset=done.clear)
     assert (done, tried) == (list(range(2, 9)), sizes + later)
 
 
@@ -265,7 +308,7 @@ def test_another_error_is_not_taken_for_too_little_memory():
         raise RuntimeError("mat1 and mat2 must have the same dtype")
 
     with pytest.raises(RuntimeError, match="dtype"):
-        devices.MicroBatches(range(4), "auto").go_through(work, undo=lambda: pytest.fail("tried again"))
+        devices.MicroBatches(range(4), "auto").run(work, reset=lambda: pytest.fail("tried again"))
 
 
 @pytest.mark.parametrize("size, tries", [(3, [3]), ("auto", [4, 2, 1])])
@@ -277,16 +320,18 @@ def test_memory_that_is_too_little_for_an_image_or_for_what_was_asked_is_an_erro
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        devices.MicroBatches(range(4), size).go_through(work, undo=list)
+        devices.MicroBatches(range(4), size).run(work, reset=list)
     assert tried == tries
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> list[dict]:
-    """What three processes, so many that the order of additions matters, found when they called every function."""
+    """What three processes, so many that the order of additions matters, found when they called
+    every function.
+    """
     place = tmp_path_factory.mktemp("together")
     ends = [Ended(process) for process in start_all(3, ["PART", "together"], place)]
     assert [(end.status, end.out, end.err) for end in ends] == [(0, "", "")] * 3
@@ -298,9 +343,13 @@ def test_added_up_tensors_are_the_sums_and_the_same_bits_everywhere(together):
     for number, sums in enumerate(zip(*(found["sums"] for found in together), strict=True)):
         expected = sum(term[number].double() for term in terms)
         for found in sums:
-            assert (found.dtype, found.stride()) == (terms[0][number].dtype, terms[0][number].stride())
+            assert (found.dtype, found.stride()) == (
+                terms[0][number].dtype,
+                terms[0][number].stride(),
+            )
             assert torch.equal(found, sums[0])
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)  # float32, numbers up to 10
+            # float32, numbers up to 10
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
 
 
 def test_the_largest_is_found_number_by_number(together):
@@ -319,7 +368,8 @@ def test_each_process_knows_its_share_and_joins_once(together):
 
 
 def test_nobody_goes_on_before_the_first_has_been_alone_or_all_have_come(together):
-    alone, before, after = zip(*(found["came"] for found in together), strict=True)  # one clock on one machine
+    # one clock on one machine
+    alone, before, after = zip(*(found["came"] for found in together), strict=True)
     assert alone[0] <= min(alone[1:])
     assert max(before) <= min(after)
 
@@ -334,7 +384,9 @@ def test_the_death_of_a_process_is_noticed_by_whatever_the_others_do(place):
     survivor, victim = (Ended(process) for process in started)
     assert (victim.status, survivor.status, survivor.err) == (-signal.SIGKILL, 0, "")
     told = "Abandoned('another process of this command has ended; its message says why')"
-    assert found_by(1, place) == [dict.fromkeys(("add_up", "largest", "gather", "from_first", "wait"), told)]
+    assert found_by(1, place) == [
+        dict.fromkeys(("add_up", "largest", "gather", "from_first", "wait"), told)
+    ]
 
 
 def test_if_the_first_fails_alone_the_others_are_abandoned(place):
@@ -344,16 +396,26 @@ def test_if_the_first_fails_alone_the_others_are_abandoned(place):
     assert "processes.Abandoned: another process of this command has ended" in other.err
 
 
-# ---- the program under torchrun --------------------------------------------------------------------------------------
+# ---- the program under torchrun ------------------------------------------------------------------
 
-TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", "--lr_decay=none", "--warmup=0"]
-TRAIN += [word for word in TINY if not word.startswith("--warmup")]  # without it, how far a run will go changes nothing
+TRAIN = [
+    "train",
+    "--dataset=pictures",
+    "--run_name=run",
+    "--noise_steps=8",
+    "--lr_decay=none",
+    "--warmup=0",
+]
+# without it, how far a run will go changes nothing
+TRAIN += [word for word in TINY if not word.startswith("--warmup")]
 KILLS = int(os.environ.get("KILLS", "1"))  # KILLS=20 kills as often
 
 
 @pytest.fixture
 def pictures(place, monkeypatch) -> Path:
-    """A place with ten pictures, in which this process computes in float32, as those that it starts do."""
+    """A place with ten pictures, in which this process computes in float32, as those that it starts
+    do.
+    """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     return paint(place / "pictures").parent
 
@@ -366,16 +428,18 @@ def whole(tmp_path_factory) -> tuple[dict, list]:
     assert ended.status == 0, ended.err
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        return learnt_by("run")
+        return learned_by("run")
 
 
-def learnt_by(run_name: str) -> tuple[dict, list]:
+def learned_by(run_name: str) -> tuple[dict, list]:
     """A run's weights, and its log without the speeds."""
     stored = checkpoints.load(run_name)
     with open(Path("results", run_name, "log.csv")) as file:
         rows = [[float(value) for value in row[:-1]] for row in list(csv.reader(file))[1:]]
     assert (stored["step"], [row[0] for row in rows]) == (50, [20, 40])
-    return stored["network"] | {f"average {name}": weight for name, weight in stored["average"].items()}, rows
+    return stored["network"] | {
+        f"average {name}": weight for name, weight in stored["average"].items()
+    }, rows
 
 
 def assert_same(found: tuple[dict, list], expected: tuple[dict, list]) -> None:
@@ -383,25 +447,40 @@ def assert_same(found: tuple[dict, list], expected: tuple[dict, list]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_one_process_and_two_learn_the_same_and_take_over_from_one_another(whole, run, pictures, in_float64):
+def test_one_process_and_two_learn_the_same_and_take_over_from_one_another(
+    whole, run, pictures, in_float64
+):
     """Two learn all of it; then one, two and one in turn. Of two, one prints."""
     ended = Ended(start_torchrun([*TRAIN, "--epochs=20"], pictures, EXACT="1"))
     assert (ended.status, own_lines(ended)) == (0, []), ended.err
-    assert [ended.out.count(word) for word in ("data ", "network ", "length ", "trained for")] == [1, 1, 1, 1]
+    assert [ended.out.count(word) for word in ("data ", "network ", "length ", "trained for")] == [
+        1,
+        1,
+        1,
+        1,
+    ]
     assert "2 processes" in ended.out
-    assert_same(learnt_by("run"), whole)
+    assert_same(learned_by("run"), whole)
     Path("models/run").rename("models/of_two")
     assert run(*TRAIN, "--epochs=8").status == 0
     ended = Ended(start_torchrun([*TRAIN, "--epochs=14"], pictures, EXACT="1"))
     assert ended.status == 0, ended.err
     assert "20 steps are done" in ended.out
     assert run(*TRAIN, "--epochs=20").status == 0
-    assert_same(learnt_by("run"), whole)
+    assert_same(learned_by("run"), whole)
 
 
 def test_two_processes_write_the_samples_that_one_writes(pictures, run):
     assert run(*TRAIN, "--epochs=2").status == 0
-    words = ["sample", "--run_name=run", "--n_img=5", "--batch_size=2", "--steps=3", "--device=cpu", "--gif"]
+    words = [
+        "sample",
+        "--run_name=run",
+        "--n_img=5",
+        "--batch_size=2",
+        "--steps=3",
+        "--device=cpu",
+        "--gif",
+    ]
     assert run(*words, "--name=one").status == 0
     ended = Ended(start_torchrun([*words, "--name=two"], pictures))
     assert ended.status == 0, ended.err
@@ -414,7 +493,8 @@ def test_two_processes_write_the_samples_that_one_writes(pictures, run):
 
 
 @pytest.mark.parametrize(
-    "flag, advice, late", [("--epohcs=3", "did you mean --epochs", 0), ("--dataset=nowhere", "nowhere", 3)]
+    "flag, advice, late",
+    [("--epohcs=3", "did you mean --epochs", 0), ("--dataset=nowhere", "nowhere", 3)],
 )
 def test_what_is_refused_is_said_once_even_if_the_first_is_late(pictures, flag, advice, late):
     words = [word for word in TRAIN if not word.startswith(flag[:9])]
@@ -439,7 +519,9 @@ def test_all_stop_at_the_same_step_if_one_is_asked_to(pictures):
     wait_for_a_save(started)
     started[1].send_signal(signal.SIGTERM)
     first, other = (Ended(process) for process in started)
-    assert (first.status, other.status, first.err, other.out + other.err) == (143, 143, "", ""), first.err + other.err
+    assert (first.status, other.status, first.err, other.out + other.err) == (143, 143, "", ""), (
+        first.err + other.err
+    )
     step = int(re.search(r"stopped and saved at step ([\d,]+)", first.out)[1].replace(",", ""))
     assert checkpoints.load("run")["step"] == step
 
@@ -452,7 +534,9 @@ def wait_for_both(process: subprocess.Popen) -> None:
 
 
 @posix
-def test_a_killed_process_takes_the_others_with_it_and_the_same_command_goes_on(whole, run, pictures, in_float64):
+def test_a_killed_process_takes_the_others_with_it_and_the_same_command_goes_on(
+    whole, run, pictures, in_float64
+):
     chance, command, before = random.Random(KILLS), [*TRAIN, "--epochs=20", "--save_every=0"], 0
     for _ in range(KILLS):
         process = start_torchrun(command, pictures, EXACT="1")
@@ -463,25 +547,30 @@ def test_a_killed_process_takes_the_others_with_it_and_the_same_command_goes_on(
         ended = Ended(process)  # within a minute
         after = checkpoints.load("run")["step"]
         assert ended.status == 1 or (ended.status, after) == (0, 50), ended.err
-        assert own_lines(ended) == [] or (rank, ended.err.count("has ended; its message says why")) == (1, 1)
+        assert own_lines(ended) == [] or (
+            rank,
+            ended.err.count("has ended; its message says why"),
+        ) == (1, 1)
         assert after >= before
         before = after
         for path in pictures.glob("pid_*"):
             path.unlink()
     assert run(*command).status == 0
-    assert_same(learnt_by("run"), whole)
+    assert_same(learned_by("run"), whole)
 
 
 @posix
 def test_torchrun_starts_a_killed_training_again(whole, pictures):
-    process = start_torchrun([*TRAIN, "--epochs=20", "--save_every=0"], pictures, EXACT="1", PET_MAX_RESTARTS="1")
+    process = start_torchrun(
+        [*TRAIN, "--epochs=20", "--save_every=0"], pictures, EXACT="1", PET_MAX_RESTARTS="1"
+    )
     wait_for_both(process)
     wait_for_a_save([process])
     kill(1, pictures)
     ended = Ended(process)
     assert ended.status == 0, ended.err
     assert ended.out.count("steps are done") == 2
-    assert_same(learnt_by("run"), whole)
+    assert_same(learned_by("run"), whole)
 
 
 if __name__ == "__main__":

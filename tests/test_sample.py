@@ -1,4 +1,6 @@
-"""What `sample` promises: an image hangs on its seed alone, nothing is overwritten, the averaged weights are used."""
+"""What `sample` promises: an image hangs on its seed alone, nothing is overwritten, the averaged
+weights are used.
+"""
 
 import errno
 import itertools
@@ -16,7 +18,7 @@ from PIL import Image
 
 import ddpm
 import utils
-from machinery import checkpoints, command_line, devices
+from machinery import checkpoints, command_line, devices, writing
 
 NOISE_STEPS = 30
 RUN = Path("results/tiny")
@@ -61,16 +63,28 @@ def pixels(path: Path) -> np.ndarray:
 
 def images(folder: str = "samples") -> np.ndarray:
     """The single images in a folder, in the order of their numbers."""
-    return np.stack([pixels(path) for path in sorted((RUN / folder).glob("sample_*.png"))])  # (N, H, W, 3)
+    return np.stack(
+        [pixels(path) for path in sorted((RUN / folder).glob("sample_*.png"))]
+    )  # (N, H, W, 3)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in files_below(folder) if (folder / name).is_file()}
+    return {
+        name: (folder / name).read_bytes()
+        for name in files_below(folder)
+        if (folder / name).is_file()
+    }
 
 
-# ---- an image hangs on its seed alone --------------------------------------------------------------------------------
+# ---- an image hangs on its seed alone ------------------------------------------------------------
 
-LAYOUTS = ((1, 1), (5, 3), (20, 3), (20, 1))  # n_img, batch_size; each against 20 images in batches of 16
+# n_img, batch_size; each against 20 images in batches of 16
+LAYOUTS = (
+    (1, 1),
+    (5, 3),
+    (20, 3),
+    (20, 1),
+)
 
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
@@ -78,19 +92,31 @@ def test_an_image_does_not_depend_on_the_others(sample, float32, sampler):
     """One level of 255: the kernels add in another order where a batch has another size."""
     assert sample("--n_img=20", "--batch_size=16", f"--sampler={sampler}", "--steps=5").status == 0
     for number, (n_img, batch_size) in enumerate(LAYOUTS, 2):
-        words = (f"--n_img={n_img}", f"--batch_size={batch_size}", f"--sampler={sampler}", "--steps=5")
+        words = (
+            f"--n_img={n_img}",
+            f"--batch_size={batch_size}",
+            f"--sampler={sampler}",
+            "--steps=5",
+        )
         assert sample(*words).status == 0
         assert abs(images(f"samples_{number}") - images()[:n_img]).max() <= 1
 
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_an_image_hardly_depends_on_the_others_in_bfloat16(sample, sampler):
-    """35 dB: an error of 4.5 levels, hardly seen; bfloat16 has 3 digits, and the order of additions costs the last."""
+    """35 dB: an error of 4.5 levels, hardly seen; bfloat16 has 3 digits, and the order of additions
+    costs the last.
+    """
     if not devices.has_bfloat16(torch.device("cpu")):
         pytest.skip("this processor has no bfloat16")
     assert sample("--n_img=20", "--batch_size=16", f"--sampler={sampler}", "--steps=5").status == 0
     for number, (n_img, batch_size) in enumerate(LAYOUTS, 2):
-        words = (f"--n_img={n_img}", f"--batch_size={batch_size}", f"--sampler={sampler}", "--steps=5")
+        words = (
+            f"--n_img={n_img}",
+            f"--batch_size={batch_size}",
+            f"--sampler={sampler}",
+            "--steps=5",
+        )
         assert sample(*words).status == 0
         errors = ((images(f"samples_{number}") - images()[:n_img]) ** 2).mean(axis=(1, 2, 3))
         assert errors.max() < 255**2 / 10**3.5
@@ -98,19 +124,28 @@ def test_an_image_hardly_depends_on_the_others_in_bfloat16(sample, sampler):
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_all_noise_is_drawn_from_the_seed_of_its_image(sample, monkeypatch, sampler):
-    """The starting noise, and the fresh noise of ddpm, to the bit: image i is told by NumPy's generator of seed + i."""
+    """The starting noise, and the fresh noise of ddpm, to the bit: image i is told by NumPy's
+    generator of seed + i.
+    """
     drawn, denoise = [], ddpm.Diffusion.denoise
 
     def listen(self, predict_clean, x_t, path, sampler, draw_noise):
         batch = [x_t]
         drawn.append(batch)
-        return denoise(self, predict_clean, x_t, path, sampler, lambda: batch.append(draw_noise()) or batch[-1])
+        return denoise(
+            self, predict_clean, x_t, path, sampler, lambda: batch.append(draw_noise()) or batch[-1]
+        )
 
     monkeypatch.setattr(ddpm.Diffusion, "denoise", listen)
     draws = 4 if sampler == "ddpm" else 1  # none is added in the last of the 4 steps
     for n_img, batch_size, seed in ((7, 16, 0), (7, 3, 0), (5, 1, 2)):
         drawn.clear()
-        words = (f"--n_img={n_img}", f"--batch_size={batch_size}", f"--seed={seed}", f"--sampler={sampler}")
+        words = (
+            f"--n_img={n_img}",
+            f"--batch_size={batch_size}",
+            f"--seed={seed}",
+            f"--sampler={sampler}",
+        )
         assert sample(*words, "--steps=4").status == 0
         noise = torch.cat([torch.stack(batch, dim=1) for batch in drawn])  # (N, draws, 3, H, W)
         generators = [np.random.default_rng(seed + number) for number in range(n_img)]
@@ -120,16 +155,24 @@ def test_all_noise_is_drawn_from_the_seed_of_its_image(sample, monkeypatch, samp
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_seeds_count_on(sample, sampler):
-    """Image 4 of seed 0 is image 2 of seed 2, and image 1 of seed 3: the same file, in batches of the same size."""
+    """Image 4 of seed 0 is image 2 of seed 2, and image 1 of seed 3: the same file, in batches of
+    the same size.
+    """
     for seed in (0, 2, 3):
-        words = (f"--n_img={4 - seed}", f"--seed={seed}", f"--name=from_{seed}", f"--sampler={sampler}", "--steps=5")
+        words = (
+            f"--n_img={4 - seed}",
+            f"--seed={seed}",
+            f"--name=from_{seed}",
+            f"--sampler={sampler}",
+            "--steps=5",
+        )
         assert sample(*words, "--batch_size=1").status == 0
     files = [contents(RUN / f"from_{seed}")[f"sample_{4 - seed:04d}.png"] for seed in (0, 2, 3)]
     assert files[0] == files[1] == files[2]
     assert len({image.tobytes() for image in images("from_0")}) == 4
 
 
-# ---- what is asked for counts ----------------------------------------------------------------------------------------
+# ---- what is asked for counts --------------------------------------------------------------------
 
 
 def test_samplers_and_steps_change_the_pictures(sample, float32):
@@ -142,7 +185,9 @@ def test_samplers_and_steps_change_the_pictures(sample, float32):
         assert abs(one - two).max() > 1  # more than rounding
 
 
-@pytest.mark.parametrize("part, is_used", [("average", True), ("network", False), ("optimizer", False)])
+@pytest.mark.parametrize(
+    "part, is_used", [("average", True), ("network", False), ("optimizer", False)]
+)
 def test_the_averaged_weights_make_the_images(sample, part, is_used):
     assert sample("--n_img=2").status == 0
     state = torch.load(CHECKPOINT, weights_only=True)
@@ -163,19 +208,22 @@ def test_all_steps_of_the_paper_can_be_walked_and_no_more(sample):
 
 
 @pytest.mark.parametrize(
-    "img_size, shape, is_other", [("16", (16, 16), True), ("6x10", (6, 10), True), ("8x8", (8, 8), False)]
+    "img_size, shape, is_other",
+    [("16", (16, 16), True), ("6x10", (6, 10), True), ("8x8", (8, 8), False)],
 )
 def test_another_size_is_made_with_a_remark(sample, img_size, shape, is_other):
     result = sample(f"--img_size={img_size}", "--n_img=2", "--steps=2")
     assert result.status == 0
-    assert ("tiny was trained at 8x8; this may look worse" in result.out) == is_other
+    assert ("tiny was trained at 8x8; another size may look worse" in result.out) == is_other
     assert images().shape == (2, *shape, 3)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_img, rows, columns", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (5, 2, 3), (11, 3, 4)])
+@pytest.mark.parametrize(
+    "n_img, rows, columns", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (5, 2, 3), (11, 3, 4)]
+)
 def test_the_grid_shows_the_single_images_in_their_order(sample, n_img, rows, columns):
     assert sample(f"--n_img={n_img}", "--img_size=4x8", "--batch_size=3", "--steps=3").status == 0
     singles = [f"sample_{number:04d}.png" for number in range(1, n_img + 1)]
@@ -187,26 +235,34 @@ def test_the_grid_shows_the_single_images_in_their_order(sample, n_img, rows, co
     assert not cells[n_img:].any()
 
 
-@pytest.mark.parametrize("words", [("--save_grid=no",), ("--nosave_grid",), ("--save_grid", "false")])
+@pytest.mark.parametrize(
+    "words", [("--save_grid=no",), ("--nosave_grid",), ("--save_grid", "false")]
+)
 def test_the_grid_can_be_left_out(sample, words):
     assert sample("--n_img=2", "--steps=1", *words).status == 0
     assert files_below(RUN / "samples") == {"sample_0001.png", "sample_0002.png"}
 
 
 def test_the_grid_holds_the_first_images_only(sample, monkeypatch):
-    monkeypatch.setattr(ddpm, "GRID_IMAGES", 4)
+    monkeypatch.setattr(writing, "GRID_IMAGES", 4)
     result = sample("--n_img=7", "--batch_size=3", "--steps=1")
     assert "4 of them in one" in result.out
     assert pixels(RUN / "samples/samples.png").shape == (16, 16, 3)
     assert len(images()) == 7
 
 
-@pytest.mark.parametrize("n_img, first, last", [(9_999, "0001", "9999"), (10_000, "00001", "10000")])
+@pytest.mark.parametrize(
+    "n_img, first, last", [(9_999, "0001", "9999"), (10_000, "00001", "10000")]
+)
 def test_numbers_grow_with_the_number_of_images(sample, monkeypatch, n_img, first, last):
     """So that names are in order; pictures of this number are neither made nor written here."""
     names = []
-    monkeypatch.setattr(ddpm, "walk", lambda net, diffusion, seeds, *rest: [(torch.zeros(len(seeds), 3, 1, 1), None)])
-    monkeypatch.setattr(utils, "save_png", lambda image, path, **facts: names.append(path.stem))
+    monkeypatch.setattr(
+        ddpm,
+        "generate",
+        lambda net, diffusion, seeds, *_, **__: [(torch.zeros(len(seeds), 3, 1, 1), None)],
+    )
+    monkeypatch.setattr(writing, "save_png", lambda image, path, *_, **__: names.append(path.stem))
     assert sample(f"--n_img={n_img}", "--batch_size=1000").status == 0
     *singles, grid = names
     singles.sort()  # they are written at the same time
@@ -223,15 +279,30 @@ def test_a_picture_that_cannot_be_written_is_an_error(sample, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save_png(image, path, **facts)
 
-    monkeypatch.setattr(utils, "save_png", save_all_but_one)
+    monkeypatch.setattr(writing, "save_png", save_all_but_one)
     result = sample("--n_img=12", "--batch_size=4", "--steps=1")
-    assert (result.status, result.err) == (2, f"ddpm.py: {RUN / 'samples/sample_0003.png'}: No space left on device\n")
+    assert (result.status, result.err) == (
+        2,
+        f"ddpm.py: {RUN / 'samples/sample_0003.png'}: No space left on device\n",
+    )
     assert files_below(RUN / "samples") == {f"sample_{number:04d}.png" for number in (1, 2, 4)}
 
 
 def test_every_picture_tells_how_it_was_made(sample):
-    assert sample("--n_img=3", "--seed=40", "--sampler=ddim", "--steps=5", "--batch_size=2", "--name=told").status == 0
-    facts = {"run": "tiny", "step": "20", "sampler": "ddim", "steps": "5", "device": "cpu"}  # 8 epochs of 10, 4 a step
+    assert (
+        sample(
+            "--n_img=3", "--seed=40", "--sampler=ddim", "--steps=5", "--batch_size=2", "--name=told"
+        ).status
+        == 0
+    )
+    # 8 epochs of 10, 4 a step
+    facts = {
+        "run": "tiny",
+        "step": "20",
+        "sampler": "ddim",
+        "steps": "5",
+        "device": "cpu",
+    }
     facts["weights"] = checkpoints.fingerprint_of(checkpoints.load("tiny")["average"])
     for name, seed in (("sample_0001", "40"), ("sample_0003", "42"), ("samples", "40")):
         with Image.open(RUN / f"told/{name}.png") as picture:
@@ -239,7 +310,9 @@ def test_every_picture_tells_how_it_was_made(sample):
             assert picture.text == facts | {"seed": seed}
 
 
-@pytest.mark.parametrize("how", [("--sampler=ddpm", "--steps=5"), ("--img_size=16", "--steps=3", "--seed=1000")])
+@pytest.mark.parametrize(
+    "how", [("--sampler=ddpm", "--steps=5"), ("--img_size=16", "--steps=3", "--seed=1000")]
+)
 def test_the_command_in_a_picture_makes_it_again_to_the_pixel(sample, run, how):
     assert sample("--n_img=5", "--batch_size=3", *how).status == 0
     for name in ("sample_0001", "sample_0003", "sample_0005", "samples"):
@@ -256,7 +329,9 @@ def test_the_command_in_a_picture_makes_it_again_to_the_pixel(sample, run, how):
 def test_other_weights_have_another_fingerprint():
     weights = {"one": torch.zeros(3), "two": torch.zeros(2, 2)}
     known = {checkpoints.fingerprint_of(weights)}
-    known.add(checkpoints.fingerprint_of(weights | {"two": torch.tensor([[0.0, 0.0], [0.0, 1e-30]])}))
+    known.add(
+        checkpoints.fingerprint_of(weights | {"two": torch.tensor([[0.0, 0.0], [0.0, 1e-30]])})
+    )
     known.add(checkpoints.fingerprint_of({"one": torch.zeros(3), "too": torch.zeros(2, 2)}))
     assert len(known) == 3
     strided = weights | {"two": torch.zeros(2, 2).t()}
@@ -265,7 +340,9 @@ def test_other_weights_have_another_fingerprint():
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_the_film_ends_with_the_images(sample, steps):
-    """Left what there is, right what it is taken for, of the first 16 images; at last both are the image."""
+    """Left what there is, right what it is taken for, of the first 16 images; at last both are the
+    image.
+    """
     assert sample("--n_img=20", f"--steps={steps}", "--gif").status == 0
     with Image.open(RUN / "samples/samples.gif") as film:
         assert film.n_frames == steps
@@ -277,19 +354,22 @@ def test_the_film_ends_with_the_images(sample, steps):
         left, right = np.split(np.asarray(film.convert("RGB"), dtype=int), 2, axis=1)
     assert abs(left - right).max() == 0
     shown = images()[:16].reshape(4, 4, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
-    assert abs(left - shown).mean() < 16  # 256 colours have to do for what is nearly noise
+    assert abs(left - shown).mean() < 16  # 256 colors have to do for what is nearly noise
 
 
 def test_a_long_walk_is_filmed_in_fifty_frames(sample, monkeypatch):
     """Evenly: the brightness of these images says which of 1,000 steps a frame shows."""
-    walk = [(torch.full((1, 3, 8, 8), step / 500 - 1), torch.zeros(1, 3, 8, 8)) for step in range(1, 1001)]
+    walk = [
+        (torch.full((1, 3, 8, 8), step / 500 - 1), torch.zeros(1, 3, 8, 8))
+        for step in range(1, 1001)
+    ]
     stored = ddpm.load_run("tiny")
     stored["settings"]["noise_steps"] = 1000
     monkeypatch.setattr(ddpm, "load_run", lambda name: stored)
-    monkeypatch.setattr(ddpm, "walk", lambda *inputs: walk)
+    monkeypatch.setattr(ddpm, "generate", lambda *_, **__: walk)
     assert sample("--n_img=1", "--steps=1000", "--gif").status == 0
     with Image.open(RUN / "samples/samples.gif") as film:
-        assert film.n_frames == ddpm.FILM_FRAMES
+        assert film.n_frames == writing.GIF_FRAMES
         levels = []
         for frame in range(film.n_frames):
             film.seek(frame)
@@ -329,14 +409,14 @@ def test_a_link_to_nowhere_is_named(sample):
 
 def test_two_at_the_same_time_do_not_share_a_folder(sample, monkeypatch):
     """The second begins when the first has not written anything."""
-    walk = ddpm.walk
+    walk = ddpm.generate
 
-    def let_another_go_first(*inputs):
-        monkeypatch.setattr(ddpm, "walk", walk)
+    def let_another_go_first(*inputs, **options):
+        monkeypatch.setattr(ddpm, "generate", walk)
         ddpm.sample(run_name="tiny", n_img=2, seed=7, steps=1, device="cpu")
-        return walk(*inputs)
+        return walk(*inputs, **options)
 
-    monkeypatch.setattr(ddpm, "walk", let_another_go_first)
+    monkeypatch.setattr(ddpm, "generate", let_another_go_first)
     assert sample("--n_img=2", "--steps=1").status == 0
     seeds = {}
     for path in RUN.glob("*/sample_*.png"):
@@ -348,13 +428,15 @@ def test_two_at_the_same_time_do_not_share_a_folder(sample, monkeypatch):
 def test_nothing_is_written_outside_results(sample, place):
     before = contents(place)
     assert sample("--n_img=2", "--steps=1", "--name=here").status == 0
-    written = {f"results/tiny/here/{name}.png" for name in ("sample_0001", "sample_0002", "samples")}
+    written = {
+        f"results/tiny/here/{name}.png" for name in ("sample_0001", "sample_0002", "samples")
+    }
     after = contents(place)
     assert after.keys() - before.keys() == written
     assert {name: after[name] for name in before} == before
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def test_with_a_wrong_run_those_there_are_get_listed(sample, run, place):
@@ -370,7 +452,9 @@ def test_without_any_run_none_is_listed(run):
     assert run("sample", "--run_name=tiny").err.endswith("runs there are: none yet\n")
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)])
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)]
+)
 def test_the_checkpoint_before_is_used_where_the_newest_cannot(sample, spoil):
     spoil(CHECKPOINT)
     result = sample("--n_img=1", "--steps=1")

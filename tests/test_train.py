@@ -1,4 +1,6 @@
-"""What `train` promises: a run may be stopped at any moment, every option counts, no good checkpoint is lost."""
+"""What `train` promises: a run may be stopped at any moment, every option counts, no good
+checkpoint is lost.
+"""
 
 import contextlib
 import csv
@@ -32,8 +34,23 @@ LAST_STEP = 8  # of 3 epochs of 10 pictures, 4 a step: no epoch but the second e
 CHECKPOINT, PREVIOUS = Path("models/run/checkpoint.pt"), Path("models/run/checkpoint.previous.pt")
 LOG, PREVIEWS = Path("results/run/log.csv"), Path("results/run/training_progress")
 # Another value than the tiny run's for every option that makes it another run.
-OTHER = {"seed": 1, "flip": "no", "img_size": 16, "width": 32, "multipliers": "1,1", "blocks": 2, "attention_size": 0}
-OTHER |= {"dropout": 0.5, "noise_steps": 16, "schedule": "linear", "objective": "eps", "min_snr": 0.1, "batch_size": 3}
+OTHER = {
+    "seed": 1,
+    "flip": "no",
+    "img_size": 16,
+    "width": 32,
+    "multipliers": "1,1",
+    "blocks": 2,
+    "attention_size": 0,
+}
+OTHER |= {
+    "dropout": 0.5,
+    "noise_steps": 16,
+    "schedule": "linear",
+    "objective": "eps",
+    "min_snr": 0.1,
+    "batch_size": 3,
+}
 OTHER |= {"mode": "L", "lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
 
 
@@ -54,7 +71,9 @@ def die() -> None:
 
 @pytest.fixture
 def train(run, place):
-    """Train the tiny run by the command line; a death is status -1, after which its lock is gone, as with a process."""
+    """Train the tiny run by the command line; a death is status -1, after which its lock is gone,
+    as with a process.
+    """
     paint(place / "pictures")
 
     def train_run(**options):
@@ -115,7 +134,8 @@ def at_step(number: int, event: Callable[[], None]) -> Iterator[None]:
 def at_save(number: int, moment: str, event: Callable[[], None]) -> Iterator[None]:
     """Within this block, `event()` happens in the save after step `number`.
 
-    The moments of a save: begun, written, then a file's name: as that file is about to be replaced; at last, done.
+    The moments of a save: begun, written, then a file's name: as that file is about to be replaced;
+    at last, done.
     """
     save_whole, save, replace = checkpoints.save, torch.save, os.replace
 
@@ -127,7 +147,9 @@ def at_save(number: int, moment: str, event: Callable[[], None]) -> Iterator[Non
         with pytest.MonkeyPatch.context() as patch:
             if state["step"] == number:
                 patch.setattr(torch, "save", lambda *whats: (save(*whats), reach("written")))
-                patch.setattr(os, "replace", lambda old, new: (reach(Path(new).name), replace(old, new)))
+                patch.setattr(
+                    os, "replace", lambda old, new: (reach(Path(new).name), replace(old, new))
+                )
                 reach("begun")
             save_whole(run_name, **state)
             if state["step"] == number:
@@ -147,19 +169,26 @@ STATUS = {"SIGTERM": 143, "SIGINT": 130}
 
 
 def stored() -> dict:
-    """The newest checkpoint without what the clock says: the minutes, and the last column of the log."""
+    """The newest checkpoint without what the clock says: the minutes, and the last column of the
+    log.
+    """
     state = torch.load(CHECKPOINT, weights_only=True)
     del state["minutes"]
     return {**state, "log": [row[:-1] for row in state["log"]]}
 
 
 def outcome() -> dict:
-    """All that a run has left behind but for the clock; its log on the disk must be the one in the checkpoint."""
+    """All that a run has left behind but for the clock; its log on the disk must be the one in the
+    checkpoint.
+    """
     state = torch.load(CHECKPOINT, weights_only=True)
     rows = list(csv.reader(LOG.read_text().splitlines()))
     as_text = [["" if value is None else str(value) for value in row] for row in state["log"]]
     assert rows == [list(journal.COLUMNS), *as_text]
-    return {**stored(), "pictures": {path.name: path.read_bytes() for path in Path("results/run").rglob("*.png")}}
+    return {
+        **stored(),
+        "pictures": {path.name: path.read_bytes() for path in Path("results/run").rglob("*.png")},
+    }
 
 
 def forget() -> None:
@@ -173,18 +202,26 @@ def leaves(state, name: str = "") -> dict:
     if not isinstance(state, dict | list | tuple):
         return {name: state}
     parts = state.items() if isinstance(state, dict) else enumerate(state)
-    return {path: leaf for key, part in parts for path, leaf in leaves(part, f"{name}/{key}").items()}
+    return {
+        path: leaf for key, part in parts for path, leaf in leaves(part, f"{name}/{key}").items()
+    }
 
 
 def differences(one: dict, two: dict, ignore: tuple[str, ...] = ()) -> list[str]:
     """Where two states are not equal to the bit."""
-    one, two = ({key: part for key, part in state.items() if key not in ignore} for state in (one, two))
+    one, two = (
+        {key: part for key, part in state.items() if key not in ignore} for state in (one, two)
+    )
     one, two = leaves(one), leaves(two)
 
     def equal(name: str) -> bool:
         if name not in one or name not in two:
             return False
-        return torch.equal(one[name], two[name]) if isinstance(one[name], Tensor) else one[name] == two[name]
+        return (
+            torch.equal(one[name], two[name])
+            if isinstance(one[name], Tensor)
+            else one[name] == two[name]
+        )
 
     return sorted(name for name in one.keys() | two.keys() if not equal(name))
 
@@ -196,22 +233,28 @@ def files(*folders: str) -> dict[Path, tuple[bytes, int]]:
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in there}
 
 
-# ---- stopping and going on -------------------------------------------------------------------------------------------
+# ---- stopping and going on -----------------------------------------------------------------------
 
 
 def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
-    """Signals and deaths at any step, in any number: weights, average, optimizer, log, previews are the same bits."""
+    """Signals and deaths at any step, in any number: weights, average, optimizer, log, previews are
+    the same bits.
+    """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     options = {"dropout": 0.2, "sample_every": 2}
     assert train(**options).status == 0
     expected = outcome()
 
     stops = strategies.tuples(
-        strategies.integers(1, LAST_STEP), strategies.sampled_from(sorted(STOPS)), strategies.sampled_from([0, 10])
+        strategies.integers(1, LAST_STEP),
+        strategies.sampled_from(sorted(STOPS)),
+        strategies.sampled_from([0, 10]),
     )
 
     @hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(strategies.lists(stops, min_size=1, max_size=3, unique_by=lambda stop: stop[0]).map(sorted))
+    @hypothesis.given(
+        strategies.lists(stops, min_size=1, max_size=3, unique_by=lambda stop: stop[0]).map(sorted)
+    )
     @hypothesis.example([(3, "SIGTERM", 10), (4, "SIGINT", 10), (7, "death", 10)])
     @hypothesis.example([(1, "begun", 0), (5, "written", 0), (6, PREVIOUS.name, 0)])
     @hypothesis.example([(5, CHECKPOINT.name, 0), (8, "done", 0)])
@@ -224,7 +267,12 @@ def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
         assert train(**options).status == 0
         # a preview is made after its save: a death just between the two costs it
         costs_preview = any(how == "done" for _, how, _ in stops)
-        assert differences(outcome(), expected, ignore=("settings", "pictures" if costs_preview else "")) == []
+        assert (
+            differences(
+                outcome(), expected, ignore=("settings", "pictures" if costs_preview else "")
+            )
+            == []
+        )
 
     holds()
 
@@ -290,7 +338,7 @@ def test_more_epochs_are_as_if_asked_for_at_once(train):
 
 def test_a_stretched_fall_of_the_learning_rate_is_said_once(train, finished):
     with STOPS["SIGTERM"](5):
-        assert "fall over 1 epochs is stretched to 3" in train(epochs=3).out
+        assert "decay is stretched from 1 epochs to 3" in train(epochs=3).out
     result = train(epochs=3)
     assert result.status == 0
     assert "stretched" not in result.out
@@ -325,7 +373,9 @@ def test_a_refusal_comes_before_the_images_are_read(train, finished):
     assert not Path("datasets").exists()
 
 
-def test_a_run_that_another_process_has_trained_just_now_is_not_overwritten(train, one_epoch, place, monkeypatch):
+def test_a_run_that_another_process_has_trained_just_now_is_not_overwritten(
+    train, one_epoch, place, monkeypatch
+):
     """It was not there when this one looked, and is there when this one has the lock."""
     lock_run = runs.lock_run
 
@@ -336,7 +386,7 @@ def test_a_run_that_another_process_has_trained_just_now_is_not_overwritten(trai
     monkeypatch.setattr(runs, "lock_run", lock_later)
     result = train()
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "another process has trained models/run just now" in result.err
+    assert "another process has just trained models/run" in result.err
     assert stored()["step"] == 3
 
 
@@ -352,7 +402,7 @@ def test_a_last_preview_that_a_death_has_cost_is_made_up_for(train, uninterrupte
 def test_another_budget_of_time_is_said(train, finished):
     result = train(epochs=2, max_minutes=60)
     assert result.status == 0
-    assert "the budget of time was 0 minutes, is now 60 minutes" in result.out
+    assert "--max_minutes changes from 0 to 60 minutes" in result.out
     assert "the budget of time" not in train(epochs=2, max_minutes=60).out
 
 
@@ -395,10 +445,15 @@ def test_resume_no_refuses_only_a_run_that_exists(train):
 
 @pytest.mark.parametrize(
     "change",
-    [{"dataset": "moved"}, {"sample_every": 1, "resume": "yes"}, {"save_every": 0}, {"device": "auto"}],
+    [
+        {"dataset": "moved"},
+        {"sample_every": 1, "resume": "yes"},
+        {"save_every": 0},
+        {"device": "auto"},
+    ],
     ids=str,
 )
-def test_what_may_change_changes_nothing_that_is_learnt(train, uninterrupted, monkeypatch, change):
+def test_what_may_change_changes_nothing_that_is_learned(train, uninterrupted, monkeypatch, change):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # auto is the CPU then
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert change.keys() <= set(ddpm.MAY_CHANGE)
@@ -426,7 +481,7 @@ def test_a_second_trainer_is_refused_while_the_first_lives(train, place):
     assert train().status == 0
 
 
-# ---- damage and trouble ----------------------------------------------------------------------------------------------
+# ---- damage and trouble --------------------------------------------------------------------------
 
 
 def flip_a_bit_of_a_weight(path: Path) -> None:
@@ -496,25 +551,45 @@ INFINITIES = {
 
 @pytest.mark.parametrize(
     "kind, save_every, noticed, rate",
-    [("loss inf", 0, 5, "5.0e-04"), ("loss NaN", 10, 6, "3.1e-04"), ("gradient NaN", 0, 5, "5.0e-04")],
+    [
+        ("loss inf", 0, 5, "5.0e-04"),
+        ("loss NaN", 10, 6, "3.1e-04"),
+        ("gradient NaN", 0, 5, "5.0e-04"),
+    ],
 )
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(train, monkeypatch, kind, save_every, noticed, rate):
-    """It is noticed at the next save or row of the log; rates: cos^2(pi/2 * 4/8) and cos^2(pi/2 * 5/8) of 1e-3."""
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(
+    train, monkeypatch, kind, save_every, noticed, rate
+):
+    """It is noticed at the next save or row of the log; rates: cos^2(pi/2 * 4/8) and cos^2(pi/2 *
+    5/8) of 1e-3.
+    """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     with STOPS["SIGTERM"](4):
         train(save_every=0)
     before = files("models")
     loss = ddpm.Diffusion.loss
     additions = itertools.chain([INFINITIES[kind]], itertools.repeat(lambda network: 0))
-    monkeypatch.setattr(ddpm.Diffusion, "loss", lambda self, net, *rest: loss(self, net, *rest) + next(additions)(net))
+    monkeypatch.setattr(
+        ddpm.Diffusion,
+        "loss",
+        lambda self, net, *rest: loss(self, net, *rest) + next(additions)(net),
+    )
     result = train(save_every=save_every)
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert f"infinite or NaN at step {noticed}, learning rate {rate}" in result.err
     assert files("models") == before
 
 
-TROUBLES = {"disk": (OSError, 28, "No space left on device"), "PyTorch": (RuntimeError, "unexpected pos 704 vs 598")}
-PLACES = [("written", "disk"), ("written", "PyTorch"), (PREVIOUS.name, "disk"), (CHECKPOINT.name, "disk")]
+TROUBLES = {
+    "disk": (OSError, 28, "No space left on device"),
+    "PyTorch": (RuntimeError, "unexpected pos 704 vs 598"),
+}
+PLACES = [
+    ("written", "disk"),
+    ("written", "PyTorch"),
+    (PREVIOUS.name, "disk"),
+    (CHECKPOINT.name, "disk"),
+]
 
 
 def trouble(kind: str) -> Callable[[], None]:
@@ -528,7 +603,10 @@ def trouble(kind: str) -> Callable[[], None]:
 @pytest.mark.parametrize("moment, kind", PLACES)
 def test_a_save_that_fails_does_not_end_the_training(train, uninterrupted, moment, kind):
     found = []
-    with at_save(5, moment, trouble(kind)), at_step(6, lambda: found.append(checkpoints.load("run")["step"])):
+    with (
+        at_save(5, moment, trouble(kind)),
+        at_step(6, lambda: found.append(checkpoints.load("run")["step"])),
+    ):
         result = train(save_every=0)
     assert result.status == 0
     assert str(CHECKPOINT) in result.out.partition("not written")[2]
@@ -537,7 +615,9 @@ def test_a_save_that_fails_does_not_end_the_training(train, uninterrupted, momen
     assert differences(outcome(), uninterrupted, ignore=("settings",)) == []
 
 
-@pytest.mark.parametrize("moment, kind, step", [*((*place, LAST_STEP) for place in PLACES), ("written", "disk", 5)])
+@pytest.mark.parametrize(
+    "moment, kind, step", [*((*place, LAST_STEP) for place in PLACES), ("written", "disk", 5)]
+)
 def test_a_last_save_that_fails_is_an_error(train, moment, kind, step):
     """The last one of all, or the one of a training that was asked to stop."""
     stop = contextlib.nullcontext() if step == LAST_STEP else STOPS["SIGTERM"](step)
@@ -548,14 +628,21 @@ def test_a_last_save_that_fails_is_an_error(train, moment, kind, step):
     assert checkpoints.load("run")["step"] == step - 1
 
 
-@pytest.mark.parametrize("owner, writer", [(utils, "save_png"), (journal.Log, "write")], ids=["preview", "log"])
-def test_trouble_beside_the_checkpoint_costs_none_of_the_training(train, uninterrupted, monkeypatch, owner, writer):
-    """A preview or a row of the log that cannot be written, in the last step too, when the checkpoint still can be."""
+@pytest.mark.parametrize(
+    "owner, writer", [(utils, "save_png"), (journal.Log, "write")], ids=["preview", "log"]
+)
+def test_trouble_beside_the_checkpoint_costs_none_of_the_training(
+    train, uninterrupted, monkeypatch, owner, writer
+):
+    """A preview or a row of the log that cannot be written, in the last step too, when the
+    checkpoint still can be.
+    """
     monkeypatch.setattr(journal, "ROW_EVERY", 4)
     write, calls = getattr(owner, writer), itertools.count()
 
     def fail(*inputs, **options) -> None:
-        if next(calls) > 0:  # the first call is before the training: the data, and the log as it was
+        # the first call is before the training: the data, and the log as it was
+        if next(calls) > 0:
             trouble("disk")()
         write(*inputs, **options)
 
@@ -568,18 +655,22 @@ def test_trouble_beside_the_checkpoint_costs_none_of_the_training(train, uninter
     outcome()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals that hang up")
+@pytest.mark.skipif(
+    not hasattr(signal, "SIGHUP"), reason="this system has no terminals that hang up"
+)
 def test_a_training_outlives_its_terminal(train, uninterrupted):
     with at_step(4, lambda: signal.raise_signal(signal.SIGHUP)):
         assert train().status == 0
     assert differences(outcome(), uninterrupted) == []
 
 
-# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+# ---- what a run leaves behind --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("warmup", "rising"), [(0, 0), (2, 1), (1000, 4)])
-def test_the_learning_rate_rises_over_the_warmup_or_a_tenth_of_the_training(train, monkeypatch, warmup, rising):
+def test_the_learning_rate_rises_over_the_warmup_or_a_tenth_of_the_training(
+    train, monkeypatch, warmup, rising
+):
     monkeypatch.setattr(journal, "ROW_EVERY", 1)
     assert train(warmup=warmup, epochs=16, lr_decay="none").status == 0  # 40 steps
     rates = [row[journal.COLUMNS.index("lr")] / 1e-3 for row in stored()["log"]]
@@ -589,7 +680,9 @@ def test_the_learning_rate_rises_over_the_warmup_or_a_tenth_of_the_training(trai
 
 
 def out_of_memory_above(images: int) -> Callable:
-    """The network's forward pass on a GPU that holds so many images; the last moment at which memory can run out."""
+    """The network's forward pass on a GPU that holds so many images; the last moment at which
+    memory can run out.
+    """
     forward = UNet.forward
 
     def forward_or_fail(self: UNet, x: Tensor, *others: Tensor) -> Tensor:
@@ -602,15 +695,21 @@ def out_of_memory_above(images: int) -> Callable:
 
 
 def distance(one: dict, two: dict) -> float:
-    """The largest difference of weights or of what the log tells, relative to 1 and to the larger of the two."""
-    one, two = (leaves({key: state[key] for key in ("network", "average", "log")}) for state in (one, two))
+    """The largest difference of weights or of what the log tells, relative to 1 and to the larger
+    of the two.
+    """
+    one, two = (
+        leaves({key: state[key] for key in ("network", "average", "log")}) for state in (one, two)
+    )
     assert one.keys() == two.keys()
-    return max(float((torch.as_tensor(one[key]) - torch.as_tensor(two[key])).abs().max()) for key in one)
+    return max(
+        float((torch.as_tensor(one[key]) - torch.as_tensor(two[key])).abs().max()) for key in one
+    )
 
 
 @pytest.mark.parametrize("fits", [1, 2, 3])
 @pytest.mark.parametrize("way", ["asked for", "found out"])
-def test_however_a_batch_is_cut_the_same_is_learnt(train, in_float64, monkeypatch, way, fits):
+def test_however_a_batch_is_cut_the_same_is_learned(train, in_float64, monkeypatch, way, fits):
     """By --micro_batch, or because memory runs out, which is said once for each halving."""
     options = {"epochs": 15, "batch_size": 6}
     assert train(**options).status == 0
@@ -624,7 +723,9 @@ def test_however_a_batch_is_cut_the_same_is_learnt(train, in_float64, monkeypatc
         assert result.status == 0, result.err
         halvings = [3, 2, 1][: 4 - fits] if fits < 3 else [3]
         assert [line for line in result.out.splitlines() if "out of memory" in line] == [
-            f"out of memory: --micro_batch={size} from now on, which learns the same" for size in halvings
+            f"out of memory: micro-batches of {size} from now on (--micro_batch={size}); "
+            "the result is the same"
+            for size in halvings
         ]
     assert len(whole["log"]) == 1  # of 25 steps
     assert distance(stored(), whole) < 1e-10
@@ -646,7 +747,8 @@ def test_what_is_dropped_hangs_on_other_numbers_than_the_noise(train, monkeypatc
     seeds, begin = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or begin(seed))
     assert train(dropout=0.3, epochs=1, micro_batch=2).status == 0
-    of_steps = seeds[-3 * 3 :]  # three steps of two parts, the first of which is begun at the step's own seed
+    # three steps of two parts, the first of which is begun at the step's own seed
+    of_steps = seeds[-3 * 3 :]
     assert len(set(of_steps)) == 9
 
 
@@ -654,21 +756,27 @@ def test_what_is_dropped_hangs_on_other_numbers_than_the_noise(train, monkeypatc
 def test_what_is_computed_twice_is_the_same(train, monkeypatch, dropout):
     """To the bit, and with the same activations dropped; every block is computed again once a step."""
     calls, forward = [], ResidualBlock.forward
-    monkeypatch.setattr(ResidualBlock, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    monkeypatch.setattr(
+        ResidualBlock, "forward", lambda *inputs: calls.append(1) or forward(*inputs)
+    )
     assert train(dropout=dropout, epochs=1).status == 0
     once, number = stored(), len(calls)
     forget()
     assert train(dropout=dropout, epochs=1, grad_checkpointing="yes").status == 0
     assert len(calls) - number > number
     del once["settings"]
-    assert differences(once, {key: part for key, part in stored().items() if key != "settings"}) == []
+    assert (
+        differences(once, {key: part for key, part in stored().items() if key != "settings"}) == []
+    )
 
 
 def compile_by(monkeypatch, backend: Callable) -> None:
     """Have --compile use a backend of our own: PyTorch's would call a C++ compiler for minutes."""
     torch.compiler.reset()
     compile_in_place = UNet.compile
-    monkeypatch.setattr(UNet, "compile", lambda self, **options: compile_in_place(self, backend=backend, **options))
+    monkeypatch.setattr(
+        UNet, "compile", lambda self, **options: compile_in_place(self, backend=backend, **options)
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"conditional": "yes", "grad_checkpointing": "yes"}])
@@ -703,12 +811,17 @@ def test_what_cannot_be_compiled_is_said_in_one_line(train, monkeypatch, when):
     result = train(compile="yes")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert result.err.startswith("ddpm.py: --compile: ")
-    assert "no C++ compiler for torch.compile" in result.err and "without it, the same is learnt" in result.err
+    assert (
+        "no C++ compiler for torch.compile" in result.err
+        and "without it, the result is the same" in result.err
+    )
     assert not Path("models/run/checkpoint.pt").exists()
 
 
 def test_parts_of_a_batch_drop_other_activations(train, monkeypatch):
-    """Else two GPUs, or two parts, would drop the same: the seed knows the step and where a part begins."""
+    """Else two GPUs, or two parts, would drop the same: the seed knows the step and where a part
+    begins.
+    """
     seeds, forward = [], UNet.forward
 
     def note_seed(self: UNet, *inputs) -> Tensor:
@@ -730,7 +843,7 @@ def test_every_option_is_tried():
 
 
 @pytest.mark.parametrize("flag", OTHER)
-def test_every_option_changes_what_is_learnt(train, finished, flag):
+def test_every_option_changes_what_is_learned(train, finished, flag):
     forget()
     assert train(**{"epochs": 1, flag: OTHER[flag]}).status == 0
     assert differences({"average": stored()["average"]}, {"average": finished["average"]})
@@ -754,8 +867,11 @@ def test_seed_and_step_decide_order_and_noise(train, monkeypatch):
         orders.append([])
         assert train(seed=seed, run_name=f"seed_{seed}").status == 0
     assert len({eps.numpy().tobytes() for _, eps in noises}) == 2 * LAST_STEP
-    assert len({t.numpy().tobytes() for t, _ in noises}) > LAST_STEP  # four of 8 steps are drawn: few are drawn twice
-    epochs = [tuple(map(int, order[start : start + 10])) for order in orders for start in (0, 10, 20)]
+    # four of 8 steps are drawn: few are drawn twice
+    assert len({t.numpy().tobytes() for t, _ in noises}) > LAST_STEP
+    epochs = [
+        tuple(map(int, order[start : start + 10])) for order in orders for start in (0, 10, 20)
+    ]
     assert len(set(epochs)) == 6
     assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(range(10))}
 
@@ -768,8 +884,17 @@ def test_the_same_command_learns_the_same(train, finished):
 
 
 def test_a_checkpoint_describes_its_run(train, finished):
-    asked_for = {"run_name": "run", "img_size": (8, 8), "multipliers": (1, 2), "lr": 1e-3, "epochs": 1, "flip": True}
-    assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys() | {"classes"}
+    asked_for = {
+        "run_name": "run",
+        "img_size": (8, 8),
+        "multipliers": (1, 2),
+        "lr": 1e-3,
+        "epochs": 1,
+        "flip": True,
+    }
+    assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys() | {
+        "classes"
+    }
     assert asked_for.items() <= finished["settings"].items()
     assert finished["data"] == utils.load_dataset(Path("pictures"), (8, 8)).fingerprint
     network, _ = ddpm.build(finished["settings"], "cpu")
@@ -779,21 +904,34 @@ def test_a_checkpoint_describes_its_run(train, finished):
 
 
 def test_a_run_writes_only_where_it_should(finished, place):
-    written = {name for name in files_below(place) if not name.endswith(".lock") and (place / name).is_file()}
+    written = {
+        name
+        for name in files_below(place)
+        if not name.endswith(".lock") and (place / name).is_file()
+    }
     pictures = {f"pictures/picture_{number:04d}.png" for number in range(10)}
     outside = {name for name in written - pictures if not name.startswith("datasets/.cache/")}
-    results = {LOG.as_posix(), "results/run/loss.png", "results/run/data.png", f"{PREVIEWS.as_posix()}/epoch_0001.png"}
+    results = {
+        LOG.as_posix(),
+        "results/run/loss.png",
+        "results/run/data.png",
+        f"{PREVIEWS.as_posix()}/epoch_0001.png",
+    }
     assert outside == {CHECKPOINT.as_posix()} | results
 
 
 @pytest.mark.parametrize("sample_every, epochs", [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5])])
 def test_previews_come_after_every_so_many_epochs(train, sample_every, epochs):
     assert train(epochs=5, sample_every=sample_every).status == 0
-    assert sorted(path.name for path in PREVIEWS.iterdir()) == [f"epoch_{epoch:04d}.png" for epoch in epochs]
+    assert sorted(path.name for path in PREVIEWS.iterdir()) == [
+        f"epoch_{epoch:04d}.png" for epoch in epochs
+    ]
 
 
 def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
-    """The averaged weights, seeds 0 to 15. A level of 255 is allowed for: kernels may add in another order."""
+    """The averaged weights, seeds 0 to 15. A level of 255 is allowed for: kernels may add in
+    another order.
+    """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     assert train(objective="v", lr=0.05).status == 0  # so that weights and average are far apart
     assert run("sample", "--run_name=run", "--n_img=16", "--steps=8", "--device=cpu").status == 0
@@ -810,7 +948,12 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
     [
         (0, 0, list(range(1, 31))),
         (1, 0, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),  # 1.2 minutes apart; step 30 is the last
-        (3, 0, [8, 16, 20, 28, 30]),  # 3.2 minutes apart; step 10 ends an epoch after 0.8 minutes, step 20 after 1.6
+        # 3.2 minutes apart; step 10 ends an epoch after 0.8 minutes, step 20 after 1.6
+        (
+            3,
+            0,
+            [8, 16, 20, 28, 30],
+        ),
         (math.inf, 0, [10, 20, 30]),  # the ends of the epochs
         (math.inf, 2, [10, 20, 30]),  # of 242 seconds, two are less than a hundredth
         (math.inf, 4, [10, 30]),  # four are more
@@ -819,7 +962,9 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, fails):
-    """A step takes 0.4 minutes here, and an epoch 10 steps. On a full disk, not every step tries again."""
+    """A step takes 0.4 minutes here, and an epoch 10 steps. On a full disk, not every step tries
+    again.
+    """
     clock, saved, batch_indices = SimpleNamespace(seconds=0), [], utils.batch_indices
 
     def save(run_name: str, **state) -> None:
@@ -841,7 +986,9 @@ def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, f
 
 
 def test_the_log_tells_what_happened(train, monkeypatch):
-    """Every row against what was seen: the mean loss since the row before, and the closed form of the rate."""
+    """Every row against what was seen: the mean loss since the row before, and the closed form of
+    the rate.
+    """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     losses, loss = [], ddpm.Diffusion.loss
 
@@ -854,7 +1001,17 @@ def test_the_log_tells_what_happened(train, monkeypatch):
     assert train().status == 0
     first, *rows = csv.reader(LOG.read_text().splitlines())
     quarters = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]
-    assert first == ["step", "epoch", "images", "loss", "lr", "grad_norm", "clipped", *quarters, "img_per_s"]
+    assert first == [
+        "step",
+        "epoch",
+        "images",
+        "loss",
+        "lr",
+        "grad_norm",
+        "clipped",
+        *quarters,
+        "img_per_s",
+    ]
     assert [row[:3] for row in rows] == [["3", "1.2", "12"], ["6", "2.4", "24"]]
     for row, seen in zip(rows, (losses[:3], losses[3:6]), strict=True):
         # float32 has 7 digits
@@ -863,7 +1020,10 @@ def test_the_log_tells_what_happened(train, monkeypatch):
         assert int(row[6]) in range(4)
         assert float(row[-1]) > 0
     rates = [
-        1e-3 * min(1, max((step + 1) / 5, 10 * step / LAST_STEP)) * (1 + math.cos(math.pi * step / LAST_STEP)) / 2
+        1e-3
+        * min(1, max((step + 1) / 5, 10 * step / LAST_STEP))
+        * (1 + math.cos(math.pi * step / LAST_STEP))
+        / 2
         for step in (2, 5)
     ]
     assert [float(row[4]) for row in rows] == pytest.approx(rates)
@@ -872,11 +1032,11 @@ def test_the_log_tells_what_happened(train, monkeypatch):
 
 
 def test_the_loss_falls(train, place):
-    """Four pictures of one colour each: after some hundred steps most of the noise is recognized."""
-    for number, colour in enumerate(("white", "black", "red", "blue")):
-        (place / "colours").mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), colour).save(place / f"colours/{number}.png")
-    assert train(dataset="colours", epochs=200, width=8, multipliers=1, lr=3e-3).status == 0
+    """Four pictures of one color each: after some hundred steps most of the noise is recognized."""
+    for number, color in enumerate(("white", "black", "red", "blue")):
+        (place / "colors").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), color).save(place / f"colors/{number}.png")
+    assert train(dataset="colors", epochs=200, width=8, multipliers=1, lr=3e-3).status == 0
     losses = [row[journal.COLUMNS.index("loss")] for row in stored()["log"]]
     assert len(losses) == 10
     assert losses[-1] < 0.5 * losses[0]

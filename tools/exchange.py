@@ -4,11 +4,11 @@
     python -m tools.exchange export --run_name=my_run --to=folder
     python -m tools.exchange import --source=folder --run_name=my_model
 
-The folders are those of Hugging Face's diffusers, which is not needed here. What the other side cannot express exactly
-is refused.
+The folders are those of Hugging Face's diffusers, which is not needed here. What the other side
+cannot express exactly is refused.
 
-Reading order: publish; in diffusers' words, for both directions; export; import_; main. The card that goes with an
-export is in model_card.py.
+Reading order: publish; in diffusers' words, for both directions; export; import_; main. The card
+that goes with an export is in model_card.py.
 """
 
 import json
@@ -32,15 +32,17 @@ def publish(run_name: str = "", to: str = "") -> None:
 
         python -m tools.exchange publish --run_name=my_run --to=my_model
 
-    Writes models/TO/checkpoint.pt: the averaged weights in half precision, the settings and the log. It is a run like
-    any other to sample from, and to begin a new run from with --init_from, but not one to go on with.
+    Writes models/TO/checkpoint.pt: the averaged weights in half precision, the settings and the
+    log. It is a run like any other to sample from, and to begin a new run from with --init_from,
+    but not one to go on with.
 
     Args:
         run_name: the run to publish, a folder in models/.
         to: the new run's name.
 
     Raises:
-        UserError: there is no such run, there is already one called TO, or half precision cannot hold its weights.
+        UserError: there is no such run, there is already one called TO, or half precision cannot
+            hold its weights.
     """
     for flag, name in (("run_name", run_name), ("to", to)):
         if not name:
@@ -51,9 +53,14 @@ def publish(run_name: str = "", to: str = "") -> None:
         raise UserError(f"--to={to}: models/{to} holds a run; delete it, or choose another name")
     average = {name: weight.half().contiguous() for name, weight in stored["average"].items()}
     if not all(weight.isfinite().all() for weight in average.values()):
-        raise UserError(f"a weight of {run_name} is beyond 65,504, the largest number of half precision")
+        raise UserError(
+            f"a weight of {run_name} is beyond 65,504, the largest number of half precision"
+        )
     settings = stored["settings"] | {"run_name": to}
-    published = {name: stored[name] for name in checkpoints.TO_SAMPLE} | {"settings": settings, "average": average}
+    published = {name: stored[name] for name in checkpoints.TO_SAMPLE} | {
+        "settings": settings,
+        "average": average,
+    }
     checkpoints.save(to, **published)
     path = checkpoints.paths_of(to)[0]
     print(
@@ -61,20 +68,63 @@ def publish(run_name: str = "", to: str = "") -> None:
     )
 
 
-# ---- in diffusers' words ---------------------------------------------------------------------------------------------
+# ---- in diffusers' words -------------------------------------------------------------------------
 
 OBJECTIVES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"]  # of one process
+# of one process
+SCHEDULERS = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+]
 # What UNet2DModel and the schedulers take for an entry that is left out.
-UNET = {"_class_name": "UNet2DModel", "sample_size": None, "in_channels": 3, "out_channels": 3, "layers_per_block": 2}
-UNET |= {"time_embedding_type": "positional", "time_embedding_dim": None, "flip_sin_to_cos": True, "freq_shift": 0}
-UNET |= {"block_out_channels": [224, 448, 672, 896], "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3}
-UNET |= {"mid_block_type": "UNetMidBlock2D", "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"], "dropout": 0.0}
-UNET |= {"downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "mid_block_scale_factor": 1}
-UNET |= {"attention_head_dim": 8, "add_attention": True, "norm_num_groups": 32, "attn_norm_num_groups": None}
-UNET |= {"norm_eps": 1e-5, "act_fn": "silu", "resnet_time_scale_shift": "default", "center_input_sample": False}
+UNET = {
+    "_class_name": "UNet2DModel",
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+}
+UNET |= {
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
+UNET |= {
+    "block_out_channels": [224, 448, 672, 896],
+    "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
+}
+UNET |= {
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
+    "dropout": 0.0,
+}
+UNET |= {
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "mid_block_scale_factor": 1,
+}
+UNET |= {
+    "attention_head_dim": 8,
+    "add_attention": True,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+}
+UNET |= {
+    "norm_eps": 1e-5,
+    "act_fn": "silu",
+    "resnet_time_scale_shift": "default",
+    "center_input_sample": False,
+}
 UNET |= {"class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None}
-NOISING = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+NOISING = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
 NOISING |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}
 NOISING |= {"rescale_betas_zero_snr": False, "clip_sample_range": 1.0}
 CLASSES = "classes.json"  # names, in the order of their numbers; of these diffusers has no notion
@@ -112,19 +162,36 @@ def unet_config(network: UNet, settings: dict) -> dict:
 
 
 def scheduler_config(diffusion: ddpm.Diffusion, schedule: str) -> dict:
-    """DDPMScheduler's description of a noising process; over all T steps it walks back as `Diffusion.denoise` does.
+    """DDPMScheduler's description of a noising process; over all T steps it walks back as
+    `Diffusion.denoise` does.
 
     Raises:
-        UserError: float32, in which schedulers compute, does not know the schedule's end well enough.
+        UserError: float32, in which schedulers compute, does not know the schedule's end well
+            enough.
     """
     betas = 1 - diffusion.alpha_bar[1:] / diffusion.alpha_bar[:-1]  # (T,) float64
     kept = torch.cumprod(1 - betas.float(), dim=0) / diffusion.alpha_bar[1:]
     if (kept.sqrt() - 1).abs().max() > 1e-3:
-        raise UserError(f"schedule={schedule} with noise_steps={diffusion.steps} ends in too little signal for float32")
-    named = {"cosine": "squaredcos_cap_v2"} | ({"linear": "linear"} if diffusion.steps == 1000 else {})
-    process = {"num_train_timesteps": diffusion.steps, "prediction_type": OBJECTIVES[diffusion.objective]}
-    process |= {"beta_schedule": named[schedule]} if schedule in named else {"trained_betas": betas.tolist()}
-    return NOISING | process | {"variance_type": "fixed_large", "clip_sample": True, "timestep_spacing": "trailing"}
+        raise UserError(
+            f"schedule={schedule} with noise_steps={diffusion.noise_steps} ends in too little signal for float32"
+        )
+    named = {"cosine": "squaredcos_cap_v2"} | (
+        {"linear": "linear"} if diffusion.noise_steps == 1000 else {}
+    )
+    process = {
+        "num_train_timesteps": diffusion.noise_steps,
+        "prediction_type": OBJECTIVES[diffusion.objective],
+    }
+    process |= (
+        {"beta_schedule": named[schedule]}
+        if schedule in named
+        else {"trained_betas": betas.tolist()}
+    )
+    return (
+        NOISING
+        | process
+        | {"variance_type": "fixed_large", "clip_sample": True, "timestep_spacing": "trailing"}
+    )
 
 
 def import_safetensors():
@@ -135,7 +202,7 @@ def import_safetensors():
     return safetensors
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
@@ -143,36 +210,52 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
 
         python -m tools.exchange export --run_name=my_run --to=my_model
 
-    Writes unet/ (the network with its averaged weights), scheduler/ (the noising process), model_index.json,
-    classes.json (where the run knows any), samples.png and README.md, a model card: read it before you show it to
-    others.
+    Writes unet/ (the network with its averaged weights), scheduler/ (the noising process),
+    model_index.json, classes.json (where the run knows any), samples.png and README.md, a model
+    card: read it before you show it to others.
 
     Args:
         run_name: the run to export, a folder in models/.
         to: the folder to write; it must not exist.
-        license: of the weights, as the hub spells it, for instance mit or cc-by-4.0; it goes into the card.
+        license: of the weights, as the hub spells it, for instance mit or cc-by-4.0; it goes into
+            the card.
 
     Raises:
-        UserError: there is no such run, the folder exists, or diffusers cannot express the run exactly.
+        UserError: there is no such run, the folder exists, or diffusers cannot express the run
+            exactly.
     """
     folder, safetensors = Path(to), import_safetensors()
     command_line.check_name("run_name", run_name)
     if not folder.name or folder.exists():
-        raise UserError(f"--to={to} exists; nothing is overwritten" if to else "--to is missing: the folder to write")
+        raise UserError(
+            f"--to={to} exists; nothing is overwritten"
+            if to
+            else "--to is missing: the folder to write"
+        )
     if not re.fullmatch("[a-z0-9][a-z0-9.-]*", license):
-        raise UserError(f"--license={license} is not how the hub spells one; for instance mit, cc-by-4.0 or other")
+        raise UserError(
+            f"--license={license} is not how the hub spells one; for instance mit, cc-by-4.0 or other"
+        )
     stored = ddpm.load_run(run_name)
-    settings, network, diffusion = stored["settings"], *ddpm.build(stored["settings"], torch.device("cpu"))
+    settings, network, diffusion = (
+        stored["settings"],
+        *ddpm.build(stored["settings"], torch.device("cpu")),
+    )
     try:
         configs = {"unet/config.json": unet_config(network, settings)}
-        configs["scheduler/scheduler_config.json"] = scheduler_config(diffusion, settings["schedule"])
+        configs["scheduler/scheduler_config.json"] = scheduler_config(
+            diffusion, settings["schedule"]
+        )
     except UserError as error:
         raise UserError(f"diffusers cannot express {run_name}: {error}") from error
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     configs["model_index.json"] = {"_class_name": "DDPMPipeline"} | parts
     if settings["classes"]:
         configs[CLASSES] = settings["classes"]
-    copies = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in stored["average"].items()}
+    copies = {
+        name: weight.clone(memory_format=torch.contiguous_format)
+        for name, weight in stored["average"].items()
+    }
     weights = safetensors.torch.save(copies, {"format": "pt"})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as place:
@@ -183,10 +266,12 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         (draft / "unet/diffusion_pytorch_model.safetensors").write_bytes(weights)
         write_card(draft, stored, run_name, license)
         draft.rename(folder)  # the folder is there whole or not at all
-    print(f"{folder}: a model of diffusers; its README.md is the model card, with the lines of Python that sample")
+    print(
+        f"{folder}: a model of diffusers; its README.md is the model card, with the lines of Python that sample"
+    )
 
 
-# ---- import ----------------------------------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 
 
 def noising_of(config: dict) -> dict:
@@ -207,26 +292,38 @@ def noising_of(config: dict) -> dict:
     if betas is None and config["beta_schedule"] == "squaredcos_cap_v2":
         alpha_bar = ddpm.cosine_alpha_bar(steps)
     else:
-        betas = torch.linspace(config["beta_start"], config["beta_end"], steps).tolist() if betas is None else betas
+        betas = (
+            torch.linspace(config["beta_start"], config["beta_end"], steps).tolist()
+            if betas is None
+            else betas
+        )
         alpha_bar = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
     for schedule, compute in ddpm.NOISE_SCHEDULES.items():
-        if len(alpha_bar) == steps and (alpha_bar / compute(steps) - 1).abs().max() < 1e-3:  # theirs may be float32
-            return {"noise_steps": steps, "schedule": schedule, "objective": objectives[config["prediction_type"]]}
+        # theirs may be float32
+        if len(alpha_bar) == steps and (alpha_bar / compute(steps) - 1).abs().max() < 1e-3:
+            return {
+                "noise_steps": steps,
+                "schedule": schedule,
+                "objective": objectives[config["prediction_type"]],
+            }
     raise UserError(f"its noise grows by none of the schedules {', '.join(ddpm.NOISE_SCHEDULES)}")
 
 
 def classes_of(config: dict, path: Path) -> tuple[str, ...]:
-    """The names of the classes that a network knows, as an export keeps them at `path`; () if it knows none.
+    """The names of the classes that a network knows, as an export keeps them at `path`; () if it
+    knows none.
 
     Raises:
-        UserError: they are missing, so that nobody knows either whether the last one stands for no class, as here; or
-            they could not be written in `--label=a,b`.
+        UserError: they are missing, so that nobody knows either whether the last one stands for no
+            class, as here; or they could not be written in `--label=a,b`.
     """
     count = config.get("num_class_embeds")
     if count is None:
         return ()
     names = json.loads(path.read_text()) if path.exists() else None
-    are_names = isinstance(names, list) and all(isinstance(name, str) and "," not in name for name in names)
+    are_names = isinstance(names, list) and all(
+        isinstance(name, str) and "," not in name for name in names
+    )
     if not are_names or not len({*names} - {"", "all"}) == len(names) == count - 1:
         needed = f"{path.name} must name all but the last one, which stands for no class"
         raise UserError(f"its network knows classes (num_class_embeds={count}); {needed}")
@@ -234,28 +331,52 @@ def classes_of(config: dict, path: Path) -> tuple[str, ...]:
 
 
 def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tuple[UNet, dict]:
-    """The network that UNet2DModel's description is about, on "meta" (without weights), and its settings.
+    """The network that UNet2DModel's description is about, on "meta" (without weights), and its
+    settings.
 
-    The settings are guessed, described as for an export, and compared: what was not understood shows as a difference.
+    The settings are guessed, described as for an export, and compared: what was not understood
+    shows as a difference.
 
     Raises:
         UserError: no settings describe it.
     """
-    wanted = UNET | config | {"num_train_timesteps": None, "flip_sin_to_cos": True}  # idle; seen to by `weights_of`
-    widths, size, head_width = wanted["block_out_channels"], wanted["sample_size"], wanted["attention_head_dim"]
-    levels = tuple(level for level, kind in enumerate(wanted["down_block_types"]) if kind == "AttnDownBlock2D")
+    # idle; seen to by `weights_of`
+    wanted = UNET | config | {"num_train_timesteps": None, "flip_sin_to_cos": True}
+    widths, size, head_width = (
+        wanted["block_out_channels"],
+        wanted["sample_size"],
+        wanted["attention_head_dim"],
+    )
+    levels = tuple(
+        level for level, kind in enumerate(wanted["down_block_types"]) if kind == "AttnDownBlock2D"
+    )
     if {widths[level] for level in (*levels, -1)} == {head_width}:
         wanted["attention_head_dim"] = None  # another word for one head
     if size is None:
         raise UserError("its config.json has no sample_size")
     modes = {channels: mode for mode, channels in reading.CHANNELS.items()}
     if wanted["in_channels"] not in modes:
-        raise UserError(f"its network has in_channels={wanted['in_channels']}; 1 is gray, 3 RGB and 4 RGBA")
+        raise UserError(
+            f"its network has in_channels={wanted['in_channels']}; 1 is gray, 3 RGB and 4 RGBA"
+        )
     width, size = math.gcd(*widths), (size,) if isinstance(size, int) else tuple(size)
     wanted["sample_size"] = size[0] if len({*size}) == 1 else [*size]
-    settings = {"img_size": size, "width": width, "multipliers": tuple(here // width for here in widths)}
-    settings |= {"blocks": wanted["layers_per_block"], "dropout": wanted["dropout"], "min_snr": 0.0, **noising}
-    settings |= {"mode": modes[wanted["in_channels"]], "classes": classes, "conditional": bool(classes)}
+    settings = {
+        "img_size": size,
+        "width": width,
+        "multipliers": tuple(here // width for here in widths),
+    }
+    settings |= {
+        "blocks": wanted["layers_per_block"],
+        "dropout": wanted["dropout"],
+        "min_snr": 0.0,
+        **noising,
+    }
+    settings |= {
+        "mode": modes[wanted["in_channels"]],
+        "classes": classes,
+        "conditional": bool(classes),
+    }
     command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
     size = settings["img_size"] = runs.check_network(settings)
     settings["attention_size"] = min(size) // 2 ** levels[0] if levels else 0
@@ -268,12 +389,16 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
         return network, unet_config(network, settings)
 
     _, found = build()
-    beyond_flags = {"norm_groups": "norm_num_groups", "norm_eps": "norm_eps", "frequency_shift": "freq_shift"}
+    beyond_flags = {
+        "norm_groups": "norm_num_groups",
+        "norm_eps": "norm_eps",
+        "frequency_shift": "freq_shift",
+    }
     beyond_flags |= {"downsample_padding": "downsample_padding", "head_width": "attention_head_dim"}
     missed = {name: wanted[key] for name, key in beyond_flags.items() if found[key] != wanted[key]}
     if "head_width" in missed:
         missed["head_width"] = head_width or max(widths)
-    settings |= {name: ddpm.IMPORTED[name](value) for name, value in missed.items()}
+    settings |= {name: runs.IMPORTED[name](value) for name, value in missed.items()}
     command_line.check_limits(settings, ddpm.LIMITS)
     network, found = build()
     others = [f"{key}={value}" for key, value in wanted.items() if value != found.get(key)]
@@ -283,12 +408,15 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
 
 
 def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, Tensor]:
-    """The weights in a UNet2DModel's folder, float32, under the names and in the shapes of `network`.
+    """The weights in a UNet2DModel's folder, float32, under the names and in the shapes of
+    `network`.
 
     Raises:
         UserError: there are none, or they are another network's.
     """
-    safe, pickled = (folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
+    safe, pickled = (
+        folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")
+    )
     if safe.is_file():
         safetensors = import_safetensors()
         try:
@@ -299,13 +427,23 @@ def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, 
         weights = torch.load(pickled, map_location="cpu", weights_only=True)
     else:
         raise UserError(f"{folder} has no whole {safe.name}, nor {pickled.name}")
-    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+    for old, new in {
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "proj_attn": "to_out.0",
+    }.items():
         weights = {name.replace(f".{old}.", f".{new}."): weight for name, weight in weights.items()}
     expected, found = checkpoints.shapes_of(network.state_dict()), checkpoints.shapes_of(weights)
     for name in expected | found:
         if expected.get(name) != found.get(name):
-            raise UserError(f"{name} has the shape {found.get(name)}, its network takes {expected.get(name)}")
-    if any(weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes() for weight in weights.values()):
+            raise UserError(
+                f"{name} has the shape {found.get(name)}, its network takes {expected.get(name)}"
+            )
+    if any(
+        weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes()
+        for weight in weights.values()
+    ):
         raise UserError("a tensor claims to be larger than the file")
     if not flip_sin_to_cos:  # sines come first there: the weights that meet them, too
         name = "time_embedding.linear_1.weight"
@@ -314,29 +452,42 @@ def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, 
 
 
 def import_(source: str = "", run_name: str = "") -> None:
-    """Make a run of a folder of Hugging Face's diffusers: a UNet2DModel, or a pipeline that has one.
+    """Make a run of a folder of Hugging Face's diffusers: a UNet2DModel, or a pipeline that has
+    one.
 
         python -m tools.exchange import --source=my_folder --run_name=my_run
 
-    Writes models/RUN/checkpoint.pt, a run to sample from and to begin a new run from with --init_from. The paper's own
-    models are at home there: `hf download google/ddpm-cifar10-32 --local-dir=my_folder` fetches one. A network that
-    knows classes must have learnt to do without, too, as its last class; classes.json, a list, names the others.
+    Writes models/RUN/checkpoint.pt, a run to sample from and to begin a new run from with
+    --init_from. The paper's own models are at home there: `hf download google/ddpm-cifar10-32
+    --local-dir=my_folder` fetches one. A network that knows classes must have learned to do without,
+    too, as its last class; classes.json, a list, names the others.
 
     Args:
-        source: the folder; its weights are read from safetensors, or from a .bin that cannot run code here.
+        source: the folder; its weights are read from safetensors, or from a .bin that cannot run
+            code here.
         run_name: the new run's name.
 
     Raises:
-        UserError: there is no such folder, there is already such a run, or its network or noise is not known here.
+        UserError: there is no such folder, there is already such a run, or its network or noise is
+            not known here.
     """
     folder = Path(source)
     command_line.check_name("run_name", run_name)
     if checkpoints.exists(run_name):
-        raise UserError(f"--run_name={run_name}: models/{run_name} holds a run; delete it, or choose another name")
+        raise UserError(
+            f"--run_name={run_name}: models/{run_name} holds a run; delete it, or choose another name"
+        )
     if not source or not folder.is_dir():
-        raise UserError(f"--source={source} is not a folder; `hf download NAME --local-dir=FOLDER` fetches one")
-    unet, scheduler = (folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler"))
-    process, is_bare = scheduler / "scheduler_config.json", not (scheduler / "scheduler_config.json").exists()
+        raise UserError(
+            f"--source={source} is not a folder; `hf download NAME --local-dir=FOLDER` fetches one"
+        )
+    unet, scheduler = (
+        folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")
+    )
+    process, is_bare = (
+        scheduler / "scheduler_config.json",
+        not (scheduler / "scheduler_config.json").exists(),
+    )
     try:
         config = json.loads((unet / "config.json").read_text())
         noising = noising_of({} if is_bare else json.loads(process.read_text()))
@@ -346,11 +497,15 @@ def import_(source: str = "", run_name: str = "") -> None:
         raise UserError(f"--source={source} cannot be imported: {error}") from error
     except basics.BROKEN_FILE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--source={source} cannot be read as a model of diffusers ({reason[:200]})") from error
+        raise UserError(
+            f"--source={source} cannot be read as a model of diffusers ({reason[:200]})"
+        ) from error
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}
     checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
     assumed = "; it tells nothing of its noise: the paper's is assumed" if is_bare else ""
-    assumed += "; its four channels are taken for colours times alpha, and alpha" * (settings["mode"] == "RGBA")
+    assumed += "; its four channels are taken for colors times alpha, and alpha" * (
+        settings["mode"] == "RGBA"
+    )
     number = sum(weight.numel() for weight in weights.values())
     print(f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights{assumed}")
     print(f"to make images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")

@@ -1,4 +1,5 @@
-"""What an exported model tells of itself: a card in the form of Hugging Face's hub, and a picture of samples.
+"""What an exported model tells of itself: a card in the form of Hugging Face's hub, and a picture
+of samples.
 
 Reading order: write_picture, figures_of, write_card.
 """
@@ -14,7 +15,7 @@ from PIL import Image
 
 import ddpm
 import utils
-from machinery import basics, checkpoints, command_line, devices, reading
+from machinery import basics, checkpoints, command_line, devices, reading, runs
 from machinery.journal import COLUMNS
 from tools.evaluate import make_samples
 
@@ -29,7 +30,7 @@ datasets: [{dataset}]
 
 ![samples](samples.png)
 
-A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) for images of {size} pixels in {colours}:
+A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) for images of {size} pixels in {colors}:
 {weights:,} weights.
 
 ```python
@@ -62,7 +63,7 @@ for t in scheduler.timesteps:
     x_t = scheduler.step(answer, t, x_t, use_clipped_model_output=True).prev_sample
 images = DDIMPipeline.numpy_to_pil((x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())"""
 REMARK_BY_CLASS = """Its classes are named in `classes.json`, from number 0 to {last}; {none} stands for no class. In
-the picture above each row is of one class, the first one on top. A `guidance` of 1 makes images as they were learnt,
+the picture above each row is of one class, the first one on top. A `guidance` of 1 makes images as they were learned,
 more of it clearer and less varied ones; the pipelines of diffusers know neither."""
 
 CODE_STRAIGHT = """
@@ -70,11 +71,12 @@ from PIL import Image
 images = [Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA") for image in images]"""
 REMARK_STRAIGHT = """
 
-The four channels are colours times alpha (premultiplied), and alpha; the last two lines undo that."""
+The four channels are colors times alpha (premultiplied), and alpha; the last two lines undo that."""
 
 
 def write_picture(stored: dict, run_name: str, path: Path) -> None:
-    """The newest grid that `sample` made with these very weights, of all classes and from noise; or images made now.
+    """The newest grid that `sample` made with these very weights, of all classes and from noise; or
+    images made now.
 
     These are 16, or a row of four for each class, of 16 classes at most.
     """
@@ -88,8 +90,10 @@ def write_picture(stored: dict, run_name: str, path: Path) -> None:
                 return shutil.copyfile(grid, path)
     steps, rows = min(ddpm.STEPS, stored["settings"]["noise_steps"]), min(16, len(classes))
     count = 4 * rows or 16
-    labels = ddpm.take_turns(range(rows), range(count))
-    samples = make_samples(stored, range(count), "dpm++", steps, 4, devices.pick_device("auto"), labels)
+    labels = ddpm.labels_in_turn(range(rows), range(count))
+    samples = make_samples(
+        stored, range(count), "dpm++", steps, 4, devices.pick_device("auto"), labels
+    )
     utils.save_png(samples, path, rows)
 
 
@@ -106,15 +110,21 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
         losses = [row[COLUMNS.index("loss")] for row in stored["log"][-50:]]
         last = dict(zip(COLUMNS, stored["log"][-1], strict=True))
         lines = [("steps", f"{stored['step']:,}"), ("epochs", f"{last['epoch']:.1f}")]
-        lines += [("images seen", f"{last['images']:,}"), ("loss, lately", f"{sum(losses) / len(losses):.4f}")]
+        lines += [
+            ("images seen", f"{last['images']:,}"),
+            ("loss, lately", f"{sum(losses) / len(losses):.4f}"),
+        ]
         tables.append(table(("training", ""), *lines))
     judged = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     for row in [row for row in judged if row["step"] == str(stored["step"])][-1:]:
         about = f"{row['n']} images, {row['sampler']} in {row['steps']} steps"
-        about += f", guidance {row['guidance']}" if row.get("guidance") else ""  # earlier versions tell of none
+        # earlier versions tell of none
+        about += f", guidance {row['guidance']}" if row.get("guidance") else ""
         lines = [(row["measure"], row["distance"], row["distance_real"])]
         lines += [(name, row[name], row[f"{name}_real"]) for name in ("precision", "recall")]
-        lines = [(name, *(f"{float(figure):.3f}" for figure in figures)) for name, *figures in lines]
+        lines = [
+            (name, *(f"{float(figure):.3f}" for figure in figures)) for name, *figures in lines
+        ]
         copies = ("copies of training pictures", f"{float(row['copies']):.3f}", "")
         tables.append(table((about, "generated", "real, in their place"), *lines, copies))
     return tables
@@ -123,8 +133,12 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
 def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     """README.md and samples.png of the model in `folder`, whose name is the model's."""
     settings = stored["settings"]
-    classes, mode, size, noise_steps = (settings[name] for name in ("classes", "mode", "img_size", "noise_steps"))
-    told = [name for name in ("mode", *ddpm.NETWORK, *ddpm.IMPORTED, *ddpm.NOISING) if name in settings]
+    classes, mode, size, noise_steps = (
+        settings[name] for name in ("classes", "mode", "img_size", "noise_steps")
+    )
+    told = [
+        name for name in ("mode", *ddpm.NETWORK, *runs.IMPORTED, *ddpm.NOISING) if name in settings
+    ]
     told += ["flip", "batch_size", "lr", "warmup", "lr_decay", "ema_decay"] if stored["log"] else []
     rows = [(name, command_line.as_typed(name, settings[name])) for name in told]
     write_picture(stored, run_name, folder / "samples.png")
@@ -132,17 +146,29 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     code, remarks = (CODE_BY_CLASS, REMARK_BY_CLASS) if classes else (CODE, REMARK)
     if mode == "RGBA":
         code, remarks = code + CODE_STRAIGHT, remarks + REMARK_STRAIGHT
-    facts = {"name": folder.name, "channels": reading.CHANNELS[mode], "height": size[0], "width": size[1]}
-    facts |= {"guidance": ddpm.GUIDANCE, "last": len(classes) - 1, "none": len(classes), "noise_steps": noise_steps}
-    facts |= {"few": max(steps for steps in range(1, 51) if noise_steps % steps == 0)}  # so that all are equal
+    facts = {
+        "name": folder.name,
+        "channels": reading.CHANNELS[mode],
+        "height": size[0],
+        "width": size[1],
+    }
+    facts |= {
+        "guidance": ddpm.GUIDANCE,
+        "last": len(classes) - 1,
+        "none": len(classes),
+        "noise_steps": noise_steps,
+    }
+    # so that all are equal
+    facts |= {"few": max(steps for steps in range(1, 51) if noise_steps % steps == 0)}
     text = CARD.format(
         license=license,
         task="" if classes else f"pipeline_tag: {kind}\n",
         kind=kind,
-        dataset=json.dumps(Path(settings["dataset"]).name),  # where it lay on a disk is nobody's business
+        # where it lay on a disk is nobody's business
+        dataset=json.dumps(Path(settings["dataset"]).name),
         name=folder.name,
         size=command_line.as_typed("img_size", size),
-        colours=reading.MODES[mode],
+        colors=reading.MODES[mode],
         weights=sum(weight.numel() for weight in stored["average"].values()),
         code=code.format(**facts),
         remarks=remarks.format(**facts),

@@ -1,0 +1,162 @@
+"""Files from pixels: PNG, GIF, grids, and all that `sample` writes. Pixels are uint8, 0..255.
+
+Reading order: grids and files; Album.
+"""
+
+import itertools
+import math
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from machinery import processes
+from machinery.basics import write_whole
+
+# ---- grids and files -----------------------------------------------------------------------------
+
+
+def over_white(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in 0..255 as RGB (N, 3, H, W), transparent ones over white.
+
+    Four channels are premultiplied: color times alpha, and alpha.
+    """
+    if images.shape[1] == 4:
+        colors, alpha = images[:, :3], images[:, 3:]
+        return torch.minimum(colors, alpha) + (255 - alpha)
+    return images.expand(-1, 3, -1, -1)
+
+
+def tile(images: Tensor, rows: int = 0) -> Tensor:
+    """Images (N, C, H, W) in 0..255 side by side in a square: (3, rows * H, columns * W).
+
+    With `rows`, image i stands in row i % rows: classes that take turns have a row each.
+    """
+    from torchvision.utils import make_grid  # two seconds to import: not before it is needed
+
+    has_rows = 1 < rows <= len(images)
+    columns = math.ceil(len(images) / rows if has_rows else math.sqrt(len(images)))
+    images = over_white(images)
+    if has_rows:
+        blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
+        by_column = torch.cat([images, blank]).unflatten(0, (columns, rows))
+        images = by_column.transpose(0, 1).flatten(0, 1)
+    return make_grid(images, nrow=columns, padding=0)
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """An image (C, H, W) in 0..255 as Pillow's L, RGB or (from premultiplied) RGBA."""
+    mode = {1: "L", 3: "RGB", 4: "RGBa"}[len(image)]
+    pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
+    picture = Image.frombytes(mode, (image.shape[2], image.shape[1]), pixels.tobytes())
+    return picture.convert("RGBA") if mode == "RGBa" else picture
+
+
+def save_png(images: Tensor, path: Path, rows: int = 0, **facts) -> None:
+    """Write images (N, C, H, W) in 0..255 as one PNG, with `facts` as its text chunks.
+
+    Several are tiled over white; a single one keeps its mode.
+    """
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in facts.items():
+        chunks.add_text(name, str(value))
+    picture = to_pillow(tile(images, rows) if len(images) > 1 else images[0])
+    write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
+
+
+def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
+    """Write frames (3, H, W) in 0..255 as a loop of 12 a second that rests on its last frame."""
+    first, *others = map(to_pillow, frames)
+    options = {"save_all": True, "append_images": others, "loop": 0, "comment": comment.encode()}
+    durations = [80] * len(others) + [3000]  # milliseconds
+    write_whole(path, lambda file: first.save(file, "gif", duration=durations, **options))
+
+
+# ---- what sample writes --------------------------------------------------------------------------
+
+GRID_IMAGES = 256  # nobody looks at a larger grid
+GIF_IMAGES = 16
+GIF_FRAMES = 50
+
+
+@dataclass
+class Album:
+    """What `sample` writes to a folder: every image, a grid, and a GIF of the denoising.
+
+    Each file carries the command that makes it again. Of several processes each writes the images
+    it made; the first one adds the grid and the GIF.
+    """
+
+    folder: Path
+    flags: dict  # those of `sample` that decide what the images look like, in their order
+    labels: list[str]  # the classes that take turns; none for an unconditional run
+    facts: dict  # what else every file tells
+    save_grid: bool
+    gif: bool
+    moves: int  # steps from noise to image
+    grid: list[Tensor] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)
+
+    def command(self, numbers: range) -> str:
+        """What makes these images again, to the bit: as the batch they were made in."""
+        first = numbers.start
+        batch_size = min(len(numbers), self.flags["batch_size"])
+        flags = self.flags | {"n_img": len(numbers), "batch_size": batch_size}
+        flags["seed"] += first
+        if self.labels:
+            count = len(self.labels)
+            turns = (self.labels[(first + turn) % count] for turn in range(count))
+            flags["label"] = ",".join(turns)
+        words = (f"--{flag}={value}" for flag, value in flags.items())
+        return shlex.join(["python", "ddpm.py", "sample", *words])
+
+    def is_frame_due(self, numbers: range, move: int) -> bool:
+        """Whether move 1, 2, ... of a batch is one of the GIF's frames, evenly spread over all."""
+        is_next = move * GIF_FRAMES // self.moves > (move - 1) * GIF_FRAMES // self.moves
+        return self.gif and numbers.start == 0 and is_next
+
+    def add_frame(self, x_t: Tensor, x_0: Tensor) -> None:
+        """Keep a frame of images (B, C, H, W): x_t on the left, the guess of x_0 on the right."""
+        tiles = [tile(half[:GIF_IMAGES], len(self.labels)) for half in (x_t, x_0)]
+        self.frames.append(torch.cat(tiles, dim=2))  # (3, H, 2 W)
+
+    def add(self, numbers: range, images: Tensor) -> None:
+        """Write a batch (B, C, H, W), eight files at a time: they wait for the disk."""
+        digits = max(4, len(str(self.flags["n_img"])))
+        command = self.command(numbers)
+        with ThreadPoolExecutor(8) as writers:
+            pending = []
+            for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
+                path = self.folder / f"sample_{number + 1:0{digits}d}.png"
+                facts = {"seed": self.flags["seed"] + number}
+                facts["command"] = f"{command}  # this is sample_{place + 1:04d}.png there"
+                if self.labels:
+                    facts["label"] = self.labels[number % len(self.labels)]
+                pending.append(writers.submit(save_png, image[None], path, **self.facts, **facts))
+            for each in pending:
+                each.result()  # raises what the thread met with
+        wanted = max(0, GRID_IMAGES - numbers.start)
+        self.grid += [image.clone() for image in images[:wanted]]  # views would keep the batch
+
+    def close(self) -> str:
+        """Write the grid and the GIF, once all processes are done; what there is, in words."""
+        grid = list(itertools.chain(*processes.gather(self.grid)))
+        if not processes.is_first():
+            return ""
+        n_img = self.flags["n_img"]
+        command = self.command(range(n_img))
+        sentences = [f"{n_img:,} images: {self.folder / 'sample_*.png'}"]
+        if self.save_grid:
+            path = self.folder / "samples.png"
+            facts = self.facts | {"seed": self.flags["seed"], "command": command}
+            save_png(torch.stack(grid), path, len(self.labels), **facts)
+            sentences.append(f"{len(grid)} of them in one: {path}")
+        if self.gif:
+            path = self.folder / "samples.gif"
+            save_gif(self.frames, path, comment=f"{command} --gif")
+            sentences.append(f"the denoising as a GIF: {path}")
+        return "\n".join(sentences)
