@@ -5,9 +5,9 @@
     python ddpm.py --help
 
 Reading order: the noise schedules; Diffusion, all of the mathematics; Training, Algorithm 1 of
-Ho et al. 2020; generate, Algorithm 2 with a network; the commands train and sample. The network is
-in modules.py, images come and go through utils.py. What any training needs (reading files,
-checkpoints, the log, several processes, the command line) is in machinery/.
+Ho et al. 2020; generate, Algorithm 2 or a faster sampler with a network; the commands train and
+sample. The network is in modules.py, images come and go through utils.py. What any training needs
+(reading files, checkpoints, the log, several processes, the command line) is in machinery/.
 """
 
 import copy
@@ -53,13 +53,16 @@ def sigmoid_alpha_bar(steps: int, start: float = -3.0, end: float = 3.0) -> Tens
     return signal[1:].clamp(min=1e-8)
 
 
+# alpha_bar of t = 1..T (T,), float64: falling, and strictly between 1 and 0
 NOISE_SCHEDULES = {
     "linear": linear_alpha_bar,
     "cosine": cosine_alpha_bar,
     "sigmoid": sigmoid_alpha_bar,
 }
-OBJECTIVES = {"eps": "the noise", "v": "a mix of both", "x0": "the clean image"}
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0}  # eta: fresh noise (Song et al. 2021, eq. 16)
+OBJECTIVES = {"eps": "the noise", "x0": "the clean image", "v": "a mix of both"}
+# eta, the share of fresh noise (Song et al. 2021, eq. 16); how dpm++ differs from ddim stands in
+# `Diffusion.denoise`
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0}
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
@@ -68,12 +71,14 @@ class Diffusion:
     """The fixed noising process and the way back; all of the mathematics, no learned weights.
 
     t counts noising steps, as in the paper: t = 0 is a clean image, t = T is (almost) pure noise.
-    Two numbers per step, taken from the paper's alpha_bar, say everything else:
+    Two factors per step, taken from the paper's alpha_bar, say everything else:
 
         signal[t] = sqrt(alpha_bar_t)        how much of the image is left
         noise[t]  = sqrt(1 - alpha_bar_t)    how much noise has been mixed in
 
     so that x_t = signal[t] * x_0 + noise[t] * eps          (Ho et al. 2020, eq. 4)
+
+    The defaults are the paper's; those of `train` are others.
 
     Args:
         noise_steps: T.
@@ -185,15 +190,15 @@ class Diffusion:
         After the last step both are the image. DDPM (Ho et al. 2020, Algorithm 2), DDIM and
         DPM-Solver++(2M) are one rule (Song et al. 2021, eq. 12):
 
-            x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + spread * z
+            x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + fresh_std * z
 
-        They differ in two places only. DDPM adds fresh noise z, the others none (variance = spread
-        = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et al. 2022,
-        Algorithm 2); the others take it as it is.
+        They differ in two places only. DDPM adds fresh noise z, the others none (variance = 0,
+        fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
+        al. 2022, Algorithm 2); the others take it as it is.
 
-        The variance is that of q(x_next | x_t, x_0). DDPM without a gap spreads by beta_t instead,
-        the choice behind the paper's FID of 3.17; when steps are skipped that is far too much (Song
-        et al. 2021, table 1).
+        The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
+        is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of
+        3.17; when steps are skipped that is far too much (Song et al. 2021, table 1).
 
         Args:
             predict_clean: maps (x_t, t) to x_0, both (B, C, H, W); t is a plain int.
@@ -212,8 +217,8 @@ class Diffusion:
             signal, signal_next = math.sqrt(alpha_bar), math.sqrt(alpha_bar_next)
             noise, noise_next = math.sqrt(1 - alpha_bar), math.sqrt(1 - alpha_bar_next)
             beta = 1 - alpha_bar / alpha_bar_next
-            variance = eta * beta * (noise_next / noise) ** 2
-            spread = math.sqrt(eta * beta) if has_no_gap else math.sqrt(variance)
+            variance = eta**2 * beta * (noise_next / noise) ** 2
+            fresh_std = eta * math.sqrt(beta) if has_no_gap else math.sqrt(variance)
 
             x_0 = guess = predict_clean(x_t, t)
             # the last step is DDIM's: log-SNR is infinite at t = 0
@@ -225,7 +230,7 @@ class Diffusion:
             eps = (x_t - signal * x_0) / noise
             x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
             if eta and t_next > 0:
-                x_t = x_t + spread * draw_noise()
+                x_t = x_t + fresh_std * draw_noise()
             yield x_t, guess
 
 
@@ -236,22 +241,9 @@ LR_DECAYS = {
     "cosine": lambda fraction_done: (1 + math.cos(math.pi * fraction_done)) / 2,
     "none": lambda fraction_done: 1.0,
 }
-COUNT = (1, 10**9)
-NOT_NEGATIVE = (0, math.inf)
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
-LIMITS = {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "objective": OBJECTIVES}
-LIMITS |= {"sampler": SAMPLERS, "lr_decay": LR_DECAYS}
-LIMITS |= dict.fromkeys(("epochs", "batch_size", "micro_batch", "n_img", "steps"), COUNT)
-LIMITS |= dict.fromkeys(("seed", "warmup", "attention_size", "min_snr"), NOT_NEGATIVE)
-LIMITS |= dict.fromkeys(("sample_every", "save_every", "max_minutes"), NOT_NEGATIVE)
-LIMITS |= {"width": (4, 4096), "blocks": (1, 16), "dropout": (0, 0.99), "lr": (1e-9, 1)}
-LIMITS |= {"noise_steps": (2, 100_000), "ema_decay": (0, 0.999999)}
-LIMITS |= {"guidance": (0, 1000), "strength": (0, 1)}
-LIMITS |= {"head_width": (0, 10**9), "norm_groups": (0, 10**9), "norm_eps": (0, 1)}
-LIMITS |= {"frequency_shift": (0, 1), "downsample_padding": (0, 1)}
-# What may be another when a run is resumed.
-MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
-MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
+LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
+LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -278,7 +270,11 @@ def build_trained(checkpoint: dict, device: torch.device) -> tuple[UNet, Diffusi
 
 
 def load_run(run_name: str) -> dict:
-    """A run's checkpoint, checked; see `runs.load`."""
+    """A run's checkpoint, checked; see `runs.load`.
+
+    Flags that are missing from an older checkpoint get today's default: the default of a new flag
+    must mean what older versions did.
+    """
     parameters = inspect.signature(train).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters}
     defaults |= {"mode": "RGB", "classes": ()}
@@ -292,7 +288,8 @@ class Training:
     """Algorithm 1 of Ho et al. 2020: the network, its EMA, and the optimizer.
 
     Everything random in a step is drawn for the whole batch and depends on (seed, step) alone. So
-    a resumed run equals, to the bit, one that was never stopped, without any stored generator;
+    a resumed run equals, to the bit, one that was never stopped, without any stored generator
+    (on the same machine with a CPU; under --max_minutes the learning rate depends on the clock);
     and however processes and micro-batches divide a batch, the step is the same, up to the order
     of additions (and, with dropout, what is dropped).
 
@@ -325,12 +322,13 @@ class Training:
         classes = len(settings["classes"])
         per_class = math.ceil(PREVIEWS / max(1, classes))
         self.preview_seeds = range(min(64, classes * per_class) if classes else PREVIEWS)
+        self.preview_cost = len(self.preview_seeds) * (2 if classes else 1)  # guidance asks twice
 
     def state(self) -> dict:
         """What a checkpoint keeps; the inverse of `restore`."""
         return {
             "network": self.network.state_dict(),
-            "average": self.ema.state_dict(),
+            "average": self.ema.state_dict(),  # its name since the first version
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
@@ -348,7 +346,11 @@ class Training:
         self.ema.load_state_dict(ema_weights)
 
     def compute_gradient(self) -> tuple[Tensor, Tensor]:
-        """Algorithm 1, lines 2 to 5: loss and t of each image (B,); the gradient is in `.grad`."""
+        """Algorithm 1, lines 2 to 5: loss and t of each image (B,); the gradient is in `.grad`.
+
+        Each process computes its share of the losses and of the gradient, in micro-batches; the
+        rest stays 0, and all are added up.
+        """
         seed = self.settings["seed"]
         batch_size = self.loader.batch_size
         torch.manual_seed(seed_of(seed, self.step))
@@ -358,7 +360,8 @@ class Training:
         losses = torch.zeros(batch_size, device=self.device)
 
         def add_gradient(part: slice) -> None:
-            if self.settings["dropout"]:  # else all processes would drop the same activations
+            # else all would drop the same; 1 +, since (seed, step, 0) is (seed, step)
+            if self.settings["dropout"]:
                 torch.manual_seed(seed_of(seed, self.step, 1 + part.start))
             x_0 = self.loader.load(indices[part], flips[part])  # (b, C, H, W)
             inputs = (x_0, t[part], eps[part], None if labels is None else labels[part])
@@ -380,7 +383,11 @@ class Training:
         return labels.where(is_kept, self.network.null_class)
 
     def advance(self, fraction_done: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        """A step down the gradient: loss and t of each image (B,), gradient norm, learning rate."""
+        """Algorithm 1, line 5, a step down the gradient, and the EMA.
+
+        Returns:
+            loss and t of each image (B,), the gradient's norm before clipping, the learning rate.
+        """
         losses, t = self.compute_gradient()
         grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm=1.0)
         lr = self.learning_rate(fraction_done)
@@ -409,15 +416,12 @@ class Training:
         settings = self.settings
         classes = range(len(settings["classes"]))
         steps = self.diffusion.visited_steps(min(STEPS, settings["noise_steps"]))
-        *_, (x_0, _) = generate(
-            self.ema,
-            self.diffusion,
-            self.preview_seeds,
-            settings["img_size"],
-            visited_steps=steps,
-            labels=labels_in_turn(classes, self.preview_seeds),
-        )
-        images = utils.to_bytes(x_0).cpu()
+        labels = labels_in_turn(classes, self.preview_seeds)
+        how = {"visited_steps": steps, "labels": labels}
+        size = settings["img_size"]
+        for x_t, _ in generate(self.ema, self.diffusion, self.preview_seeds, size, **how):
+            pass  # the last one is the image
+        images = utils.to_bytes(x_t).cpu()
         utils.save_png(images, path, rows=len(classes), run=settings["run_name"], step=self.step)
         return utils.over_white(images)
 
@@ -496,6 +500,7 @@ def generate(
 
     x_t = draw_noise()
     first = visited_steps[0]
+    assert start or first == diffusion.noise_steps, "only an image can be noised to less than T"
     if first < diffusion.noise_steps:  # at T the image is all but gone: plain sampling
         x_t = diffusion.add_noise(image, torch.tensor([first], device=device), x_t)
     if first == 0:
@@ -602,32 +607,33 @@ def train(
     """
     settings = dict(locals())
     began = time.monotonic()
-    settings["img_size"] = runs.check_training(settings, LIMITS)
+    runs.check_training(settings, LIMITS)
+    settings["img_size"] = runs.full_size(img_size)
     device = devices.pick_device(device)
     listing = reading.list_images(Path(dataset))
     settings["classes"] = reading.check_classes(listing) if conditional else ()
     device = processes.join(device)
     devices.keep_memory()
-    with runs.open_run(settings, listing.fingerprint, load_run, MAY_CHANGE) as run:
+    with runs.open_run(settings, listing.fingerprint, load_run) as run:
         data = run.read(listing)
         loader = utils.Loader(data, batch_size, seed, flip, device)
         training = Training(run.settings, loader, device)
-        if run.stored["step"]:
-            training.restore(run.stored)
-        elif run.source:
-            training.start_from(run.source["average"])
-        # guidance asks the network twice
-        previews = len(training.preview_seeds) * (2 if settings["classes"] else 1)
-        session = Session(run, training, previews, began)
-        run.forget()
-        session.introduce(data)
+        if run.checkpoint["step"]:
+            training.restore(run.checkpoint)
+        elif run.init_checkpoint:
+            training.start_from(run.init_checkpoint["average"])
+        session = Session(run, training, began)
+        run.free_checkpoints()
+        session.print_summary(data)
         if compile:
             session.compile()
         if dry_run:
-            return session.rehearse()
+            return session.dry_run()
         with session:
             while session.goes_on():
+                # logs the step; saves, previews and stops when that is due
                 session.note(*training.advance(session.done))
+    # with fewer noising steps than `sample` visits by default, it must be told
     session.conclude(f" --steps={noise_steps}" if noise_steps < STEPS else "")
 
 
@@ -680,7 +686,8 @@ def sample(
         mask: inpainting: an image of the same size, white where to repaint, black where every
             pixel is kept.
         sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer, add no noise.
-        steps: how many of the noising steps are visited; 1000 with ddpm is Algorithm 2.
+        steps: how many of the noising steps are visited; all of them (1000) with ddpm is the
+            paper's Algorithm 2, with the guess of the image clipped to its range.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -698,8 +705,8 @@ def sample(
     runs.check_sampling(settings, steps, guidance, GUIDANCE)
     if strength != STRENGTH and not init_image:
         raise UserError(f"--strength={strength:g} needs an image to change: --init_image=...")
-    stride = 2 ** (len(settings["multipliers"]) - 1)
-    size = runs.check_size(img_size or settings["img_size"], stride)
+    size = runs.full_size(img_size or settings["img_size"])
+    runs.check_size(size, settings["multipliers"])
     if size != settings["img_size"]:
         height, width = settings["img_size"]
         print(f"{run_name} was trained at {height}x{width}; another size may look worse")
@@ -746,7 +753,7 @@ def sample(
                 if album.is_frame_due(numbers, move):
                     album.add_frame(utils.to_bytes(x_t).cpu(), utils.to_bytes(x_0).cpu())
             album.add(numbers, utils.to_bytes(x_t).cpu())
-    print(album.close() + hint(runs.images_seen(checkpoint)))
+    print(album.close() + hint(runs.learned(checkpoint).images))
 
 
 def main() -> None:

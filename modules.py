@@ -139,7 +139,7 @@ class UNet(nn.Module):
     Args:
         img_size: height and width in pixels, each a multiple of 2^(levels - 1), or one number.
         channels: of the image: 1 gray, 3 RGB, 4 RGBA.
-        width: channels of the first level; a multiple of 4 up to 128, of 32 above.
+        width: channels, to be multiplied; a multiple of 4 up to 128, of 32 above.
         multipliers: channels of each level, as multiples of `width`; levels halve the resolution.
         blocks: residual blocks per level on the way down (and one more on the way up).
         attention_size: levels whose shorter side has at most this many pixels get attention; the
@@ -150,7 +150,7 @@ class UNet(nn.Module):
     These make networks fit that were trained elsewhere:
         attention_levels: levels with attention, 0 is the full resolution; () for `attention_size`.
         head_width: channels of an attention head, a level with fewer has one head; 0 for the
-            largest up to 64 that divides all levels.
+            largest power of two, up to 64, that divides all levels with attention.
         norm_groups: groups of every GroupNorm; 0 for 32, or fewer with at least four channels each.
         norm_eps: what every GroupNorm adds to the variance.
         downsample_padding: 1 for zeros all around before halving; 0 for right and below alone.
@@ -158,7 +158,7 @@ class UNet(nn.Module):
 
     Attributes:
         recompute: gradient checkpointing: the backward pass computes the blocks again instead of
-            keeping their activations: a fourth of the memory, a third more computation.
+            keeping their activations: a fourth of the memory, a third more operations.
     """
 
     recompute = False
@@ -229,7 +229,8 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for depth in reversed(depths):
             here, below = widths[depth], widths[min(depth + 1, depths[-1])]
-            block = level([before + skips.pop() for before in [below] + [here] * blocks], depth)
+            inputs = [below] + [here] * blocks
+            block = level([before + skips.pop() for before in inputs], depth)  # each beside a skip
             if depth > 0:
                 block.upsamplers.append(Resample(here, up=True))
             self.up_blocks.append(block)

@@ -56,7 +56,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     """
     start = step * batch_size
     stop = start + batch_size
-    parts = []  # sliced first: a whole order may be of a million images
+    parts = []  # slices of each epoch's order: a whole one may be of a million images
     for epoch in range(start // count, (stop - 1) // count + 1):
         first = epoch * count
         parts.append(shuffled(count, seed, epoch)[max(0, start - first) : stop - first])
@@ -64,13 +64,15 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 
 class Loader:
-    """The batches of a training. What a step is given depends on (seed, step) alone.
+    """The batches of a training. The order of the images depends on (seed, step) alone.
+
+    Flips are drawn from PyTorch's generator, which `Training` seeds for every step.
 
     Args:
         data: the images, uint8; kept on the GPU where they take less than half of its free memory,
             else left on the disk and read as they are needed.
         batch_size: images per step, of all processes together; at most all there are.
-        seed: of the order and the flips.
+        seed: of the order.
         flip: whether a coin decides for each image to be mirrored left to right.
         device: where batches go.
 
@@ -109,7 +111,7 @@ class Loader:
         return torch.where(flips.view(-1, 1, 1, 1), x_0.flip(3), x_0)
 
     def save_examples(self, path: Path) -> None:
-        """Write the first 64 images of the first epoch, as the network is given them."""
+        """Write the first 64 images of the first epoch, some of them mirrored."""
         torch.manual_seed(seed_of(self.seed, 0))
         indices = torch.from_numpy(shuffled(self.count, self.seed, epoch=0)[:64])
         examples = self.load(indices, self.draw_flips(len(indices)))

@@ -1,3 +1,4 @@
-"""How fast training and sampling are, against others and against the machine; see README.md in this
-folder.
+"""How fast training and sampling are, against others and against the machine.
+
+See README.md in this folder.
 """

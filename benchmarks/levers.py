@@ -17,13 +17,16 @@ from benchmarks.measuring import FORMATS
 from machinery import command_line, devices
 
 COLUMNS = (*measuring.WHAT, "without", "with", "gain", "gain_min", "gain_max", *measuring.WHERE)
-SHOWN = {"variant": ("lever", ""), "precision": ("precision", ""), "batch_size": ("batch", "")}
-SHOWN |= {
+SHOWN = {
+    "variant": ("lever", ""),
+    "precision": ("precision", ""),
+    "batch_size": ("batch", ""),
     "without": ("img/s without", ".2f"),
     "with": ("img/s with", ".2f"),
     "gain": ("gain", ".3f"),
+    "gain_min": ("min", ".3f"),
+    "gain_max": ("max", ".3f"),
 }
-SHOWN |= {"gain_min": ("min", ".3f"), "gain_max": ("max", ".3f")}
 GPU_BATCH_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -38,8 +41,9 @@ class Lever(NamedTuple):
 
 
 def with_tf32(build: Callable[[], Callable], on: bool) -> Callable[[], None]:
-    """The call that `build` gives, with float32 products on tensor cores allowed or not while it
-    runs.
+    """The call that `build` gives, with TF32 (float32 products on tensor cores) switched on or off.
+
+    The settings of before are put back after each call.
     """
 
     def build_call() -> Callable[[], None]:
@@ -58,8 +62,10 @@ def with_tf32(build: Callable[[], Callable], on: bool) -> Callable[[], None]:
 
 def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool) -> list[Lever]:
     """All levers that this machine has; says which it has not."""
-    best, side, found = measuring.precisions_of(device)[-1], shape["img_size"], []
+    best = measuring.precisions_of(device)[-1]
+    side = shape["img_size"]
     network = peers.our_network(shape)
+    found = []
 
     def train(
         precision: str = best, batch_size: int = batch_size, **options
@@ -90,30 +96,23 @@ def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool
         print("left out: TF32, CUDA graphs and large batches, which are for NVIDIA GPUs")
         return found
     for name, work in (("training", train), ("sampling", sample)):
-        add(
-            f"{name}: TF32",
-            with_tf32(work("fp32"), on=False),
-            with_tf32(work("fp32"), on=True),
-            "fp32",
-        )
+        without, with_it = (with_tf32(work("fp32"), on=on) for on in (False, True))
+        add(f"{name}: TF32", without, with_it, "fp32")
     for size in (batch_size, 1):
         graphs = sample(batch_size=size), sample(batch_size=size, graph=True)
         add("sampling: CUDA graph", *graphs, sizes=(size, size))
     first, *larger = GPU_BATCH_SIZES
     for name, work in (("training", train), ("sampling", sample)):
         for size in larger:
-            add(
-                f"{name}: a batch instead of {first}",
-                work(batch_size=first),
-                work(batch_size=size),
-                sizes=(first, size),
-            )
+            without, with_it = (work(batch_size=number) for number in (first, size))
+            add(f"{name}: a batch instead of {first}", without, with_it, sizes=(first, size))
     return found
 
 
 def measure(lever: Lever, rounds: int, device: torch.device) -> dict:
-    """A lever's cells: images (and steps) per second without it and with it, and their ratio over
-    the rounds.
+    """The cells of a lever: its speed without and with it, and their ratio over the rounds.
+
+    Speeds are images (and steps) per second.
     """
     timings = measuring.take_turns(
         {"without": lever.without, "with": lever.with_it}, rounds, device
@@ -159,7 +158,8 @@ def levers(
         UserError: a flag that does not fit, or a file of other columns in the way.
     """
     command_line.check_limits(locals(), measuring.LIMITS)
-    place, path = devices.pick_device(device), measuring.RESULTS / "levers.csv"
+    place = devices.pick_device(device)
+    path = measuring.RESULTS / "levers.csv"
     command_line.check_table(path, COLUMNS)
     rounds = (3 if quick else 7) if rounds == "auto" else rounds
     batch_size = (8 if quick else 16) if batch_size == "auto" else batch_size

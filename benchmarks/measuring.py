@@ -42,8 +42,9 @@ class Timing(NamedTuple):
 
 
 def seconds_per_call(call: Callable[[], None], times: int, device: torch.device) -> float:
-    """The clock stops when the device has finished; what a GPU has only been told to do does not
-    count.
+    """Seconds of one call; the clock stops when the device has finished.
+
+    A GPU only queues what it is given, so it is waited for.
     """
 
     def synchronize() -> None:
@@ -61,8 +62,9 @@ def seconds_per_call(call: Callable[[], None], times: int, device: torch.device)
 def take_turns(
     builders: dict[str, Callable[[], Callable[[], None]]], rounds: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Measure variants in turn, within one process, so that what else the machine does hits all of
-    them alike.
+    """Measure variants in turn, within one process.
+
+    So other load on the machine affects all of them alike.
 
     Every second round goes backwards: no variant always follows the same neighbour.
 
@@ -75,7 +77,10 @@ def take_turns(
     def allocated() -> int:
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
-    calls, times, held, peaks = {}, {}, {}, dict.fromkeys(builders, 0)
+    calls = {}
+    times = {}  # calls in a turn
+    held = {}  # bytes, kept between calls
+    peaks = dict.fromkeys(builders, 0)  # bytes, more than that, within calls
     for name, build in builders.items():
         print(f"warming up: {name}", file=sys.stderr, flush=True)
         before = allocated()
@@ -136,8 +141,9 @@ def gains(without: Timing, with_it: Timing) -> Spread:
 
 
 def count_flop(network: nn.Module, img_size: int, training: bool) -> float:
-    """Operations that one RGB image takes, an addition and a multiplication being two: forward, or
-    backward too.
+    """Operations that one RGB image takes, forward, or (in training) forward and backward.
+
+    An addition and a multiplication are two.
 
     Convolutions and matrix products alone are counted, on the meta device, where nothing is
     computed.
@@ -155,8 +161,7 @@ FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def convolutions(device: torch.device, precisions: list[str], small: bool) -> dict[str, Callable]:
-    """Builders of large 3x3 convolutions, the best that a convolutional network could hope for on
-    this machine.
+    """Builders of large 3x3 convolutions: the best that a convolutional network can hope for here.
 
     They are named `fp32 NCHW`, `fp32 NHWC` and so on, and take part in the rounds like any variant.
     """
@@ -164,16 +169,11 @@ def convolutions(device: torch.device, precisions: list[str], small: bool) -> di
 
     def builder(precision: str, memory_format: torch.memory_format) -> Callable:
         def build() -> Callable[[], None]:
-            options = {
-                "device": device,
-                "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-            }
-            images = torch.randn(batch, channels, side, side, **options).to(
-                memory_format=memory_format
-            )
-            weight = torch.randn(channels, channels, 3, 3, **options).to(
-                memory_format=memory_format
-            )
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            images = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+            weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+            images = images.to(memory_format=memory_format)
+            weight = weight.to(memory_format=memory_format)
             return lambda: F.conv2d(images, weight, padding=1)
 
         return build
@@ -186,8 +186,9 @@ def convolutions(device: torch.device, precisions: list[str], small: bool) -> di
 
 
 def peak_shape(device: torch.device, small: bool) -> tuple[int, int, int]:
-    """Batch, channels and side of the convolution: 77 GFLOP on a CPU, 1.2 TFLOP on a GPU, 1.2 GFLOP
-    for a trial.
+    """Batch, channels and side of the convolution.
+
+    77 GFLOP on a CPU, 1.2 TFLOP on a GPU, 1.2 GFLOP for a trial.
     """
     if small:
         return 4, 64, 64
@@ -195,8 +196,9 @@ def peak_shape(device: torch.device, small: bool) -> tuple[int, int, int]:
 
 
 def peaks_of(timings: dict[str, Timing], device: torch.device, small: bool) -> dict[str, float]:
-    """Operations per second by precision: of the convolutions, the better memory format in its best
-    round.
+    """Operations per second by precision, from the convolutions.
+
+    The better memory format counts, in its best round.
     """
     batch, channels, side = peak_shape(device, small)
     flop = 2 * batch * side * side * channels * channels * 9
@@ -229,11 +231,8 @@ def hardware(device: torch.device) -> str:
 
 def facts_of(device: torch.device) -> dict[str, str]:
     """What a figure means nothing without, the same in every row of a file."""
-    tuned = [
-        f"{name}={value}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith("MALLOC_")
-    ]
+    variables = sorted(os.environ.items())
+    tuned = [f"{name}={value}" for name, value in variables if name.startswith("MALLOC_")]
     return {
         "device": str(device),
         "hardware": hardware(device),
@@ -246,9 +245,9 @@ def facts_of(device: torch.device) -> dict[str, str]:
 
 # ---- tables and files ----------------------------------------------------------------------------
 
-
-# Columns that every file has: what was measured, and what a figure means nothing without.
+# Columns of files: what was measured, `cells_of`, and what a figure means nothing without.
 WHAT = ("benchmark", "variant", "precision", "img_size", "batch_size", "rounds")
+SIZE = ("weights_m", "gflop_per_img", "peak_tflop_per_s", "share_of_peak", "memory_gb")
 WHERE = ("device", "hardware", "threads", "torch", "malloc", "date")
 
 
@@ -280,14 +279,13 @@ def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
         rows: cells by column.
         columns: the title and the format of every column that is shown, such as ("min", ".1f").
     """
+
+    def text_of(cell, form: str) -> str:
+        return "-" if cell is None else format(cell, form)
+
     lines = [[title for title, _ in columns.values()]]
     for row in rows:
-        lines.append(
-            [
-                "-" if row[name] is None else format(row[name], form)
-                for name, (_, form) in columns.items()
-            ]
-        )
+        lines.append([text_of(row[name], form) for name, (_, form) in columns.items()])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
@@ -298,6 +296,10 @@ def table(rows: list[dict], columns: dict[str, tuple[str, str]]) -> str:
 
 def add_rows(path: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
     """Add rows to a CSV file, which keeps what was measured before; None becomes an empty cell."""
+
+    def rounded(cell):
+        return f"{cell:.6g}" if isinstance(cell, float) else cell
+
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
@@ -305,12 +307,7 @@ def add_rows(path: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
         if is_new:
             writer.writeheader()
         for row in rows:
-            writer.writerow(
-                {
-                    name: f"{cell:.6g}" if isinstance(cell, float) else cell
-                    for name, cell in row.items()
-                }
-            )
+            writer.writerow({name: rounded(cell) for name, cell in row.items()})
 
 
 def publish(
@@ -322,20 +319,18 @@ def publish(
     device: torch.device,
     peaks: dict[str, float],
 ) -> None:
-    """Print a table of `shown` columns below what, where, when and the machine's peaks; add all
-    rows to the file.
+    """Print a table of `shown` columns, and add all rows to the file.
+
+    Above the table: what was measured, where and when, and the machine's peaks.
     """
     facts = facts_of(device)
-    print(
-        f"\n{title}\n{facts['hardware']}, {facts['threads']} CPU threads, torch {facts['torch']}, {facts['date']}"
-    )
+    machine = f"{facts['hardware']}, {facts['threads']} CPU threads"
+    print(f"\n{title}\n{machine}, torch {facts['torch']}, {facts['date']}")
     if facts["malloc"]:
         print(facts["malloc"])
-    measured = ", ".join(
-        f"{flop / 1e12:.3g} TFLOP/s in {precision}" for precision, flop in peaks.items()
-    )
     if peaks:
-        print(f"a 3x3 convolution at its best: {measured}")
+        best = [f"{flop / 1e12:.3g} TFLOP/s in {precision}" for precision, flop in peaks.items()]
+        print(f"a 3x3 convolution at its best: {', '.join(best)}")
     print(f"\n{table(rows, shown)}\n")
     add_rows(path, [row | facts for row in rows], columns)
     print(f"{len(rows)} rows added to {path}")

@@ -1,10 +1,9 @@
-"""The networks that are compared, and what each project does with them in a step of training or of
-sampling.
+"""The networks that are compared, and what each project does with them in a step.
 
 diffusers gets our network with our weights. denoising-diffusion-pytorch (lucidrains) has a network
 of its own.
 
-Reading order: networks, training steps, walks from noise to images, variants.
+Reading order: networks, training steps, sampling, variants.
 """
 
 import contextlib
@@ -45,9 +44,8 @@ def is_installed(module: str) -> bool:
     try:
         importlib.import_module(module)
     except ImportError:
-        print(
-            f"left out: {PIP_NAMES[module]} is not installed here; pip install {PIP_NAMES[module]}"
-        )
+        name = PIP_NAMES[module]
+        print(f"left out: {name} is not installed here; pip install {name}")
         return False
     return True
 
@@ -74,12 +72,14 @@ def our_network(shape: dict) -> UNet:
 
 
 def diffusers_twin(network: UNet, shape: dict) -> nn.Module:
-    """diffusers' UNet2DModel of the same layers and weights, in which an answer like ours is made
-    sure of.
+    """diffusers' UNet2DModel of the same layers and weights.
+
+    It is checked that its answer is ours.
     """
     from diffusers import UNet2DModel
 
-    side, depths = shape["img_size"], range(len(shape["multipliers"]))
+    side = shape["img_size"]
+    depths = range(len(shape["multipliers"]))
     attended = [side // 2**depth <= shape["attention_size"] for depth in depths]
     widths = [shape["width"] * multiplier for multiplier in shape["multipliers"]]
     twin = UNet2DModel(
@@ -97,12 +97,15 @@ def diffusers_twin(network: UNet, shape: dict) -> nn.Module:
 
 
 def check_same_answer(network: UNet, twin: nn.Module, side: int) -> None:
-    """Both answers agree to 1e-3 of their size; float32's rounding is far below, another layer far
-    above.
+    """Check that both answers agree to 1e-3 of their size.
+
+    float32's rounding is far below that, another layer far above.
     """
-    x, t = torch.randn(2, 3, side, side), torch.tensor([1, 700])
+    x = torch.randn(2, 3, side, side)
+    t = torch.tensor([1, 700])
     with torch.no_grad():
-        ours, theirs = network(x, t), twin(x, t - 1).sample
+        ours = network(x, t)
+        theirs = twin(x, t - 1).sample
     apart = ((ours - theirs).abs().max() / ours.abs().max()).item()
     assert apart < 1e-3, f"diffusers' network is not ours: answers are {apart:.1e} apart"
 
@@ -162,8 +165,9 @@ def train_ours(
 def train_diffusers(
     network: nn.Module, precision: str, images: Tensor, compiled: bool = False
 ) -> Callable[[], None]:
-    """The step of diffusers' examples/unconditional_image_generation/train_unconditional.py with
-    --use_ema.
+    """The step of diffusers' train_unconditional.py with --use_ema.
+
+    The script lies in examples/unconditional_image_generation/.
     """
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
@@ -203,11 +207,8 @@ def train_lucidrains(network: nn.Module, precision: str, images: Tensor) -> Call
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA  # comes with it
 
-    diffusion = (
-        GaussianDiffusion(copy.deepcopy(network), image_size=images.shape[-1])
-        .train()
-        .to(images.device)
-    )
+    diffusion = GaussianDiffusion(copy.deepcopy(network), image_size=images.shape[-1])
+    diffusion.train().to(images.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10).to(images.device)
     bright = (images + 1) / 2  # it takes [0, 1]
@@ -225,22 +226,21 @@ def train_lucidrains(network: nn.Module, precision: str, images: Tensor) -> Call
     return step
 
 
-# ---- walks from noise to images ------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 # All are DDIM's: one answer of the network per step, and no fresh noise.
 
 
 def captured(network: nn.Module, precision: str, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network's forward pass as a CUDA graph: one launch instead of hundreds, for inputs of this
-    one shape.
+    """A network's forward pass as a CUDA graph: one launch instead of hundreds.
+
+    The graph holds for inputs of the shape of `x` only.
     """
-    still_x, still_t = x.clone(), torch.ones(len(x), dtype=torch.long, device=x.device)
+    still_x = x.clone()
+    still_t = torch.ones(len(x), dtype=torch.long, device=x.device)
 
     def forward() -> Tensor:
         # a cache would not outlive the graph
-        with (
-            torch.no_grad(),
-            autocast(x.device, precision, cache_enabled=False),
-        ):
+        with torch.no_grad(), autocast(x.device, precision, cache_enabled=False):
             return network(still_x, still_t)
 
     # streams and graphs are of the current device, which need not be this one
@@ -273,9 +273,7 @@ def sample_ours(
     compiled: bool = False,
     graph: bool = False,
 ) -> Callable[[], Tensor]:
-    """`Diffusion.denoise` from noise x (B, 3, H, W), with the network asked as `ddpm.sample` asks
-    it.
-    """
+    """`Diffusion.denoise` from noise x (B, 3, H, W); the network is called as in `ddpm.sample`."""
     network = copy.deepcopy(network).to(x.device, memory_format=memory_format)
     if compiled:
         network.compile(dynamic=False)
@@ -288,13 +286,12 @@ def sample_ours(
             output = answer_to(x_t, times)
         return diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
 
-    def walk() -> Tensor:
-        *_, (images, _) = diffusion.denoise(
-            predict_clean, x, diffusion.visited_steps(steps), "ddim"
-        )
+    def sample() -> Tensor:
+        visited_steps = diffusion.visited_steps(steps)
+        *_, (images, _) = diffusion.denoise(predict_clean, x, visited_steps, "ddim")
         return images
 
-    return walk
+    return sample
 
 
 def sample_diffusers(
@@ -310,7 +307,7 @@ def sample_diffusers(
     noising.set_timesteps(steps)
 
     @torch.no_grad()
-    def walk() -> Tensor:
+    def sample() -> Tensor:
         x_t = x
         for t in noising.timesteps:
             with autocast(x.device, precision):
@@ -318,7 +315,7 @@ def sample_diffusers(
             x_t = noising.step(output.float(), t, x_t, eta=0.0).prev_sample
         return x_t
 
-    return walk
+    return sample
 
 
 def sample_lucidrains(
@@ -328,19 +325,15 @@ def sample_lucidrains(
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     network = copy.deepcopy(network).eval()
-    diffusion = GaussianDiffusion(network, image_size=x.shape[-1], sampling_timesteps=steps).to(
-        x.device
-    )
+    diffusion = GaussianDiffusion(network, image_size=x.shape[-1], sampling_timesteps=steps)
+    diffusion.to(x.device)
 
-    def walk() -> Tensor:
-        # its progress bar
-        with (
-            autocast(x.device, precision),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+    def sample() -> Tensor:
+        # its progress bar is hidden
+        with autocast(x.device, precision), contextlib.redirect_stderr(io.StringIO()):
             return diffusion.sample(batch_size=len(x))
 
-    return walk
+    return sample
 
 
 # ---- variants ------------------------------------------------------------------------------------
@@ -365,8 +358,9 @@ def variants(
     precisions: list[str],
     compiled: bool,
 ) -> dict[str, Variant]:
-    """Every network in every precision, and compiled in the last one if wanted; lucidrains' is not
-    made for that.
+    """Every network in every precision, and compiled in the last one if wanted.
+
+    lucidrains' network is not made for compiling.
 
     Args:
         networks: see `all_networks`.

@@ -1,11 +1,10 @@
-"""Which settings make the better images: variants learn from the same images, as many of them, and
-are judged alike.
+"""Which settings make the better images: all learn from as many images and are judged alike.
 
     python -m benchmarks.quality --experiment=noise
     python -m benchmarks.quality --help
 
-A variant is an ordinary run, models/quality_..., and can be stopped and gone on with like any
-other. What is judged is written down at once; the same command does what is still missing.
+A variant is an ordinary run, models/quality_..., and can be stopped and resumed like any other.
+What is judged is written down at once; the same command does what is still missing.
 
 Reading order: EXPERIMENTS, then quality, the command.
 """
@@ -22,8 +21,7 @@ from machinery import command_line, devices, reading
 from machinery.basics import UserError
 from tools import evaluate
 
-# A small network that learns something within minutes on a CPU; every variant changes a little of
-# it.
+# A small network that learns something within minutes on a CPU; every variant changes a bit of it.
 BASE = {
     "img_size": (32,),
     "width": 32,
@@ -31,8 +29,6 @@ BASE = {
     "attention_size": 8,
     "batch_size": 32,
     "lr": 1e-3,
-}
-BASE |= {
     "schedule": "cosine",
     "objective": "v",
     "min_snr": 5.0,
@@ -69,40 +65,23 @@ EXPERIMENTS = {
         },
     },
 }
-UNCHANGED = (
-    "base"  # the variant that every experiment has, and that is trained once for all of them
-)
+UNCHANGED = "base"  # the variant that all experiments share: it is trained once
 LIMITS = measuring.LIMITS | {
     "experiment": EXPERIMENTS,
     "images": (1, 10**12),
     "seeds": (1, 1000),
     "n_img": (16, 10**9),
 }
-FIGURES = (
-    "distance",
-    "distance_real",
-    "precision",
-    "recall",
-    "copies",
-    "contrast",
-    "contrast_real",
-)
-COLUMNS = (
-    "experiment",
-    "variant",
-    "seed",
-    "images",
-    "measure",
-    "n",
-    *FIGURES,
-    "minutes",
-    *measuring.WHERE,
-)
+FIGURES = ("distance", "distance_real", "precision", "recall", "copies")
+FIGURES += ("contrast", "contrast_real")
+COLUMNS = ("experiment", "variant", "seed", "images", "measure", "n", *FIGURES, "minutes")
+COLUMNS += measuring.WHERE
 
 
 def variants_of(experiment: str) -> dict[str, dict]:
-    """What each variant of an experiment changes, by its name; one that changes nothing is called
-    `UNCHANGED`.
+    """What each variant of an experiment changes, by its name.
+
+    One that changes nothing is called `UNCHANGED`.
     """
     named = EXPERIMENTS[experiment].items()
     return {UNCHANGED if BASE | changed == BASE else name: changed for name, changed in named}
@@ -117,10 +96,23 @@ def done_before(path: Path) -> list[dict]:
 
 
 def check_held_out(folder: str) -> None:
-    """Refuse a folder of held-out pictures that is not there, and say how they come to be."""
+    """Refuse a folder of held-out images that does not exist, and say how to make it."""
     if not Path(folder).is_dir():
-        how = f"python datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder={folder}"
+        options = f"--first_seed=1000000 --count=2048 --folder={folder}"
+        how = f"python datasets/paint_landscapes.py {options}"
         raise UserError(f"--held_out={folder} does not exist; paint it: {how}")
+
+
+def matching(rows: list[dict], wanted: dict) -> list[dict]:
+    """The rows of a CSV file whose cells are as wanted."""
+    texts = {name: str(value) for name, value in wanted.items()}
+    return [row for row in rows if texts.items() <= row.items()]
+
+
+def means_of(variant: str, rows: list[dict]) -> dict:
+    """A row of the printed table: the means over the seeds of a variant."""
+    means = {name: statistics.mean(float(row[name]) for row in rows) for name in FIGURES}
+    return {"variant": variant, "seeds": len(rows)} | means
 
 
 def quality(
@@ -132,13 +124,12 @@ def quality(
     held_out: str = "datasets/held_out",
     device: str = "auto",
 ) -> None:
-    """Train the variants of an experiment on as many images, and judge them by pictures none of
-    them has seen.
+    """Train the variants of an experiment on as many images, and judge them by held-out images.
 
         python -m benchmarks.quality --experiment=noise
 
     Adds a row for every variant and seed to results/benchmarks/quality.csv, and prints the means of
-    the seeds. Held-out pictures come from: python datasets/paint_landscapes.py --first_seed=1000000
+    the seeds. Held-out images come from: python datasets/paint_landscapes.py --first_seed=1000000
     --count=2048 --folder=datasets/held_out
 
     Args:
@@ -154,58 +145,39 @@ def quality(
         UserError: a flag, package or data set that does not fit.
     """
     command_line.check_limits(locals(), LIMITS)
-    place, path = devices.pick_device(device), measuring.RESULTS / "quality.csv"
+    place = devices.pick_device(device)
+    path = measuring.RESULTS / "quality.csv"
     command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     check_held_out(held_out)
     count, real = (len(reading.list_images(Path(folder)).paths) for folder in (dataset, held_out))
-    epochs, n = max(1, round(images / count)), evaluate.comparable(n_img, real)
+    epochs = max(1, round(images / count))
+    n = evaluate.comparable(n_img, real)
+    shared = {"images": epochs * count, "n": n}
     variants = variants_of(experiment)
-    for seed, (number, (variant, changed)) in itertools.product(
-        range(seeds), enumerate(variants.items())
-    ):
-        key = {"variant": variant, "seed": seed, "images": epochs * count, "n": n}
-        if any(
-            all(row[name] == str(value) for name, value in key.items()) for row in done_before(path)
-        ):
+    for seed, (number, variant) in itertools.product(range(seeds), enumerate(variants)):
+        key = shared | {"variant": variant, "seed": seed}
+        if matching(done_before(path), key):
             continue
         print(f"\n{experiment}: {variant}, seed {seed}", flush=True)
         run_name = f"quality_{experiment}_{number}_{epochs}_{seed}"
-        settings = (
-            BASE | changed | {"seed": seed, "epochs": epochs, "device": device, "sample_every": 0}
-        )
+        settings = BASE | variants[variant] | {"seed": seed, "epochs": epochs}
+        settings |= {"device": device, "sample_every": 0}
         ddpm.train(dataset=dataset, run_name=run_name, **settings)
         stored = ddpm.load_run(run_name)
         samples = evaluate.make_samples(stored, range(n), "dpm++", 25, 64, place)
-        pictures = utils.load_dataset(
-            Path(held_out), stored["settings"]["img_size"], stored["settings"]["mode"]
-        ).images
-        figures = evaluate.judge(samples, pictures, features, place)
-        row = key | {
-            "experiment": experiment,
-            "measure": figures["measure"],
-            "minutes": stored["minutes"],
-        }
-        row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)
+        size, mode = (stored["settings"][name] for name in ("img_size", "mode"))
+        unseen = utils.load_dataset(Path(held_out), size, mode).images
+        row = key | {"experiment": experiment, "minutes": stored["minutes"]}
+        row |= evaluate.judge(samples, unseen, features, place) | measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
-    shared = {"images": str(epochs * count), "n": str(n)}
-    rows = [
-        row
-        for row in done_before(path)
-        if all(row[name] == value for name, value in shared.items())
-    ]
-    means = []
-    for variant in variants:
-        alike = [row for row in rows if row["variant"] == variant]
-        means.append({"variant": variant, "seeds": len(alike)})
-        means[-1] |= {name: statistics.mean(float(row[name]) for row in alike) for name in FIGURES}
-    shown = {"variant": ("variant", ""), "seeds": ("seeds", "")} | {
-        name: (name, ".3f") for name in FIGURES
-    }
+    rows = matching(done_before(path), shared)
+    means = [means_of(variant, matching(rows, {"variant": variant})) for variant in variants]
+    shown = {"variant": ("variant", ""), "seeds": ("seeds", "")}
+    shown |= {name: (name, ".3f") for name in FIGURES}
     facts = measuring.facts_of(place)
-    print(
-        f"\n{experiment}: {epochs * count:,} images, judged by {n:,}; {facts['hardware']}, torch {facts['torch']}"
-    )
+    judged = f"{epochs * count:,} images, judged by {n:,}"
+    print(f"\n{experiment}: {judged}; {facts['hardware']}, torch {facts['torch']}")
     print(measuring.table(sorted(means, key=lambda row: row["distance"]), shown))
 
 

@@ -1,31 +1,27 @@
-"""Whose images are better after the same time: ours, those of diffusers' example, or
-denoising-diffusion-pytorch's.
+"""Whose images are better after the same time: ours, or those of two other projects.
 
     python -m benchmarks.quality_peers --minutes=12
     python -m benchmarks.quality_peers --help
 
-All learn from the same pictures, decoded before and mirrored at random, on the same machine, for
-the same minutes of the clock; each by its own settings, and each makes its images in its own way,
-with its averaged weights.
+All learn from the same images, decoded before and mirrored at random, on the same machine, for
+the same minutes of the clock; each by its own settings, and each samples in its own way, with its
+EMA weights.
 
 - ours: the command line's defaults, and README's first training ("for a CPU"). What `ddpm.train`
-does beside its steps,
-  such as the last preview, comes out of its minutes. dpm++, 25 steps.
-- diffusers: the network and settings of
-examples/unconditional_image_generation/train_unconditional.py, as its README
-  calls it; the step is written in our words. Its learning rate falls by the clock, to end with it.
-  500 warm-up steps would be most of a short training: here they are a tenth of the steps that fit,
-  if that is less. It samples as the example does, with DDPMPipeline, but in 50 steps: for its 1,000
-  there is no time on a CPU. DDIMPipeline would do it an
-  injustice: what is clipped and what is not do not fit together there, and a young network's images
-      turn to grey noise.
+  does beside its steps, such as the last preview, comes out of its minutes. dpm++, 25 steps.
+- diffusers: the network and settings of its example, train_unconditional.py in
+  examples/unconditional_image_generation, as its README calls it; the step is written here. Its
+  learning rate falls by the clock, to end with it. 500 warm-up steps would be most of a short
+  training: here they are a tenth of the steps that fit, if that is less. It samples as the example
+  does, with DDPMPipeline, but in 50 steps: for its 1,000 there is no time on a CPU. DDIMPipeline
+  would do it an injustice: what is clipped and what is not do not fit together there, and a young
+  network's images turn to gray noise.
 - lucidrains: denoising-diffusion-pytorch's own Trainer, asked for a step at a time, with the
-defaults of its signature
-  (the batches of its README are four times larger, so the steps were a fourth as many). Its own
-  DDIM, 50 steps.
+  defaults of its signature (the batches of its README are four times larger, so the steps were a
+  fourth as many). Its own DDIM, 50 steps.
 
 Theirs run in fp32, as they come, and in bf16, where the hardware has it: ours takes that by itself.
-The time to get ready (to build, and to see how many steps fit) is told, not counted.
+The time to get ready (to build, and to see how many steps fit) is reported, not counted.
 
 Reading order: what all are given, the contenders, the command.
 """
@@ -54,46 +50,39 @@ from machinery.basics import UserError
 from tools import evaluate
 
 STRIDE = 32  # diffusers' network halves an image five times
-FEWEST = 100  # pictures that lucidrains' Trainer asks for
-PEER_STEPS, BATCH = 50, 64  # of the others' sampling
+FEWEST = 100  # images that lucidrains' Trainer asks for
+PEER_STEPS = 50  # of the others' sampling
+BATCH = 64  # of everybody's sampling
 LIMITS = measuring.LIMITS | {"minutes": (0.01, 10**6), "img_size": (STRIDE, 1024)}
 LIMITS |= {"seeds": (1, 1000), "n_img": (16, 10**9)}
-COLUMNS = (
-    "contender",
-    "seed",
-    "minutes",
-    "img_size",
-    "measure",
-    "n",
-    "images",
-    "weights_m",
-    "sampler",
-    "steps",
-)
-COLUMNS += (*quality.FIGURES, "prepared_s", "trained_s", "sampled_s", *measuring.WHERE)
-SHOWN = {"contender": ("contender", ""), "seeds": ("seeds", ""), "images": ("images", ",.0f")}
-SHOWN |= {
+COLUMNS = ("contender", "seed", "minutes", "img_size", "measure", "n", "images", "weights_m")
+COLUMNS += ("sampler", "steps", *quality.FIGURES, "prepared_s", "trained_s", "sampled_s")
+COLUMNS += measuring.WHERE
+SHOWN = {
+    "contender": ("contender", ""),
+    "seeds": ("seeds", ""),
+    "images": ("images", ",.0f"),
     "weights_m": ("weights M", ".1f"),
     "how": ("sampler", ""),
     "distance": ("distance", ".1f"),
+    "excess": ("excess", ".1f"),  # over the floor, `distance_real`
 }
-SHOWN |= {"excess": ("excess", ".1f")}  # over the floor, `distance_real`
 SHOWN |= {name: (name, ".3f") for name in quality.FIGURES if not name.startswith("distance")}
 
 # ---- what all are given --------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
-    """The pictures (N, 3, H, W) uint8 of a folder, the budget, the seed, and where to do the work."""
+    """What to learn from, for how long, and where to do the work."""
 
-    dataset: str
-    images: np.ndarray
+    dataset: str  # a folder
+    images: np.ndarray  # in it, (N, 3, H, W) uint8
     minutes: float
     seed: int
     device: torch.device
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1], epoch after epoch, each mirrored or not."""
+        """Images (B, 3, H, W) in [-1, 1], epoch after epoch, each mirrored or not."""
         labels = np.zeros(len(self.images), np.int64)
         data = reading.Dataset(self.images, "", [], "RGB", labels)
         loader = utils.Loader(data, batch_size, self.seed, flip=True, device=self.device)
@@ -102,7 +91,7 @@ class Task(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What has come of it."""
+    """What a contender has learned, and what it took."""
 
     images: int  # shown
     weights_m: float
@@ -114,10 +103,12 @@ class Learned(NamedTuple):
 
 
 def train_by_clock(step: Callable[[float], None], minutes: float) -> tuple[int, float]:
-    """Call `step` with the share of the minutes that is used up, until all are: how many steps, in
-    how many seconds.
+    """Call `step` until the minutes are used up: how many steps, in how many seconds.
+
+    The step is given the share of the minutes that is used up.
     """
-    began, count = time.monotonic(), 0
+    began = time.monotonic()
+    count = 0
     while (done := (time.monotonic() - began) / (60 * minutes)) < 1:
         step(done)
         count += 1
@@ -134,8 +125,9 @@ def steps_that_fit(step: Callable[[float], None], minutes: float) -> int:
 
 
 def in_batches(make: Callable[[int], Tensor], n: int) -> Tensor:
-    """`n` images as bytes, of a function that makes some in [0, 1] and shows a progress bar of its
-    own meanwhile.
+    """`n` images as bytes, of a function that makes some in [0, 1].
+
+    Its own progress bar is hidden.
     """
     found = []
     with basics.progress_bar(n, title="samples") as bar, contextlib.redirect_stderr(io.StringIO()):
@@ -153,22 +145,13 @@ def millions(network: nn.Module) -> float:
 
 
 def train_ours(name: str, settings: dict, task: Task) -> Learned:
-    """`ddpm.train`, as an ordinary run, models/quality_peers_..., that goes on where it was
-    stopped.
-    """
+    """`ddpm.train`, as an ordinary run, models/quality_peers_..., which resumes after a stop."""
     size = task.images.shape[2:]
     run_name = f"quality_peers_{name}_{size[0]}_{task.minutes:g}_{task.seed}"
     # the clock alone ends it
-    budget = {
-        "max_minutes": task.minutes,
-        "epochs": 10**6,
-        "sample_every": 0,
-    }
-    ddpm.train(
-        dataset=task.dataset,
-        run_name=run_name,
-        **settings | budget | {"img_size": size, "seed": task.seed, "device": str(task.device)},
-    )
+    settings = settings | {"max_minutes": task.minutes, "epochs": 10**6, "sample_every": 0}
+    settings |= {"img_size": size, "seed": task.seed, "device": str(task.device)}
+    ddpm.train(dataset=task.dataset, run_name=run_name, **settings)
     stored = ddpm.load_run(run_name)
     images = stored["step"] * min(stored["settings"]["batch_size"], len(task.images))
     network = ddpm.build_trained(stored, task.device)[0]
@@ -184,65 +167,65 @@ DIFFUSERS |= {"down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "Do
 DIFFUSERS |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4}
 
 
-def train_diffusers(precision: str, task: Task) -> Learned:
-    """See above; batches of 16."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+def start_diffusers(precision: str, task: Task, noising, total: int) -> tuple:
+    """A network in training, its EMA weights, and the function that makes one of `total` steps."""
+    from diffusers import UNet2DModel
     from diffusers.models.unets.unet_2d import UNet2DOutput
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
-    began, device, noising = time.monotonic(), task.device, DDPMScheduler(num_train_timesteps=1000)
+    torch.manual_seed(task.seed)
+    network = UNet2DModel(sample_size=task.images.shape[-1], **DIFFUSERS).train().to(task.device)
+    # autocast would answer in bf16
+    network.register_forward_hook(
+        lambda _network, _inputs, output: UNet2DOutput(output.sample.float())
+    )
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
+    rate = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=min(500, total // 10), num_training_steps=total
+    )
+    average = EMAModel(
+        network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
+    )
+    batches = task.batches(16)
 
-    def build(total: int) -> tuple[nn.Module, EMAModel, Callable[[float], None]]:
-        """The network, its average and the step, for a training of so many steps."""
-        torch.manual_seed(task.seed)
-        network = UNet2DModel(sample_size=task.images.shape[-1], **DIFFUSERS).to(device)
-        # of bf16
-        network.register_forward_hook(
-            lambda _network, _inputs, output: UNet2DOutput(output.sample.float())
-        )
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
-        )
-        rate = get_scheduler(
-            "cosine", optimizer, num_warmup_steps=min(500, total // 10), num_training_steps=total
-        )
-        average = EMAModel(
-            network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
-        )
-        batches = task.batches(16)
+    def step(done: float) -> None:
+        images = next(batches)
+        noise = torch.randn_like(images)
+        t = torch.randint(0, 1000, (len(images),), device=task.device)
+        with peers.autocast(task.device, precision):
+            answer = network(noising.add_noise(images, noise, t), t).sample
+        loss = F.mse_loss(answer, noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-4 * rate.lr_lambdas[0](done * total)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+        loss.item()  # its log asks for the loss of every step
 
-        def step(done: float) -> None:
-            images = next(batches)
-            noise, t = (
-                torch.randn_like(images),
-                torch.randint(0, 1000, (len(images),), device=device),
-            )
-            with peers.autocast(device, precision):
-                answer = network(noising.add_noise(images, noise, t), t).sample
-            loss = F.mse_loss(answer, noise)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = 1e-4 * rate.lr_lambdas[0](done * total)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.step(network.parameters())
-            loss.item()  # its log asks for the loss of every step
+    return network, average, step
 
-        return network.train(), average, step
 
-    network, average, step = build(steps_that_fit(build(1000)[-1], task.minutes))
+def train_diffusers(precision: str, task: Task) -> Learned:
+    """See above; batches of 16."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    began = time.monotonic()
+    noising = DDPMScheduler(num_train_timesteps=1000)
+    total = steps_that_fit(start_diffusers(precision, task, noising, 1000)[-1], task.minutes)
+    network, average, step = start_diffusers(precision, task, noising, total)
     prepared = time.monotonic() - began
     count, seconds = train_by_clock(step, task.minutes)
     average.copy_to(network.parameters())
     pipeline = DDPMPipeline(network.eval(), noising)
 
     def make(number: int) -> Tensor:
-        with peers.autocast(device, precision):
-            images = pipeline(
-                number, num_inference_steps=PEER_STEPS, output_type="np"
-            ).images  # (B, H, W, 3) in [0, 1]
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+        with peers.autocast(task.device, precision):
+            made = pipeline(number, num_inference_steps=PEER_STEPS, output_type="np")
+        return torch.from_numpy(made.images).permute(0, 3, 1, 2)  # (B, 3, H, W) in [0, 1]
 
     sample = functools.partial(in_batches, make)
     return Learned(16 * count, millions(network), prepared, seconds, "ddpm", PEER_STEPS, sample)
@@ -313,25 +296,31 @@ def measure(
     features: evaluate.Features,
     n: int,
 ) -> dict:
-    """Train, sample, judge: the figures of a row, and a picture of samples to look at."""
+    """Train, sample, judge: the figures of a row. Writes an image of samples to look at."""
     learned = train(task)
     began = time.monotonic()
     torch.manual_seed(task.seed)
     samples = learned.sample(n)
     sampled = time.monotonic() - began
-    figures = evaluate.judge(samples, unseen, features, task.device)
-    row = learned._asdict() | {"sampled_s": sampled, "measure": figures["measure"]}
-    row |= {name: figures[name] for name in quality.FIGURES}
-    print(
-        f"{row['images']:,} images in {row['trained_s']:.0f} s, after {row['prepared_s']:.0f} s to get ready"
-    )
-    name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}".replace(",", "").replace(
-        " ", "_"
-    )
-    picture = measuring.RESULTS / "quality_peers" / f"{name}.png"
-    utils.save_png(samples[:64], picture)
-    print(f"{min(64, n)} of its images: {picture}")
+    row = learned._asdict() | {"sampled_s": sampled}
+    row |= evaluate.judge(samples, unseen, features, task.device)
+    ready = f"after {learned.prepared_s:.0f} s to get ready"
+    print(f"{learned.images:,} images in {learned.trained_s:.0f} s, {ready}")
+    name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}"
+    name = name.replace(",", "").replace(" ", "_")
+    path = measuring.RESULTS / "quality_peers" / f"{name}.png"
+    utils.save_png(samples[:64], path)
+    print(f"{min(64, n)} of its images: {path}")
     return row
+
+
+def means_of(contender: str, rows: list[dict]) -> dict:
+    """A row of the printed table: the means over the seeds of a contender."""
+    how = f"{rows[0]['sampler']} {rows[0]['steps']}"
+    means = {"contender": contender, "seeds": len(rows), "how": how}
+    for name in ("images", "weights_m", *quality.FIGURES):
+        means[name] = statistics.mean(float(row[name]) for row in rows)
+    return means | {"excess": means["distance"] - means["distance_real"]}
 
 
 def quality_peers(
@@ -343,13 +332,12 @@ def quality_peers(
     held_out: str = "datasets/held_out",
     device: str = "auto",
 ) -> None:
-    """Train ours, diffusers' example and denoising-diffusion-pytorch for the same minutes, and
-    judge what they make.
+    """Train ours, diffusers' and lucidrains' for the same minutes, and judge their images.
 
         python -m benchmarks.quality_peers --minutes=12
 
     Adds a row for every contender and seed to results/benchmarks/quality_peers.csv, and prints the
-    means of the seeds; what is there already is not done again. Held-out pictures come from: python
+    means of the seeds; what is there already is not done again. Held-out images come from: python
     datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder=datasets/held_out
 
     Args:
@@ -367,18 +355,17 @@ def quality_peers(
     """
     command_line.check_limits(locals(), LIMITS)
     if img_size % STRIDE:
-        raise UserError(
-            f"--img_size={img_size} is not a multiple of {STRIDE}, which diffusers' network needs"
-        )
-    place, path = devices.pick_device(device), measuring.RESULTS / "quality_peers.csv"
+        needed = f"a multiple of {STRIDE}, which diffusers' network needs"
+        raise UserError(f"--img_size={img_size} is not {needed}")
+    place = devices.pick_device(device)
+    path = measuring.RESULTS / "quality_peers.csv"
     command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     quality.check_held_out(held_out)
     listings = [reading.list_images(Path(folder)) for folder in (dataset, held_out)]
     if len(listings[0].paths) < FEWEST:
-        raise UserError(
-            f"--dataset={dataset} holds fewer than {FEWEST} images, which lucidrains' Trainer asks for"
-        )
+        needed = f"{FEWEST} images, which lucidrains' Trainer asks for"
+        raise UserError(f"--dataset={dataset} holds fewer than {needed}")
     n = evaluate.comparable(n_img, len(listings[1].paths))
     measuring.RESULTS.mkdir(parents=True, exist_ok=True)
     images, unseen = (
@@ -386,44 +373,22 @@ def quality_peers(
     )
     devices.keep_memory()  # for all, as ours has it
     trainers = contenders(place)
-
-    def measured(**wanted: str) -> list[dict]:
-        wanted |= {"minutes": f"{minutes:g}", "img_size": str(img_size), "n": str(n)}
-        return [
-            row
-            for row in quality.done_before(path)
-            if all(row[name] == wanted[name] for name in wanted)
-        ]
-
+    shared = {"minutes": f"{minutes:g}", "img_size": img_size, "n": n}
     for seed, (contender, train) in itertools.product(range(seeds), trainers.items()):
-        if measured(contender=contender, seed=str(seed)):
+        key = shared | {"contender": contender, "seed": seed}
+        if quality.matching(quality.done_before(path), key):
             continue
         print(f"\n{contender}, seed {seed}", flush=True)
-        row = measure(
-            contender, train, Task(dataset, images, minutes, seed, place), unseen, features, n
-        )
-        row |= {
-            "contender": contender,
-            "seed": seed,
-            "minutes": minutes,
-            "img_size": img_size,
-            "n": n,
-        }
-        row |= measuring.facts_of(place)
+        task = Task(dataset, images, minutes, seed, place)
+        row = measure(contender, train, task, unseen, features, n)
+        row |= key | measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
-
-    means = []
-    for contender in trainers:
-        rows = measured(contender=contender)
-        how = f"{rows[0]['sampler']} {rows[0]['steps']}"
-        means.append({"contender": contender, "seeds": len(rows), "how": how})
-        for name in ("images", "weights_m", *quality.FIGURES):
-            means[-1][name] = statistics.mean(float(row[name]) for row in rows)
-        means[-1]["excess"] = means[-1]["distance"] - means[-1]["distance_real"]
-    facts, floor = measuring.facts_of(place), means[0]["distance_real"]
-    print(
-        f"\n{minutes:g} minutes each, {img_size}x{img_size}, judged by {n:,} held-out pictures, the floor {floor:.1f}"
-    )
+    rows = quality.matching(quality.done_before(path), shared)
+    means = [means_of(name, quality.matching(rows, {"contender": name})) for name in trainers]
+    facts = measuring.facts_of(place)
+    floor = f"the floor {means[0]['distance_real']:.1f}"
+    shape = f"{img_size}x{img_size}, judged by {n:,} held-out images"
+    print(f"\n{minutes:g} minutes each, {shape}, {floor}")
     print(f"{facts['hardware']}, {facts['threads']} CPU threads, torch {facts['torch']}")
     print(measuring.table(sorted(means, key=lambda row: row["distance"]), SHOWN))
 

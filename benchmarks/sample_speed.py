@@ -1,5 +1,4 @@
-"""Milliseconds per image and step in sampling: ours, diffusers' and lucidrains' walk from noise to
-images.
+"""Milliseconds per image and step in sampling: ours, diffusers' and lucidrains' loop.
 
     python -m benchmarks.sample_speed --quick
     python -m benchmarks.sample_speed
@@ -12,35 +11,32 @@ import torch
 from benchmarks import measuring, peers
 from machinery import command_line, devices
 
-COLUMNS = (
-    *measuring.WHAT,
-    "steps",
-    "ms",
-    "ms_min",
-    "ms_max",
-    "ratio",
-    "weights_m",
-    "gflop_per_img",
-)
-COLUMNS += ("peak_tflop_per_s", "share_of_peak", "memory_gb", *measuring.WHERE)
-SHOWN = {"variant": ("variant", ""), "batch_size": ("batch", ""), "weights_m": ("weights M", ".1f")}
-SHOWN |= {
+COLUMNS = (*measuring.WHAT, "steps", "ms", "ms_min", "ms_max", "ratio", *measuring.SIZE)
+COLUMNS += measuring.WHERE
+SHOWN = {
+    "variant": ("variant", ""),
+    "batch_size": ("batch", ""),
+    "weights_m": ("weights M", ".1f"),
     "gflop_per_img": ("GFLOP/img", ".1f"),
     "ms": ("ms/img/step", ".3f"),
     "ms_min": ("min", ".3f"),
+    "ms_max": ("max", ".3f"),
+    "share_of_peak": ("of peak", ".1%"),
+    "memory_gb": ("GB", ".2f"),
+    "ratio": ("ratio", ".2f"),
 }
-SHOWN |= {"ms_max": ("max", ".3f"), "share_of_peak": ("of peak", ".1%"), "memory_gb": ("GB", ".2f")}
-SHOWN |= {"ratio": ("ratio", ".2f")}
 BATCH_SIZES = (16, 1)
-STEPS = 5  # of a walk; all steps take the same time
+STEPS = 5  # of sampling; all steps take the same time
 
 
 def measure(
     shape: dict, rounds: int, device: torch.device, compiled: bool, small: bool
 ) -> tuple[list[dict], dict[str, float]]:
     """One row per batch size and variant, and the machine's peaks."""
-    precisions, side, found = measuring.precisions_of(device), shape["img_size"], {}
+    precisions = measuring.precisions_of(device)
+    side = shape["img_size"]
     networks = peers.all_networks(shape)
+    found = {}
     for batch_size in BATCH_SIZES:
         noise = torch.randn(batch_size, 3, side, side, device=device)
         variants = peers.variants(networks, peers.SAMPLING, (noise, STEPS), precisions, compiled)
@@ -63,12 +59,15 @@ def measure(
             "variant": name,
             "precision": precision,
             "img_size": side,
+            "batch_size": batch_size,
+            "rounds": rounds,
+            "steps": STEPS,
+            "ms": ms.median,
+            "ms_min": ms.minimum,
+            "ms_max": ms.maximum,
         }
-        row |= {"batch_size": batch_size, "rounds": rounds, "steps": STEPS}
-        row |= {"ms": ms.median, "ms_min": ms.minimum, "ms_max": ms.maximum}
-        rows.append(
-            row | measuring.cells_of(network, flop, 1000 / ms.median, peaks[precision], timing)
-        )
+        row |= measuring.cells_of(network, flop, 1000 / ms.median, peaks[precision], timing)
+        rows.append(row)
     baselines = {row["batch_size"]: row["ms"] for row in rows if row["variant"] == peers.BASELINE}
     for row in rows:
         row["ratio"] = baselines[row["batch_size"]] / row["ms"] if baselines else None
@@ -95,10 +94,12 @@ def sample_speed(
         UserError: a flag that does not fit, or a file of other columns in the way.
     """
     command_line.check_limits(locals(), measuring.LIMITS)
-    place, path = devices.pick_device(device), measuring.RESULTS / "sample_speed.csv"
+    place = devices.pick_device(device)
+    path = measuring.RESULTS / "sample_speed.csv"
     command_line.check_table(path, COLUMNS)
     rounds = (3 if quick else 5) if rounds == "auto" else rounds
-    shape, compiled = peers.SMALL if quick else peers.REFERENCE, compile or place.type == "cuda"
+    shape = peers.SMALL if quick else peers.REFERENCE
+    compiled = compile or place.type == "cuda"
     rows, peaks = measure(shape, rounds, place, compiled, quick)
     title = f"sampling at {shape['img_size']}x{shape['img_size']}, {rounds} rounds"
     measuring.publish(title, rows, SHOWN, path, COLUMNS, place, peaks)

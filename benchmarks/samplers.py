@@ -30,8 +30,9 @@ def samplers(
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Sample a run by every sampler at 10 to 1,000 steps, and judge the images by the pictures it
-    was trained on.
+    """Sample a run by every sampler at 10 to 1,000 steps, and judge the images.
+
+    They are judged by the images that the run was trained on.
 
         python -m benchmarks.samplers --run_name=landscapes
 
@@ -51,15 +52,15 @@ def samplers(
     """
     command_line.check_limits(locals(), LIMITS)
     command_line.check_name("run_name", run_name)
-    place, path = devices.pick_device(device), measuring.RESULTS / "samplers.csv"
+    place = devices.pick_device(device)
+    path = measuring.RESULTS / "samplers.csv"
     command_line.check_table(path, COLUMNS)
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]
     features = evaluate.load_efficientnet(place)
-    pictures = utils.load_dataset(
-        Path(settings["dataset"]), settings["img_size"], settings["mode"]
-    ).images
-    n = evaluate.comparable(n_img, len(pictures))
+    folder = Path(settings["dataset"])
+    images = utils.load_dataset(folder, settings["img_size"], settings["mode"]).images
+    n = evaluate.comparable(n_img, len(images))
     shared = {"run": run_name, "step": stored["step"], "n": n}
 
     def is_shared(row: dict) -> bool:
@@ -74,23 +75,17 @@ def samplers(
         began = time.monotonic()
         samples = evaluate.make_samples(stored, range(n), sampler, steps, batch_size, place)
         seconds = time.monotonic() - began
-        figures = evaluate.judge(samples, pictures, features, place)
-        row = shared | {
-            "sampler": sampler,
-            "steps": steps,
-            "measure": figures["measure"],
-            "seconds": seconds,
-        }
-        row |= {name: figures[name] for name in FIGURES} | measuring.facts_of(place)
+        figures = evaluate.judge(samples, images, features, place)
+        row = shared | {"sampler": sampler, "steps": steps, "seconds": seconds}
+        row |= figures | measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
-    rows = [
-        row | {name: float(row[name]) for name in (*FIGURES, "seconds")}
-        for row in done_before(path)
-    ]
+    rows = []
+    for row in filter(is_shared, done_before(path)):
+        rows.append(row | {name: float(row[name]) for name in (*FIGURES, "seconds")})
     shown = {"sampler": ("sampler", ""), "steps": ("steps", ""), "seconds": ("seconds", ".0f")}
     shown |= {name: (name, ".3f") for name in FIGURES}
     print(f"\n{run_name}: {n:,} images, {features.measure}; {measuring.hardware(place)}")
-    print(measuring.table([row for row in rows if is_shared(row)], shown))
+    print(measuring.table(rows, shown))
 
 
 if __name__ == "__main__":

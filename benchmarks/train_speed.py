@@ -1,5 +1,4 @@
-"""Images per second in training: ours, diffusers' and lucidrains' step, and the whole command
-beside the bare step.
+"""Images per second in training: ours, diffusers' and lucidrains' step, and the whole command.
 
     python -m benchmarks.train_speed --quick
     python -m benchmarks.train_speed
@@ -25,27 +24,15 @@ from benchmarks import measuring, peers
 from benchmarks.measuring import Spread, Timing
 from machinery import command_line, devices, journal
 
-COLUMNS = (
-    *measuring.WHAT,
-    "img_per_s",
-    "img_per_s_min",
-    "img_per_s_max",
-    "ratio",
-    "weights_m",
-    "gflop_per_img",
-)
-COLUMNS += ("peak_tflop_per_s", "share_of_peak", "memory_gb", *measuring.WHERE)
+COLUMNS = (*measuring.WHAT, "img_per_s", "img_per_s_min", "img_per_s_max", "ratio")
+COLUMNS += (*measuring.SIZE, *measuring.WHERE)
 SHOWN = {
     "variant": ("variant", ""),
     "weights_m": ("weights M", ".1f"),
     "gflop_per_img": ("GFLOP/img", ".1f"),
-}
-SHOWN |= {
     "img_per_s": ("img/s", ".2f"),
     "img_per_s_min": ("min", ".2f"),
     "img_per_s_max": ("max", ".2f"),
-}
-SHOWN |= {
     "share_of_peak": ("of peak", ".1%"),
     "memory_gb": ("GB", ".2f"),
     "ratio": ("ratio", ".2f"),
@@ -53,8 +40,9 @@ SHOWN |= {
 
 
 def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) -> Spread:
-    """Images per second that `ddpm.train` itself logs, with a folder of pictures to read, its log
-    and its saves.
+    """Images per second that `ddpm.train` itself logs.
+
+    It reads a folder of images, writes its log and saves, as in any training.
 
     Args:
         shape: the network's settings.
@@ -62,7 +50,8 @@ def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) ->
         rows: how many rows of its log are looked at; one more is made before, whose steps warm up.
         device: where it trains.
     """
-    batches, side = 8, shape["img_size"]
+    batches = 8
+    side = shape["img_size"]
     epochs = math.ceil((rows + 1) * journal.ROW_EVERY / batches)
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,9 +59,8 @@ def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) ->
         try:
             Path("pictures").mkdir()
             for number in range(batches * batch_size):
-                pixels = np.random.default_rng(number).integers(
-                    0, 256, (side, side, 3), dtype=np.uint8
-                )
+                generator = np.random.default_rng(number)
+                pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(Path("pictures", f"{number:06d}.png"))
             settings = shape | {
                 "img_size": (side,),
@@ -96,14 +84,15 @@ def end_to_end(shape: dict, batch_size: int, rows: int, device: torch.device) ->
 def measure(
     shape: dict, batch_size: int, rounds: int, device: torch.device, compiled: bool, small: bool
 ) -> tuple[list[dict], dict[str, float]]:
-    """One row per variant, and the machine's peaks; the last two rows are the bare step again, and
-    `ddpm.train`.
+    """One row per variant, and the machine's peaks.
+
+    The last two rows are the bare step again, and `ddpm.train`.
     """
-    precisions, side = measuring.precisions_of(device), shape["img_size"]
+    precisions = measuring.precisions_of(device)
+    side = shape["img_size"]
     images = torch.rand(batch_size, 3, side, side, device=device) * 2 - 1
-    found = peers.variants(
-        peers.all_networks(shape), peers.TRAINING, (images,), precisions, compiled
-    )
+    networks = peers.all_networks(shape)
+    found = peers.variants(networks, peers.TRAINING, (images,), precisions, compiled)
     convolutions = measuring.convolutions(device, precisions, small)
     builders = {name: variant.build for name, variant in found.items()}
     timings = measuring.take_turns(builders | convolutions, rounds, device)
@@ -113,31 +102,28 @@ def measure(
     def add(name: str, variant: str, speed: Spread, timing: Timing | None) -> None:
         precision, network, _ = found[variant]
         flop = measuring.count_flop(network, side, training=True)
-        what = {
+        row = {
             "benchmark": "train_speed",
             "variant": name,
             "precision": precision,
             "img_size": side,
-        }
-        what |= {"batch_size": batch_size, "rounds": rounds}
-        what |= {
+            "batch_size": batch_size,
+            "rounds": rounds,
             "img_per_s": speed.median,
             "img_per_s_min": speed.minimum,
             "img_per_s_max": speed.maximum,
         }
-        rows.append(
-            what | measuring.cells_of(network, flop, speed.median, peaks[precision], timing)
-        )
+        row |= measuring.cells_of(network, flop, speed.median, peaks[precision], timing)
+        rows.append(row)
 
     for name in found:
         add(name, name, measuring.rates(timings[name], batch_size), timings[name])
     bare = f"ours, {precisions[-1]}"
     print("ddpm.train itself", file=sys.stderr, flush=True)
     whole = end_to_end(shape, batch_size, rounds, device)
-    again = measuring.take_turns({f"{bare}, again": found[bare].build}, rounds, device)[
-        f"{bare}, again"
-    ]
-    add(f"{bare}, again", bare, measuring.rates(again, batch_size), again)
+    again = f"{bare}, again"
+    timing = measuring.take_turns({again: found[bare].build}, rounds, device)[again]
+    add(again, bare, measuring.rates(timing, batch_size), timing)
     add(f"{bare}, ddpm.train", bare, whole, None)
     baseline = next((row["img_per_s"] for row in rows if row["variant"] == peers.BASELINE), None)
     for row in rows:
@@ -146,14 +132,17 @@ def measure(
 
 
 def overhead(rows: list[dict]) -> str:
-    """What reading, logging and saving cost, in words: `ddpm.train` against the bare step before
-    and after it.
+    """What reading, logging and saving cost, in words.
+
+    `ddpm.train` is compared with the bare step before and after it.
     """
     speeds = {row["variant"]: row["img_per_s"] for row in rows}
     *_, again, whole = speeds
-    before, after = speeds[again.removesuffix(", again")], speeds[again]
-    cost, drift = 1 - speeds[whole] / ((before + after) / 2), after / before - 1
-    return f"ddpm.train is {cost:.1%} slower than the bare step, whose own speed moved by {drift:+.1%} meanwhile"
+    before = speeds[again.removesuffix(", again")]
+    after = speeds[again]
+    cost = 1 - speeds[whole] / ((before + after) / 2)
+    drift = f"whose own speed moved by {after / before - 1:+.1%} meanwhile"
+    return f"ddpm.train is {cost:.1%} slower than the bare step, {drift}"
 
 
 def train_speed(
@@ -181,14 +170,17 @@ def train_speed(
         UserError: a flag that does not fit, or a file of other columns in the way.
     """
     command_line.check_limits(locals(), measuring.LIMITS)
-    place, path = devices.pick_device(device), measuring.RESULTS / "train_speed.csv"
+    place = devices.pick_device(device)
+    path = measuring.RESULTS / "train_speed.csv"
     command_line.check_table(path, COLUMNS)
     rounds = (3 if quick else 5) if rounds == "auto" else rounds
     if batch_size == "auto":
         batch_size = 8 if quick else 16 if place.type == "cpu" else 64
-    shape, compiled = peers.SMALL if quick else peers.REFERENCE, compile or place.type == "cuda"
+    shape = peers.SMALL if quick else peers.REFERENCE
+    compiled = compile or place.type == "cuda"
     rows, peaks = measure(shape, batch_size, rounds, place, compiled, quick)
-    title = f"training at {shape['img_size']}x{shape['img_size']}, batches of {batch_size}, {rounds} rounds"
+    side = shape["img_size"]
+    title = f"training at {side}x{side}, batches of {batch_size}, {rounds} rounds"
     measuring.publish(title, rows, SHOWN, path, COLUMNS, place, peaks)
     print(overhead(rows))
 

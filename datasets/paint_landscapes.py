@@ -182,7 +182,7 @@ SEAS = colours("184a70 14566e 226070 126882")
 FLOWERS = colours("ecce46 de463e f4f4ec a870ce f082aa")
 
 
-# -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # small tools
 
 
@@ -198,8 +198,9 @@ def smooth(low: float, high: float, x: Array) -> Array:
 
 
 class Noise:
-    """Smooth random functions of the plane; the same position has the same value at every
-    resolution.
+    """Smooth random functions of the plane.
+
+    The same position has the same value at every resolution.
     """
 
     SIDE = 128  # the lattice repeats after this many cells; rotated octaves hide it
@@ -225,8 +226,9 @@ class Noise:
         return k[..., 0] + k[..., 1] * u + (k[..., 2] + k[..., 3] * u) * v
 
     def octaves(self, x: Array, y: Array, count: int, gain: float, pixel: Array | float):
-        """Yield (weight, value) per octave; weights fall to 0 where the waves are finer than
-        `pixel`.
+        """Yield (weight, value) per octave.
+
+        Weights fall to 0 where the waves are finer than `pixel`.
         """
         x, y = np.float32(x), np.float32(y)
         amplitude, wave = 1.0, 1.0
@@ -249,8 +251,9 @@ class Noise:
         ) / norm + 0 * np.float32(x)
 
     def ridged(self, x: Array, y: Array, count: int = 7, pixel: Array | float = 0.0) -> Array:
-        """Return mountain-like noise in about 0..1: sharp crests, detail growing on the crests
-        only.
+        """Return mountain-like noise in about 0..1.
+
+        Crests are sharp, and detail grows on the crests only.
         """
         total, carry = 0 * np.float32(x), 1.0
         for weight, v in self.octaves(x, y, count, 0.5, pixel):
@@ -374,9 +377,7 @@ def plan_scene(seed: int) -> Scene:
 
 
 def plan_land(rng: np.random.Generator, scene: Scene) -> None:
-    """Decide the height field: rolling ground near by, relief far away, water, and what covers the
-    ground.
-    """
+    """Decide the height field: rolling ground near by, relief far away, water, and the cover."""
     kind, land, extras = scene.kind, scene.land, scene.extras
     _, styles, *ranges = KINDS[kind]
     names = ("start", "steep", "length", "skyline", "roll")
@@ -389,10 +390,7 @@ def plan_land(rng: np.random.Generator, scene: Scene) -> None:
         roll_length=rng.uniform(90, 320), tilt=rng.normal(0, 0.05), skew=rng.uniform(-1.6, 1.6)
     )
     # of shores in metres, else of paths and rivers as slopes
-    bends = {
-        "lake": (20, 160),
-        "sea": (4, 18),
-    }
+    bends = {"lake": (20, 160), "sea": (4, 18)}
     land.update(bend=rng.uniform(*bends.get(kind, (0.08, 0.3))), path=0.0, wide=rng.uniform(5, 22))
     # The near shore of lakes and seas; negative: the painter stands over water.
     land["near"] = rng.choice([-60.0, rng.uniform(8, 22), rng.uniform(14, 50)])
@@ -462,8 +460,9 @@ def plan_sky(rng: np.random.Generator, scene: Scene) -> None:
 
 
 def place_camera(scene: Scene) -> None:
-    """Put the camera above the ground near by; stretch the relief so that the skyline has its
-    height.
+    """Put the camera above the ground near by.
+
+    The relief is stretched so that the skyline has its height.
     """
     x, z = np.meshgrid(np.linspace(-0.5, 0.5, 9), np.geomspace(3, 36, 16))
     near = np.maximum(ground_height(scene, x * z * scene.fov, z), 0)
@@ -548,7 +547,7 @@ def add_plant(
     )
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # height field
 
 
@@ -632,8 +631,9 @@ def ground_height(scene: Scene, x: Array, z: Array, pixel: Array | float = 0.0) 
 
 @dataclass
 class View:
-    """What each supersampled pixel (row, column) sees; arrays are (side, side) unless said
-    otherwise.
+    """What each supersampled pixel (row, column) sees.
+
+    Arrays are (side, side) unless said otherwise.
     """
 
     side: int
@@ -668,8 +668,9 @@ def look_up(view: View, x: Array, z: Array) -> Array:
 
 
 def trace_view(scene: Scene, side: int) -> View:
-    """Find what every pixel sees: march the height field front to back, one screen column at a
-    time.
+    """Find what every pixel sees.
+
+    The height field is marched front to back, one screen column at a time.
     """
     pixel = scene.fov / side
     u = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5)[None, :] * scene.fov
@@ -712,8 +713,9 @@ def trace_view(scene: Scene, side: int) -> View:
 
 
 def cast_shadows(scene: Scene, view: View) -> None:
-    """Darken what lies behind higher ground, seen from the sun; a few growing steps give soft
-    edges.
+    """Darken what lies behind higher ground, seen from the sun.
+
+    A few growing steps give soft edges.
     """
     land = np.isfinite(view.depth)
     z = view.depth[land]
@@ -732,8 +734,9 @@ def cast_shadows(scene: Scene, view: View) -> None:
 
 
 def paint_sky(scene: Scene, u: Array, v: Array, pixel: float, mirrored: bool = False) -> Array:
-    """Return the colours (..., 3) of the sky in the directions (u, v), without sun or moon if
-    mirrored.
+    """Return the colours (..., 3) of the sky in the directions (u, v).
+
+    A mirrored sky is without sun and moon.
     """
     light = scene.light
     height = np.clip(v, 0, None)[..., None] / 0.55
@@ -761,8 +764,9 @@ def paint_sky(scene: Scene, u: Array, v: Array, pixel: float, mirrored: bool = F
 
 
 def paint_night(scene: Scene, u: Array, v: Array) -> Array:
-    """Return the light (..., 3) of the milky way and of auroras; stars are dots, see
-    `scatter_dots`.
+    """Return the light (..., 3) of the milky way and of auroras.
+
+    Stars are dots, see `scatter_dots`.
     """
     extras, noise = scene.extras, scene.noise
     glow = np.zeros((*np.broadcast(u, v).shape, 3), np.float32)
@@ -873,8 +877,9 @@ class Ground:
 
 
 def paint_land(scene: Scene, view: View, colour: Array) -> None:
-    """Paint the ground into colour (side, side, 3): cover by slope and altitude, sun and shadow,
-    air.
+    """Paint the ground into colour (side, side, 3).
+
+    Cover by slope and altitude, sun and shadow, air.
     """
     land = np.isfinite(view.depth) & ~is_water(view)
     if not land.any():
@@ -934,8 +939,9 @@ def lay_meadows(scene: Scene, at: Ground) -> Array:
 
 
 def lay_rock(scene: Scene, at: Ground, tone: Array) -> Array:
-    """Return the colours (n, 3) with rock on steep and high ground, in strata on mesas, and fine
-    texture.
+    """Return the colours (n, 3) with rock on steep and high ground.
+
+    It lies in strata on mesas, and has a fine texture.
     """
     rock, style = scene.biome.rock * (1 + 0.22 * at.broad)[:, None], scene.land["style"]
     if style == "mesa":
@@ -952,8 +958,9 @@ def lay_rock(scene: Scene, at: Ground, tone: Array) -> Array:
 
 
 def lay_snow(scene: Scene, at: Ground, tone: Array) -> tuple[Array, Array]:
-    """Return the colours (n, 3) with snow where it is high and not steep, and the share of snow (n,
-    1).
+    """Return the colours (n, 3) with snow where it is high and not steep.
+
+    The share of snow (n, 1) is returned, too.
     """
     line = scene.extras.get("snowline", 9.0)
     snow = smooth(line - 0.06, line + 0.10, at.y / scene.peak + 0.16 * at.broad)
@@ -987,8 +994,9 @@ def is_water(view: View) -> Array:
 
 
 def paint_water(scene: Scene, view: View, colour: Array, cover: Array) -> None:
-    """Paint lakes, rivers and seas: the mirrored picture, broken by waves, over the colour of the
-    depth.
+    """Paint lakes, rivers and seas.
+
+    They are the mirrored picture, broken by waves, over the colour of the depth.
     """
     water = is_water(view) & (cover < 0.99)
     if not water.any():
@@ -1041,7 +1049,7 @@ def paint_water(scene: Scene, view: View, colour: Array, cover: Array) -> None:
     colour[water] = mix(result, colour[water], cover[water][:, None])
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # plants
 
 
@@ -1072,7 +1080,7 @@ def conifer(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: flo
 def blobs(
     x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: float, shape: str
 ) -> Parts:
-    """Return (cover, light, top) of a crown made of balls: broad trees, poplars, bushes, boulders."""
+    """Return (cover, light, top) of a crown made of balls: trees, poplars, bushes, boulders."""
     count, wide, low, high, size = {
         "broad": (16, 0.25, 0.42, 0.82, 0.15),
         "poplar": (26, 0.05, 0.14, 0.90, 0.085),
@@ -1154,7 +1162,10 @@ def cactus(x: Array, y: Array, rng: np.random.Generator, noise: Noise, sun: floa
 
 
 def paint_plants(scene: Scene, view: View, colour: Array, cover: Array) -> None:
-    """Paint the plants, far ones first, where nothing nearer hides them; add their masks to cover."""
+    """Paint the plants, far ones first, where nothing nearer hides them.
+
+    Their masks are added to cover.
+    """
     side, light = view.side, scene.light
     sun = float(np.sign(scene.towards_sun[0])) * (0.6 if scene.sun_ahead else 1.0)
     snowy = scene.extras.get("snowline", 1) < 0.2
@@ -1216,8 +1227,9 @@ def shade_ground(
 
 
 def scatter_dots(colour: Array, spots: Array, radius: float, tone: Array, room: Array) -> None:
-    """Add soft dots (stars, snow flakes) at spots (n, 3: x, y, size in 0..1) where room (side,
-    side) is 1.
+    """Add soft dots at spots (n, 3: x, y, size in 0..1) where room (side, side) is 1.
+
+    Dots are stars and snow flakes.
     """
     side = colour.shape[0]
     sigma = max(radius * side, 0.7)  # never finer than a pixel; then dimmer instead
@@ -1279,7 +1291,7 @@ def paint(seed: int, size: int) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.LANCZOS) if side != size else picture
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # command line
 
 
@@ -1322,12 +1334,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the checked command line."""
+    program = "python datasets/paint_landscapes.py"
+    more = "--count=1000 --size=256 --first_seed=4096 --folder=more"
     parser = OneLineParser(
         description="Paint synthetic landscapes as JPEG files, one per seed.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  python datasets/paint_landscapes.py\n"
-        "  python datasets/paint_landscapes.py --count=1000 --size=256 --first_seed=4096 --folder=more",
+        epilog=f"examples:\n  {program}\n  {program} {more}",
     )
     add = parser.add_argument
     add("--count", type=whole_number(1), default=4096, help="How many pictures to paint (4096).")

@@ -59,6 +59,7 @@ class Log:
         self.sums = (torch.zeros(SUMS) if sums is None else sums).to(device)
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
         self.step = progress.first_step
+        self.lr = None  # of the last step; unknown before the first
         self.lines_written = 0
         self.has_news = True
 
@@ -68,6 +69,9 @@ class Log:
         return {"log": self.rows, "sums": self.sums}
 
     def __enter__(self) -> "Log":
+        if self.rows and self.rows[-1][0] % ROW_EVERY:
+            self.rows.pop()  # its steps are part of the next row, and still in the sums
+            self.lines_written = 0
         progress = self.progress
         total = progress.last_step * progress.batch_size
         budget = 60 * progress.max_minutes or math.inf
@@ -109,35 +113,47 @@ class Log:
             self.add_row()
 
     def add_row(self) -> None:
-        """Make a row of the sums, and tell it everywhere."""
+        """Make a row of the sums, and start new ones."""
         self.check()
-        now = time.monotonic()
-        steps = self.step - self.timed_step
-        seconds = max(now - self.timed_at, 1e-9)
-        speed = steps * self.progress.batch_size / seconds
-        self.rows.append(self.row(ROW_EVERY, speed))
+        self.rows.append(self.row())
         self.sums.zero_()
-        self.timed_at = now
+        is_full = self.step - self.timed_step == ROW_EVERY
+        self.timed_at = time.monotonic()
         self.timed_step = self.step
-        self.has_news = True
-        self.progress.measured(speed)
-        for name, value in zip(COLUMNS[3:], self.rows[-1][3:], strict=True):
-            if value is not None:
-                self.on_board("add_scalar", name, value, self.step)
-        self.tell(is_full=steps == ROW_EVERY)
+        self.progress.measured(self.rows[-1][-1])
+        self.tell(is_full)
 
-    def row(self, steps: int, speed: float) -> list:
-        """COLUMNS of the last `steps` steps, of which the sums are."""
+    def finish(self) -> None:
+        """Make a row of the last steps, fewer than usual. A longer training takes it back."""
+        if self.step % ROW_EVERY:
+            self.check()
+            self.rows.append(self.row())
+            self.tell(is_full=False)
+
+    def row(self) -> list:
+        """COLUMNS of the steps since the last row, of which the sums are."""
         images = self.step * self.progress.batch_size
         epoch = images / self.progress.count
+        steps = (self.step - 1) % ROW_EVERY + 1
         loss, norm, clipped, *quarters = self.sums.tolist()
         sums, counts = quarters[:QUARTERS], quarters[QUARTERS:]
         by_quarter = [sum_ / n if n else None for sum_, n in zip(sums, counts, strict=True)]
         means = [loss / steps, self.lr, norm / steps, int(clipped)]
+        seconds = max(time.monotonic() - self.timed_at, 1e-9)
+        speed = (self.step - self.timed_step) * self.progress.batch_size / seconds
         return [self.step, epoch, images, *means, *by_quarter, speed]
 
+    def table(self) -> list[list]:
+        """All rows, and one of the steps since the last of them."""
+        is_told = self.lr is None or (self.rows and self.rows[-1][0] == self.step)
+        return self.rows if is_told else [*self.rows, self.row()]
+
     def tell(self, is_full: bool) -> None:
-        """Bring the bar up to date; once, after a full row, print how long the training takes."""
+        """Show the last row; once, after a full one, print how long the training takes."""
+        self.has_news = True
+        for name, value in zip(COLUMNS[3:], self.rows[-1][3:], strict=True):
+            if value is not None:
+                self.on_board("add_scalar", name, value, self.step)
         progress = self.progress
         row = dict(zip(COLUMNS, self.rows[-1], strict=True))
         speed = row["img_per_s"]
@@ -184,9 +200,10 @@ class Log:
 
     def report(self, run_name: str, sample_flags: str) -> str:
         """What came out, and what to do with it."""
-        losses = [row[COLUMNS.index("loss")] for row in self.rows[-50:]]
-        steps = len(losses) * ROW_EVERY
-        mean = f"; loss {np.mean(losses):.4f} over the last {steps:,} steps" if losses else ""
+        mean = ""
+        if self.rows:
+            loss, steps = last_loss(self.rows)
+            mean = f"; loss {loss:.4f} over the last {steps:,} steps"
         time_taken = datetime.timedelta(seconds=round(60 * self.progress.minutes_used()))
         images = self.step * self.progress.batch_size
         epochs = images / self.progress.count
@@ -200,8 +217,16 @@ to judge them, and see whether they are copies:
 
     def illustrate(self, previews: Tensor) -> None:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""
-        plot_curves(self.rows, self.path.with_name("loss.png"))
+        plot_curves(self.table(), self.path.with_name("loss.png"))
         self.on_board("add_images", "previews", previews, self.step)
+
+
+def last_loss(rows: list[list]) -> tuple[float, int]:
+    """The mean loss of the last rows, 50 at most, and how many steps these are."""
+    last = np.array([row[:4] for row in rows[-50:]], dtype=float)  # step, epoch, images, loss
+    before = rows[-51][0] if len(rows) > 50 else last[0, 0] - ((last[0, 0] - 1) % ROW_EVERY + 1)
+    steps = np.diff(last[:, 0], prepend=before)
+    return float(np.average(last[:, 3], weights=steps)), int(steps.sum())
 
 
 def hint(images: int) -> str:
@@ -248,6 +273,7 @@ def plot_curves(rows: list[list], path: Path) -> None:
     table = np.array(rows, dtype=float).reshape(-1, len(COLUMNS))
     column = dict(zip(COLUMNS, table.T, strict=True))
     window = 1 + len(rows) // 50
+    marker = "o" if len(rows) == 1 else None  # a line of one point is none
 
     def smooth(values: np.ndarray) -> np.ndarray:
         """Means over a fiftieth of the rows; near the start, over those there are."""
@@ -262,12 +288,12 @@ def plot_curves(rows: list[list], path: Path) -> None:
     # margins by hand: a layout that is measured out takes as long as the drawing
     figure.subplots_adjust(left=0.065, right=0.99, bottom=0.14, top=0.92, wspace=0.25)
     images = column["images"]
-    axes[0].loglog(images, column["loss"], color="0.8", label="rows of the log")
-    axes[0].loglog(images, smooth(column["loss"]), label="smoothed")
+    axes[0].loglog(images, column["loss"], marker=marker, color="0.8", label="rows of the log")
+    axes[0].loglog(images, smooth(column["loss"]), marker=marker, label="smoothed")
     quarters = ("first (details)", "second", "third", "last (composition)")
     for quarter, label in enumerate(quarters, 1):
-        axes[1].loglog(images, smooth(column[f"loss_q{quarter}"]), label=label)
-    axes[2].plot(images, column["lr"])
+        axes[1].loglog(images, smooth(column[f"loss_q{quarter}"]), marker=marker, label=label)
+    axes[2].plot(images, column["lr"], marker=marker)
     axes[2].locator_params(axis="x", nbins=4)  # large numbers would run into one another
     titles = ("training loss", "loss by quarter of t", "learning rate")
     for plot, title in zip(axes, titles, strict=True):

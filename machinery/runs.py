@@ -5,8 +5,10 @@ Reading order: checks of settings; Run, while it is trained; reading a run; the 
 
 import contextlib
 import datetime
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,6 +25,39 @@ from machinery.command_line import (
 from machinery.journal import COLUMNS, SUMS, check_tensorboard
 
 UNTITLED = "untitled"  # the run of those who name none
+COUNT = (1, 10**9)
+NOT_NEGATIVE = (0, math.inf)
+# The smallest and the largest value of a flag, and of a setting that has no flag.
+RANGES = {
+    "epochs": COUNT,
+    "max_minutes": NOT_NEGATIVE,
+    "seed": NOT_NEGATIVE,
+    "width": (4, 4096),
+    "blocks": (1, 16),
+    "attention_size": NOT_NEGATIVE,
+    "dropout": (0, 0.99),
+    "noise_steps": (2, 100_000),
+    "min_snr": NOT_NEGATIVE,
+    "batch_size": COUNT,
+    "micro_batch": COUNT,
+    "lr": (1e-9, 1),
+    "warmup": NOT_NEGATIVE,
+    "ema_decay": (0, 0.999999),
+    "sample_every": NOT_NEGATIVE,
+    "save_every": NOT_NEGATIVE,
+    "n_img": COUNT,
+    "guidance": (0, 1000),
+    "strength": (0, 1),
+    "steps": COUNT,
+    "head_width": (0, 10**9),
+    "norm_groups": (0, 10**9),
+    "norm_eps": (0, 1),
+    "frequency_shift": (0, 1),
+    "downsample_padding": (0, 1),
+}
+# The flags that may have other values when a run is resumed.
+MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
+MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
@@ -36,8 +71,8 @@ IMPORTED = {
 # ---- checks of settings --------------------------------------------------------------------------
 
 
-def check_training(settings: dict, limits: dict) -> tuple[int, int]:
-    """Refuse what `train` cannot do before anything is made: the images' (height, width)."""
+def check_training(settings: dict, limits: dict) -> None:
+    """Refuse what `train` cannot do, before anything is made."""
     check_limits(settings, limits)
     check_name("run_name", settings["run_name"])
     if settings["init_from"]:
@@ -46,24 +81,11 @@ def check_training(settings: dict, limits: dict) -> tuple[int, int]:
         raise UserError("--dataset= is empty; it takes any folder of images")
     if settings["tensorboard"]:
         check_tensorboard()
-    return check_network(settings)
+    check_network(settings)
 
 
-def check_size(img_size: tuple[int, ...], stride: int) -> tuple[int, int]:
-    """(height, width) of `--img_size=64` or `48x96`, if a network of this stride can take it."""
-    flag = f"--img_size={as_typed('img_size', img_size)}"
-    if not 1 <= len(img_size) <= 2:
-        raise UserError(f"{flag} is not a size; write 64, or height x width such as 48x96")
-    for side in img_size:
-        if side % stride or not stride <= side <= 2048:
-            near = stride * min(2048 // stride, max(1, round(side / stride)))
-            rule = f"a multiple of {stride} (2 to the power of levels - 1), at most 2048"
-            raise UserError(f"{flag}: {side} is not {rule}; the nearest is {near}")
-    return img_size[0], img_size[-1]
-
-
-def check_network(settings: dict) -> tuple[int, int]:
-    """Refuse a network that cannot be built: the size (height, width) of the images it is for."""
+def check_network(settings: dict) -> None:
+    """Refuse a network that cannot be built."""
     multipliers = settings["multipliers"]
     width = settings["width"]
     are_sensible = all(1 <= multiplier <= 64 for multiplier in multipliers)
@@ -72,20 +94,38 @@ def check_network(settings: dict) -> tuple[int, int]:
         raise UserError(f"{flag} is not 1 to 8 numbers from 1 to 64")
     if width % (4 if width <= 128 else 32):
         raise UserError(f"--width={width} is not a multiple of 4 up to 128, or of 32 above")
-    return check_size(settings["img_size"], stride=2 ** (len(multipliers) - 1))
+    check_size(settings["img_size"], multipliers)
 
 
-def check_same_run(stored: dict, settings: dict, fingerprint: str, may_change: set[str]) -> None:
+def check_size(img_size: tuple[int, ...], multipliers: tuple[int, ...]) -> None:
+    """Refuse an `--img_size` that a network of these levels cannot take."""
+    flag = f"--img_size={as_typed('img_size', img_size)}"
+    stride = 2 ** (len(multipliers) - 1)
+    if not 1 <= len(img_size) <= 2:
+        raise UserError(f"{flag} is not a size; write 64, or height x width such as 48x96")
+    for side in img_size:
+        if side % stride or not stride <= side <= 2048:
+            near = stride * min(2048 // stride, max(1, round(side / stride)))
+            rule = f"a multiple of {stride} (2 to the power of levels - 1), at most 2048"
+            raise UserError(f"{flag}: {side} is not {rule}; the nearest is {near}")
+
+
+def full_size(img_size: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of `--img_size=64` or `--img_size=48x96`."""
+    return img_size[0], img_size[-1]
+
+
+def check_same_run(stored: dict, settings: dict, fingerprint: str) -> None:
     """Refuse to resume a run of other settings or images; say when its learning rate is stretched.
 
-    Settings in `may_change` may be others.
+    Only what is in MAY_CHANGE may be another.
     """
     before = stored["settings"]
     differences = []
     for name, value in settings.items():
         if name == "classes":  # these depend on --conditional and on the images
             continue
-        is_free = name in may_change or value in (before.get(name), "auto")
+        is_free = name in MAY_CHANGE or value in (before.get(name), "auto")
         if name not in before or not is_free:
             then, now = as_typed(name, before.get(name)), as_typed(name, value)
             differences.append(f"--{name} was {then}, is now {now}")
@@ -169,8 +209,8 @@ class Run:
     Attributes:
         settings: these flags, and what only the run itself knows: its colors, the shape of a
             network that was trained elsewhere.
-        stored: the checkpoint to resume from; of a new run, one in which nothing is done.
-        source: the checkpoint of `--init_from`; empty unless the run is new.
+        checkpoint: what to resume from; of a new run, one in which nothing is done.
+        init_checkpoint: that of `--init_from`; empty unless the run is new.
     """
 
     def __init__(self, settings: dict, fingerprint: str):
@@ -179,10 +219,10 @@ class Run:
         self.name = settings["run_name"]
         self.path = checkpoints.paths_of(self.name)[0]
         self.results = Path("results", self.name)
-        self.stored = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
-        self.source = {}
+        self.checkpoint = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
+        self.init_checkpoint = {}
 
-    def find(self, load: Callable[[str], dict], may_change: set[str]) -> FileLock:
+    def find(self, load: Callable[[str], dict]) -> FileLock:
         """Read what there is of the run and of `--init_from`: the run's lock.
 
         Raises:
@@ -194,29 +234,31 @@ class Run:
             ways_out = "delete it, or choose another --run_name"
             raise UserError(f"--resume=no, but models/{self.name} holds a run; {ways_out}")
         if init_from and is_new:
-            self.source = load(init_from)
-            check_same_network(init_from, self.source["settings"], self.settings)
+            self.init_checkpoint = load(init_from)
+            check_same_network(init_from, self.init_checkpoint["settings"], self.settings)
         lock = lock_run(self.path.parent)
         if is_new and checkpoints.exists(self.name):
             way_on = "the same command resumes it"
             raise UserError(f"another process has just trained models/{self.name}; {way_on}")
         if not is_new:
-            self.stored = load(self.name)
-            if "network" not in self.stored:
+            self.checkpoint = load(self.name)
+            if "network" not in self.checkpoint:
                 way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
                 raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
-            check_same_run(self.stored, self.settings, self.fingerprint, may_change)
+            check_same_run(self.checkpoint, self.settings, self.fingerprint)
         return lock
 
     def share(self) -> None:
         """Give all processes what the first one has read; settings without a flag are adopted."""
-        self.stored, self.source = processes.from_first((self.stored, self.source))
+        self.checkpoint, self.init_checkpoint = processes.from_first(
+            (self.checkpoint, self.init_checkpoint)
+        )
         old = self.old_settings()
         self.settings = {name: old[name] for name in IMPORTED if name in old} | self.settings
 
     def old_settings(self) -> dict:
         """Those of the run that is resumed or started from; empty for a run from nothing."""
-        return (self.source or self.stored).get("settings", {})
+        return (self.init_checkpoint or self.checkpoint).get("settings", {})
 
     def read(self, listing: reading.Listing) -> reading.Dataset:
         """The images, the same in all processes.
@@ -239,27 +281,24 @@ class Run:
         """Write a checkpoint that keeps `state`; see `checkpoints.save`."""
         checkpoints.save(self.name, settings=self.settings, data=self.fingerprint, **state)
 
-    def forget(self) -> None:
+    def free_checkpoints(self) -> None:
         """Let go of the checkpoints that were read: they are as large as the training itself."""
-        self.stored = self.source = None
+        self.checkpoint = self.init_checkpoint = None
 
 
 @contextlib.contextmanager
-def open_run(
-    settings: dict, fingerprint: str, load: Callable[[str], dict], may_change: set[str]
-) -> Iterator[Run]:
+def open_run(settings: dict, fingerprint: str, load: Callable[[str], dict]) -> Iterator[Run]:
     """The run that `settings` name, new or as it was saved; within this block nobody else does.
 
     Args:
         settings, fingerprint: see `Run`.
         load: reads a run by its name, and checks it.
-        may_change: settings that may be others when the run is resumed.
 
     Raises:
         UserError: see `Run.find`.
     """
     run = Run(settings, fingerprint)
-    lock = run.find(load, may_change) if processes.is_first() else None
+    lock = run.find(load) if processes.is_first() else None
     try:
         run.share()
         yield run
@@ -331,11 +370,25 @@ def load(run_name: str, defaults: dict, limits: dict, build: Callable) -> dict:
     return stored
 
 
-def images_seen(checkpoint: dict) -> float:
-    """How many images a run has seen in training; of one that was imported, infinitely many."""
-    if not checkpoint["log"]:
-        return float("inf")
-    return checkpoint["log"][-1][COLUMNS.index("images")]
+class Learned(NamedTuple):
+    """What a run has learned from, known from its step; infinite where nobody knows."""
+
+    count: float  # images in the data set
+    images: float  # seen in training, with repetitions
+    epochs: float
+
+
+def learned(checkpoint: dict) -> Learned:
+    """Older checkpoints do not have the count: their log tells it; imported ones have no log."""
+    log = checkpoint["log"]
+    if "count" not in checkpoint and not log:
+        return Learned(math.inf, math.inf, math.inf)
+    count = checkpoint.get("count")
+    if count is None:
+        row = dict(zip(COLUMNS, log[-1], strict=True))
+        count = round(row["images"] / row["epoch"])
+    images = checkpoint["step"] * min(checkpoint["settings"]["batch_size"], count)
+    return Learned(count, images, images / count)
 
 
 # ---- the table of all runs -----------------------------------------------------------------------
@@ -362,10 +415,12 @@ def table_row(name: str) -> tuple[str, ...]:
         settings = stored["settings"]
         images = "".join(letter for letter in str(settings["dataset"]) if letter.isprintable())
         facts = [images, "x".join(map(str, settings["img_size"])), "", ""]
-        if stored["log"]:  # a run of fewer steps than make a row has none
-            row = dict(zip(COLUMNS, stored["log"][-1], strict=True))
-            facts[0] = f"{row['images'] / row['epoch']:,.0f} from {images}"
-            facts[2:] = f"{row['epoch']:.1f}", f"{row['loss']:.4f}"
+        count, _, epochs = learned(stored)
+        if count < math.inf:
+            facts[0] = f"{count:,} from {images}"
+            facts[2] = f"{epochs:.1f}"
+        if stored["log"]:  # a run that was stopped before its first row has none
+            facts[3] = f"{stored['log'][-1][COLUMNS.index('loss')]:.4f}"
     except (UserError, *BROKEN_FILE):
         facts = ["cannot be read", "", "", ""]
     saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())

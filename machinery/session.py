@@ -166,9 +166,8 @@ class Session:
 
     Args:
         run: what is trained.
-        training: has `step` (how many are done), `advance`, `compile`, `preview`, `state()`, the
-            network, its `loader` and its `device`.
-        previews: how expensive a preview is, in images sampled.
+        training: has `step` (how many are done), `advance`, `compile`, `preview`, `preview_cost`,
+            `state()`, the network, its `loader` and its `device`.
         began: when this sitting started (time.monotonic()).
 
     Attributes:
@@ -176,7 +175,7 @@ class Session:
         stop_status: the exit status of a training that is told to stop; 0 while it is not.
     """
 
-    def __init__(self, run: Run, training, previews: int, began: float):
+    def __init__(self, run: Run, training, began: float):
         settings = run.settings
         self.run = run
         self.training = training
@@ -188,17 +187,17 @@ class Session:
             save_every=settings["save_every"],
             sample_every=settings["sample_every"],
             step=training.step,
-            minutes=run.stored["minutes"],
+            minutes=run.checkpoint["minutes"],
             began=began,
-            previews=previews,
+            previews=training.preview_cost,
         )
         self.log = Log(
             run.results,
             self.progress,
             settings["noise_steps"],
             training.device,
-            rows=run.stored["log"],
-            sums=run.stored["sums"],
+            rows=run.checkpoint["log"],
+            sums=run.checkpoint["sums"],
             board=Path("runs", run.name) if settings["tensorboard"] else None,
         )
         self.agree(0)
@@ -251,6 +250,8 @@ class Session:
         """Save, preview and log what is due after a step."""
         step = self.training.step
         is_saved = False
+        if self.done >= 1:
+            self.log.finish()
         try:
             if is_last or self.progress.is_save_due(step):
                 self.save()
@@ -268,7 +269,8 @@ class Session:
     def save(self) -> None:
         state = self.training.state() | self.log.state()
         with self.progress.saving():
-            self.run.save(**state, minutes=self.progress.minutes_to_keep())
+            minutes = self.progress.minutes_to_keep()
+            self.run.save(**state, minutes=minutes, count=self.progress.count)
 
     def preview_path(self) -> Path:
         epoch = self.progress.epoch(self.training.step)
@@ -279,7 +281,7 @@ class Session:
 
     # ---- what is said
 
-    def introduce(self, data: Dataset) -> None:
+    def print_summary(self, data: Dataset) -> None:
         """Print what the training is; write its first images to data.png."""
         if not processes.is_first():
             return
@@ -304,7 +306,7 @@ class Session:
         self.training.compile()
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
 
-    def rehearse(self) -> None:
+    def dry_run(self) -> None:
         """Print how long the training would take, by the second of two steps: the first is slow."""
         step = self.training.step
         for _ in range(2):
@@ -328,11 +330,8 @@ class Session:
             print(f"nothing to do: this run is finished; {way_on}")
         else:
             processes.wait()  # if one leaves, torchrun stops the others, which may be saving
-            if self.goes_on_later():
+            if self.stop_status and self.done < 1:
                 done = f"step {self.training.step:,} of {self.progress.last_step:,}"
                 print(f"stopped and saved at {done}; the same command resumes it")
                 raise SystemExit(self.stop_status)
             print(self.log.report(self.run.name, sample_flags))
-
-    def goes_on_later(self) -> bool:
-        return bool(self.stop_status) and self.done < 1

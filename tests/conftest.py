@@ -1,6 +1,4 @@
-"""What the tests share: a place of their own to work in, small pictures, a tiny network, and the
-command line.
-"""
+"""What the tests share: a place to work in, small pictures, a tiny network, the command line."""
 
 import os
 import signal
@@ -38,8 +36,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def compute_in_float64(set_attribute: Callable) -> None:
-    """Have `ddpm.train` compute in float64, so that what differs by more than 1e-10 is not the
-    order of additions.
+    """Have `ddpm.train` compute in float64.
+
+    So what differs by more than 1e-10 is not the order of additions.
 
     `set_attribute` is monkeypatch.setattr, or setattr in a process of its own. The default type is
     the caller's to set back. Previews stay empty: their noise is float32.
@@ -62,8 +61,9 @@ def in_float64(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_curve() -> Iterator[None]:
-    """Drawing and counting take longer than a tiny run: loss.png holds numbers here, but for the
-    tests of them.
+    """Have loss.png hold numbers here, but for the tests of curves.
+
+    Drawing and counting take longer than a tiny run.
     """
 
     def write_rows(rows: list[list[float]], path: Path) -> None:

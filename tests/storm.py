@@ -35,18 +35,17 @@ from machinery import basics, checkpoints, journal, reading
 
 # Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within
 # batches.
-WORDS = "train --dataset=pictures --run_name=run --img_size=8 --width=4 --multipliers=1 --blocks=1 --attention_size=0"
-WORDS += (
-    " --dropout=0.1 --noise_steps=5 --batch_size=3 --epochs=6 --warmup=5 --lr=1e-3 --ema_decay=0.9"
-)
-WORDS += " --sample_every=0 --device=cpu"
+WORDS = "train --dataset=pictures --run_name=run --img_size=8 --width=4 --multipliers=1 --blocks=1"
+WORDS += " --attention_size=0 --dropout=0.1 --noise_steps=5 --batch_size=3 --epochs=6 --warmup=5"
+WORDS += " --lr=1e-3 --ema_decay=0.9 --sample_every=0 --device=cpu"
 RUN, RESULTS, SAVES, OUTPUT = Path("models/run"), Path("results/run"), Path("saves"), Path("output")
 AT_A_POINT = 77  # exit status of a child that ended itself at a named point
 
 
 def train(save_every: float, prepare: Callable[[], None] = lambda: None) -> int:
-    """Start the training in a child of this process: its id. It notes every finished save in a
-    file.
+    """Start the training in a child of this process: its id.
+
+    It notes every finished save in a file.
     """
     if child := os.fork():
         return child
@@ -102,8 +101,9 @@ POINTS += [
 
 
 def die_at(owner, name: str, moment: str, call: int) -> Callable[[], None]:
-    """Have a child end itself, without a last word, before, in or after one call, counted from 1,
-    of a function.
+    """Have a child end itself, without a last word, before, in or after one call of a function.
+
+    Calls are counted from 1.
     """
 
     def prepare() -> None:
@@ -130,8 +130,9 @@ def die_at(owner, name: str, moment: str, call: int) -> Callable[[], None]:
 
 
 def strike(chance: random.Random, points: Iterator[tuple], seconds: float) -> tuple[str, int]:
-    """Start the training, and end it in one of the ways: how, and the exit status. It may well
-    finish before.
+    """Start the training, and end it in one of the ways: how, and the exit status.
+
+    It may well finish before.
     """
     way = chance.choices(["kill -9", "named point", "signal"], [5, 4, 1])[0]
     save_every = chance.choice([0, 0, 0, 0.002])
@@ -219,8 +220,9 @@ def begin_anew() -> None:
 
 
 def storm(seconds: float, seed: int) -> tuple[collections.Counter, list[str]]:
-    """Kill and start again for so long, in the current directory: what happened how often, and what
-    was wrong.
+    """Kill and start again for so long: what happened how often, and what was wrong.
+
+    It works in the current directory.
     """
     chance, counts, faults = random.Random(seed), collections.Counter(), []
     # every one of them comes, however short the storm
@@ -264,9 +266,8 @@ def main() -> None:
     print(f"seed {options.seed}:", ", ".join(f"{counts[name]:,} {name}" for name in names))
     if faults:
         print(*faults, sep="\n")
-        sys.exit(
-            f"{len(faults)} faults; the same kills again: {Path(__file__).name} --seed={options.seed}"
-        )
+        again = f"{Path(__file__).name} --seed={options.seed}"
+        sys.exit(f"{len(faults)} faults; the same kills again: {again}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The benchmarks: like is compared with like, the figures are rightly computed, the files can be
-read.
-"""
+"""The benchmarks: like is compared with like, figures are right, files can be read."""
 
 import contextlib
 import csv
@@ -104,8 +102,9 @@ def test_reference_network_is_the_default_of_the_command_line():
 
 
 def test_ours_and_diffusers_make_the_same_image_in_one_step():
-    """More steps may differ: where x_0 is clipped, we correct the noise to fit and diffusers'
-    pipeline does not.
+    """More steps may differ: diffusers' pipeline does not correct the noise where x_0 is clipped.
+
+    We correct it to fit.
     """
     network, x = peers.our_network(TINY), torch.randn(2, 3, 8, 8)
     ours = peers.sample_ours(network, "fp32", x, 1)()
@@ -179,8 +178,9 @@ def test_share_of_the_peak_is_of_the_better_format_in_its_best_round():
 
 
 def test_operations_of_one_convolution_are_counted():
-    """3 to 5 channels, 3x3, 8x8 pixels; the way back has as many for the weights, and none for the
-    image.
+    """3 to 5 channels, 3x3, 8x8 pixels.
+
+    The backward has as many for the weights, and none for the image.
     """
 
     class Answer(nn.Conv2d):
@@ -276,10 +276,8 @@ def test_whole_benchmark_prints_a_table_and_writes_its_figures(
     if benchmark != "levers":
         assert {row["variant"] for row in rows} >= {"ours, fp32", "diffusers, fp32"}
         assert all(row["ratio"] == "1" for row in rows if row["variant"] == "diffusers, fp32")
-        assert (
-            "denoising-diffusion-pytorch is not installed here; pip install denoising-diffusion-pytorch"
-            in out
-        )
+        peer = "denoising-diffusion-pytorch"
+        assert f"{peer} is not installed here; pip install {peer}" in out
         for row in rows:  # share * peak = operations per image * images per second
             per_second = float(row.get("img_per_s") or 1000 / float(row.get("ms") or 1))
             reached = float(row["share_of_peak"]) * float(row["peak_tflop_per_s"]) * 1000
@@ -288,8 +286,9 @@ def test_whole_benchmark_prints_a_table_and_writes_its_figures(
 
 
 def test_end_to_end_is_what_training_logs_after_its_first_row(place, monkeypatch):
-    """Stands in for `ddpm.train`: a log of known speeds, of the pictures, steps and settings that
-    were asked for.
+    """Stands in for `ddpm.train`: a log of known speeds.
+
+    It is checked for the pictures, steps and settings that were asked for.
     """
 
     def train(dataset: str, run_name: str, **settings) -> None:
@@ -484,8 +483,9 @@ SIDE = 32  # diffusers' six levels need it
 
 @pytest.fixture
 def small_peers(monkeypatch):
-    """Their networks as small as may be, sampled in three steps; gives the trainer of a project
-    that is installed.
+    """Their networks as small as may be, sampled in three steps.
+
+    Gives the trainer of a project that is installed.
     """
     monkeypatch.setitem(quality_peers.DIFFUSERS, "block_out_channels", (8,) * 6)
     monkeypatch.setitem(quality_peers.DIFFUSERS, "layers_per_block", 1)
@@ -640,8 +640,9 @@ def test_samples_come_from_the_averaged_weights(project, small_peers, clock, pla
 def test_one_color_is_learned_and_made_when_the_network_knows_it(
     project, precision, small_peers, clock, place, monkeypatch
 ):
-    """Images go in and come out in the range of each: a network that knows the color finds pure
-    noise beside it.
+    """Images go in and come out in the range of each.
+
+    A network that knows the color finds pure noise beside it.
     """
     train, color = (
         small_peers(project),
@@ -703,9 +704,7 @@ def test_one_color_is_learned_and_made_when_the_network_knows_it(
 
 @pytest.fixture
 def small_contest(place, monkeypatch):
-    """One who gives back real pictures, and one who stumbles the first time and then gives black
-    ones.
-    """
+    """One who gives back real pictures, and one who stumbles first and then gives black ones."""
 
     def learned(image: Callable[[int], Tensor]) -> quality_peers.Learned:
         return quality_peers.Learned(160, 1.5, 2.0, 60.0, "ddim", 50, image)

@@ -1,6 +1,4 @@
-"""What a checkpoint promises: it is on the disk whole, damage is seen, and opening a stranger's is
-safe.
-"""
+"""What a checkpoint promises: it is on the disk whole, damage is seen, opening one is safe."""
 
 import contextlib
 import os
@@ -53,8 +51,9 @@ def state(trained, place) -> dict:
 
 @pytest.mark.parametrize("keep", [None, Path("kept")])
 def test_a_file_is_on_the_disk_before_it_gets_its_name(place, monkeypatch, keep):
-    """Write, fsync, rename, fsync of the folder: in any other order a loss of power could leave an
-    empty file.
+    """Write, fsync, rename, fsync of the folder.
+
+    In any other order a loss of power could leave an empty file.
     """
     calls, replace = [], os.replace
 
@@ -104,8 +103,9 @@ def test_what_could_not_be_written_leaves_no_trace(place, error):
 
 
 def somewhere(chance: random.Random, size: int) -> int:
-    """A place in a file; every other one is in its last twentieth, where an archive has its table
-    of contents.
+    """A place in a file; every other one is in its last twentieth.
+
+    There an archive has its table of contents.
     """
     return chance.randrange(chance.choice([0, size - size // 20]), size)
 
@@ -151,8 +151,9 @@ def change_the_archive(chance: random.Random, whole: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, zero_a_block, put_garbage, change_the_archive])
 def test_damage_is_named_or_harmless(state, damage):
-    """Sixty times each: refused in one line with the file's name, or (where nobody reads) the same
-    to the bit.
+    """Sixty times each: refused in one line with the file's name, or the same to the bit.
+
+    The latter is the case where nobody reads.
     """
     whole, harmless = CHECKPOINT.read_bytes(), 0
     for seed in range(60):
@@ -211,10 +212,7 @@ def test_no_bytes_do_more_than_be_refused(trained, data):
 # ---- strangers' checkpoints ----------------------------------------------------------------------
 
 # what AdamW remembers of each weight, beside the number of its steps
-MOMENTS = (
-    "exp_avg",
-    "exp_avg_sq",
-)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Bomb:
@@ -241,8 +239,9 @@ def with_settings(**settings) -> Callable[[dict], dict]:
 
 
 def giant_everywhere(state: dict) -> dict:
-    """A network of terabytes with all its weights, in a few kilobytes: no shape contradicts
-    another.
+    """A network of terabytes with all its weights, in a few kilobytes.
+
+    No shape contradicts another.
     """
     settings = state["settings"] | {"width": 4096, "multipliers": (64, 64)}
     with torch.device("meta"):
@@ -362,8 +361,9 @@ def test_a_strange_checkpoint_is_refused_in_one_line(run, state, monkeypatch, wo
 
 
 def scattered(moment: Tensor) -> Tensor:
-    """The same numbers, but the last of them lies at the end of the memory they are in, the first
-    far before it.
+    """The same numbers, far apart in memory.
+
+    The last of them lies at the end of the memory they are in, the first far before it.
     """
     return torch.zeros(moment.numel() + 1)[-1:].expand(moment.shape)
 

@@ -1,6 +1,4 @@
-"""Reading, keeping and writing pictures: the right pixels from any file, each shown once per epoch,
-files whole.
-"""
+"""Reading, keeping and writing pictures: the right pixels, each once per epoch, files whole."""
 
 import collections
 import contextlib
@@ -67,7 +65,7 @@ def white_where(mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def read(path, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> np.ndarray:
-    """A picture as the data set would hold it, but (H, W, C), in a type that does not wrap round."""
+    """A picture as the data set would hold it, but (H, W, C) and in a type that does not wrap."""
     pixels, remark = reading.read_image(path, size, mode)
     assert pixels is not None, remark
     return pixels.transpose(1, 2, 0).astype(int)
@@ -457,8 +455,9 @@ def test_a_large_photograph_taken_sideways_is_turned_upright(tmp_path):
 
 
 def test_the_centre_is_cut_out(tmp_path):
-    """At the same height nothing is resized: the middle columns come out to the bit; of a tall
-    picture, the rows.
+    """At the same height nothing is resized: the middle columns come out to the bit.
+
+    Of a tall picture, the rows.
     """
     wide = np.random.default_rng(2).integers(0, 256, (8, 20, 3), dtype=np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -545,8 +544,9 @@ def test_without_an_image_sampling_starts_from_noise():
 
 
 def test_a_mask_is_the_share_of_every_pixel_that_is_white(tmp_path):
-    """The white edge runs through the fifth column: a quarter of that is white, and not a trace
-    reaches further.
+    """The white edge runs through the fifth column: a quarter of that is white.
+
+    Not a trace reaches further.
     """
     white = np.zeros((32, 32), np.uint8)
     white[:, :17] = 255
@@ -859,8 +859,9 @@ def rename_one(folder) -> None:
     ],
 )
 def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
-    """The fingerprint tells by names and sizes whether a run goes on with its own pictures; the
-    cache, by times too.
+    """The fingerprint tells by names and sizes whether a run goes on with its own pictures.
+
+    The cache tells by times, too.
     """
     paint(place / "x", count=3)
     before = utils.load_dataset(place / "x", (8, 8))
@@ -883,8 +884,9 @@ def test_another_size_is_decoded_again(size, place):
 
 
 def test_new_pixels_under_an_old_name_and_size_are_seen(place):
-    """A bitmap is as large as its number of pixels says, whatever they show: only its time gives it
-    away.
+    """A bitmap is as large as its number of pixels says, whatever they show.
+
+    Only its time gives it away.
     """
     (place / "x").mkdir()
     for color in ("red", "blue"):
@@ -977,7 +979,10 @@ def paint_many(folder: Path) -> Path:
 
 
 def decoded_at_once(place: Path, name: str) -> tuple[reading.Dataset, bytes]:
-    """The data set as an uninterrupted decoding makes it, and its bytes; the cache is empty again."""
+    """The data set as an uninterrupted decoding makes it, and its bytes.
+
+    The cache is empty again.
+    """
     data = utils.load_dataset(Path(name), (8, 8))
     whole = cache_files(place)[0].read_bytes()
     shutil.rmtree(place / reading.CACHE)
@@ -1161,7 +1166,10 @@ def load() -> None:
     'Load.'
     utils.load_dataset(Path("x"), (8, 8))
 
-reading.read_image, reading.NOTE_EVERY, reading.PROCESSES_FROM, reading.PORTION = read_slowly, 0, 0, 7
+reading.read_image = read_slowly
+reading.NOTE_EVERY = 0
+reading.PROCESSES_FROM = 0
+reading.PORTION = 7
 if __name__ == "__main__":
     run_command_line("loader.py", {"load": load}, {})
 """
@@ -1169,8 +1177,9 @@ if __name__ == "__main__":
 
 @contextlib.contextmanager
 def loader_in(place: Path, way: str = "") -> Iterator[subprocess.Popen]:
-    """A process that decodes by others, in a group of its own: as from a terminal. None of them
-    outlives the test.
+    """A process that decodes by others, in a group of its own: as from a terminal.
+
+    None of them outlives the test.
     """
     (place / "loader.py").write_text(LOADER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WAY": way}
@@ -1232,8 +1241,9 @@ def test_processes_decode_what_threads_do(mode, place, monkeypatch):
     ],
 )
 def test_processes_end_with_the_one_that_started_them(number, moment, place):
-    """kill strikes that one alone, Ctrl-C in a terminal all of them; the next one goes on where it
-    was.
+    """kill strikes that one alone, Ctrl-C in a terminal all of them.
+
+    The next one goes on where it was.
     """
     paint(place / "x", count=300)
     break_files(place / "x", 3, 200)
@@ -1298,7 +1308,10 @@ def test_every_image_is_shown_exactly_once_per_epoch(count, batch_size, seed):
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**64))
 @settings(deadline=None)
 def test_the_order_hangs_on_seed_and_epoch_alone(count, batch_size, seed):
-    """Not on the batch size, nor on what was asked before: a run that goes on starts in the middle."""
+    """Not on the batch size, nor on what was asked before.
+
+    A run that goes on starts in the middle.
+    """
     shown = orders(count, 1, seed)
     utils.shuffled.cache_clear()
     last = utils.batch_indices(count, batch_size, 2 * count // batch_size, seed)

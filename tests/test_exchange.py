@@ -62,8 +62,9 @@ def exchange(here, run_main):
 
 
 def test_what_is_published_is_small_and_makes_the_same_images(exchange, run, monkeypatch):
-    """Half precision has 11 binary digits, down to 2^-24; a walk of few steps shows little of what
-    is behind them.
+    """Half precision has 11 binary digits, down to 2^-24.
+
+    A few sampling steps show little of what is behind them.
     """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     assert exchange("publish", "--run_name=tiny", "--to=public").status == 0
@@ -154,8 +155,9 @@ def test_weights_beyond_half_precision_are_not_published(exchange, here):
 
 
 def test_a_run_begins_with_the_average_of_another(here, run):
-    """At a learning rate of nearly nothing the weights and their average stay what they were at the
-    beginning.
+    """At a rate of nearly nothing the weights stay what they were at the beginning.
+
+    So does their average.
     """
     start = checkpoints.load("tiny")
     words = [word for word in TRAIN if not word.startswith("--lr=")]
@@ -320,8 +322,9 @@ def their_model(name: str) -> UNet2DModel:
 
 
 def write_model(name: str, folder: Path) -> DDPMPipeline:
-    """One of MODELS as a folder, in today's form or in that of 2022: all in one place, weights in a
-    .bin, old names.
+    """One of MODELS as a folder, in today's form or in that of 2022.
+
+    The latter: all in one place, weights in a .bin, old names.
     """
     _, noising, place = MODELS[name]
     pipeline = DDPMPipeline(their_model(name), DDPMScheduler(**noising))
@@ -356,8 +359,9 @@ def quick_picture(monkeypatch):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """Has diffusers draw its noise as `ddpm.generate` draws that of one image of seed 5; and all
-    compute in float32.
+    """Has diffusers draw its noise as `ddpm.generate` draws that of one image of seed 5.
+
+    All compute in float32.
     """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
 
@@ -473,7 +477,7 @@ def test_the_papers_own_networks_have_our_names_and_shapes_in_full_size(config):
 def test_a_network_alone_is_imported_with_the_papers_noise_and_says_so(exchange, place, run):
     their_model("ddpm-cifar10-32").save_pretrained(place / "theirs")
     result = exchange("import", "--source=theirs", "--run_name=mine")
-    assert "the paper's is assumed" in result.out
+    assert "the noise of the DDPM paper is assumed" in result.out
     command = (
         re.search("ddpm.py (sample .*)", result.out)[1].replace("--n_img=16", "--n_img=1").split()
     )
@@ -538,9 +542,9 @@ def import_changed(
         ({"out_channels": 6}, "out_channels=6"),
         (
             {"num_class_embeds": 10},
-            "classes.json must name all but the last one, which stands for no class",
+            "classes.json must name all classes but the last, which stands for no class",
         ),
-        ({"num_class_embeds": 0}, "knows classes (num_class_embeds=0)"),
+        ({"num_class_embeds": 0}, "class-conditional (num_class_embeds=0)"),
         ({"class_embed_type": "timestep"}, "class_embed_type=timestep"),
         ({"something_new": 3}, "something_new=3"),
         ({"_class_name": "UNet2DConditionModel"}, "_class_name=UNet2DConditionModel"),
@@ -564,7 +568,7 @@ def test_a_network_that_cannot_be_expressed_is_refused_by_name(
 @pytest.mark.parametrize(
     "text, named",
     [
-        (None, "classes.json must name all but the last one, which stands for no class"),
+        (None, "classes.json must name all classes but the last, which stands for no class"),
         ('["cats"]', "(num_class_embeds=3); classes.json must name"),
         ('["cats", "dogs", "suns"]', "classes.json must name"),
         ('["cats", "cats"]', "classes.json must name"),
@@ -595,7 +599,7 @@ def test_of_four_channels_it_is_said_what_they_are_taken_for(exchange, place):
         )
         result = exchange("import", f"--source={channels}", f"--run_name=of_{channels}")
         assert result.status == 0
-        assert ("taken for colors times alpha, and alpha" in result.out) == is_said
+        assert ("taken as colors times alpha, and alpha" in result.out) == is_said
     assert [ddpm.load_run(f"of_{channels}")["settings"]["mode"] for channels in (1, 3, 4)] == [
         "L",
         "RGB",
@@ -897,8 +901,9 @@ def test_the_card_tells_what_kind_of_images_there_are(exchange, place, quick_pic
 
 @pytest.mark.parametrize("count, shown", [(0, (4, 4)), (3, (4, 3)), (20, (4, 16))])
 def test_the_cards_picture_has_a_row_for_each_class(exchange, place, monkeypatch, count, shown):
-    """Of 16 classes at most; the images that stand in for those of a network are as bright as their
-    class says.
+    """Of 16 classes at most.
+
+    The images that stand in for those of a network are as bright as their class says.
     """
 
     def make_samples(stored, seeds, sampler, steps, batch_size, device, labels) -> Tensor:
@@ -923,7 +928,7 @@ def test_the_cards_picture_has_a_row_for_each_class(exchange, place, monkeypatch
         ),
         (
             {"head_width": 32, "multipliers": (1, 4), "attention_levels": (0,)},
-            "heads are of 2 widths",
+            "heads have 2 different widths",
         ),
     ],
 )
@@ -960,8 +965,8 @@ def test_the_card_tells_of_the_run_and_its_three_lines_make_images(exchange, her
     assert "unconditional-image-generation" in card.data.tags
     assert "| width | 16 |" in card.text
     assert "| images seen | 80 |" in card.text
-    assert "| FD | 123.457 | 4.500 |" in card.text
-    assert "| recall | 0.750 | 1.000 |" in card.text
+    assert "| Frechet distance: FD | 123.457 | 4.500 |" in card.text
+    assert "| recall (variety) | 0.750 | 1.000 |" in card.text
     with Image.open("model/samples.png") as picture:
         assert picture.size == (32, 32)
     code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1]
@@ -1053,7 +1058,7 @@ def test_a_strangers_facts_of_a_network_are_not_trusted(run, place, changes):
 
 
 def test_a_run_begun_from_an_imported_one_keeps_its_network_and_goes_on(here, run):
-    """Both trainings do next to nothing: their network still answers as the one that was imported."""
+    """Both trainings do next to nothing: their network still answers as the imported one."""
     make_run(
         "theirs", norm_eps=0.1, attention_levels=(0,), downsample_padding=0, frequency_shift=1.0
     )

@@ -1,6 +1,4 @@
-"""What goes wrong while the program runs: kills, signals, readers that leave, full disks, little
-memory, odd input.
-"""
+"""What goes wrong while the program runs: kills, signals, full disks, little memory, odd input."""
 
 import contextlib
 import inspect
@@ -47,9 +45,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals"
     sys.platform != "linux", reason="only on Linux may a process that has used PyTorch fork"
 )
 def test_a_storm_of_kills_loses_nothing(place):
-    """No finished save is lost, and whoever finishes has learned what a run without kills learns, to
-    the bit.
-    """
+    """No finished save is lost, and the end is that of a run without kills, to the bit."""
     command = [sys.executable, str(ROOT / "tests" / "storm.py"), "--minutes=0.45"]
     end = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -111,10 +107,7 @@ def test_ctrl_c_again_and_again_harms_nothing(training):
         time.sleep(0.003)
     out, _ = training.communicate()
     # the latter if one more comes while it is leaving
-    assert training.returncode in (
-        130,
-        -signal.SIGINT,
-    )
+    assert training.returncode in (130, -signal.SIGINT)
     assert "stopped and saved" not in out
     assert checkpoints.load("run")["step"] >= step
     assert not list(CHECKPOINT.parent.glob("*.unfinished"))
@@ -281,8 +274,9 @@ def picture_files() -> dict[str, bytes]:
 
 
 def edited(data, whole: bytes) -> bytes:
-    """A file with a few bytes replaced, left out or put in, most of them near its beginning, where
-    the facts are.
+    """A file with a few bytes replaced, left out or put in.
+
+    Most of them are near its beginning, where the facts are.
     """
     for _ in range(data.draw(strategies.integers(0, 4))):
         start = data.draw(
@@ -394,8 +388,9 @@ BASE = {
 
 @strategies.composite
 def lines(draw) -> list[str]:
-    """A sensible command line, some options of which were replaced or added, now and then with a
-    word too many.
+    """A sensible command line, some options of which were replaced or added.
+
+    Now and then there is a word too many.
     """
     name = draw(strategies.sampled_from(sorted(COMMANDS)))
     flags = strategies.sampled_from(sorted(inspect.signature(COMMANDS[name]).parameters))
@@ -408,8 +403,9 @@ def lines(draw) -> list[str]:
 
 @pytest.fixture
 def far_enough(place, monkeypatch) -> Path:
-    """A folder with pictures and a trained run, where commands end once everything has been checked
-    and read.
+    """A folder with pictures and a trained run.
+
+    Commands end there once everything has been checked and read.
     """
     paint(place / "here" / "pictures", 2)
     monkeypatch.chdir("here")
@@ -427,8 +423,9 @@ def far_enough(place, monkeypatch) -> Path:
 
 
 def test_any_words_are_done_or_refused(run, far_enough):
-    """Whatever is typed: status 0 or 2, at most one line on stderr, and nothing written where it
-    should not be.
+    """Whatever is typed: status 0 or 2, at most one line on stderr.
+
+    Nothing is written where it should not be.
     """
 
     @hypothesis.settings(

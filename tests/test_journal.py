@@ -1,6 +1,4 @@
-"""What a training tells, and when it ends: clock and epochs, the log, curves, TensorBoard, the
-table of runs.
-"""
+"""What a training tells, and when it ends: clock and epochs, log, curves, TensorBoard, runs."""
 
 import csv
 import math
@@ -14,15 +12,18 @@ import pytest
 import torch
 import tqdm
 from conftest import TINY, files_below, paint
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 import ddpm
 import utils
-from machinery import checkpoints, journal, reading, session
+from machinery import checkpoints, journal, reading, runs, session
 from machinery.journal import Log, gflop_per_image, plot_curves
 from machinery.session import Progress
 from modules import UNet
+
+pytestmark = pytest.mark.quick
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
 
@@ -79,8 +80,9 @@ def ten_epochs(**changed) -> Progress:
 def test_steps_and_clock_both_count_and_the_larger_share_holds(
     clock, max_minutes, speed, laid_aside
 ):
-    """Without a budget only the steps count; with one the last preview, too: the time of 320
-    images, if known.
+    """Without a budget only the steps count; with one the last preview, too.
+
+    That is the time of 320 images, if known.
     """
     training = ten_epochs(max_minutes=max_minutes)
     training.speed = speed
@@ -105,8 +107,9 @@ def test_the_checkpoint_keeps_the_minutes_used_and_no_more_until_the_budget_is(c
 
 
 def test_a_budget_that_is_used_up_stays_so(clock):
-    """Also where the last preview looks quicker a moment later; else a finished run would be taken
-    up again.
+    """Also where the last preview looks quicker a moment later.
+
+    Else a finished run would be taken up again.
     """
     training = ten_epochs(max_minutes=10)
     training.speed = 10  # a preview takes half a minute
@@ -168,8 +171,9 @@ def test_an_epoch_ends_with_the_step_that_completes_it(batch_size, ends):
 def test_a_budget_holds_steps_the_fall_of_the_rate_and_the_last_preview(
     run, place, slow_steps, monkeypatch
 ):
-    """5 minutes of steps of 6 seconds and one preview of 30 that is foreseen; the rate is cos^2 of
-    the time gone.
+    """5 minutes of steps of 6 seconds and one preview of 30 that is foreseen.
+
+    The rate is cos^2 of the time gone.
     """
     paint(place / "pictures")
     # of 16 previews five steps of four images: 30 seconds
@@ -272,8 +276,9 @@ def test_the_summary_tells_what_will_happen(run, place):
 
 
 def test_operations_are_those_of_convolutions_and_products():
-    """Against the closed form for a network of known layers: one level, no attention but the
-    middle's.
+    """Against the closed form for a network of known layers.
+
+    One level, no attention but the middle's.
     """
     network = UNet(8, width=4, multipliers=(1,), blocks=1, attention_size=0)
     sides = 8 * 8
@@ -302,7 +307,73 @@ def test_few_images_are_given_as_the_reason_for_noise(run, place):
     assert journal.hint(journal.FEW_IMAGES - 1) and not journal.hint(journal.FEW_IMAGES)
 
 
+def test_what_was_learned_is_told_by_the_step_not_by_the_last_row(run, place):
+    """9 epochs of 10 images are 23 steps of 4; the last full row is of step 20."""
+    paint(place / "pictures")
+    seen = "only 92 images have been seen in training so far"
+    told = run(*TRAIN, "--epochs=9")
+    assert seen in told.out and "trained for 9.2 epochs" in told.out
+    assert seen in run("sample", "--run_name=run", "--n_img=1", "--steps=2", "--device=cpu").out
+    [_, line] = runs.runs_table().splitlines()
+    assert "10 from pictures" in line and " 9.2 " in line
+    stored = torch.load("models/run/checkpoint.pt", weights_only=True)
+    del stored["count"]  # as older checkpoints are: their log tells it
+    torch.save(stored, "models/run/checkpoint.pt")
+    assert runs.learned(ddpm.load_run("run")) == (10, 92, 9.2)
+    assert runs.learned(stored | {"log": []}) == (math.inf,) * 3
+
+
+def test_a_training_of_few_steps_is_known_by_its_steps(run, place):
+    paint(place / "pictures")
+    assert run(*TRAIN, "--epochs=1").status == 0  # 3 steps, no full row
+    [_, line] = runs.runs_table().splitlines()
+    assert "10 from pictures" in line and " 1.2 " in line
+    [row] = csv.DictReader(Path("results/run/log.csv").open())
+    assert (row["step"], row["images"], float(row["epoch"])) == ("3", "12", 1.2)
+    assert float(row["loss"]) == pytest.approx(float(line.split()[-3]), abs=1e-4)
+
+
 # ---- the log -------------------------------------------------------------------------------------
+
+
+def test_the_last_row_of_a_training_is_taken_back_by_a_longer_one(run, place, monkeypatch):
+    """Two sittings to the end have the log of one; the learning rate is constant here."""
+    paint(place / "pictures")
+    monkeypatch.setattr(journal, "ROW_EVERY", 5)
+    whole = ("--lr_decay=none", "--warmup=0")
+    tables = {}
+    for name, sittings in {"at_once": (9,), "in_two": (3, 9)}.items():
+        for epochs in sittings:
+            words = [word for word in TRAIN if not word.startswith(("--run_name", "--warmup"))]
+            assert run(*words, *whole, f"--epochs={epochs}", f"--run_name={name}").status == 0
+        rows = csv.reader(Path(f"results/{name}/log.csv").open())
+        tables[name] = [row[:-1] for row in rows]
+    assert [row[0] for row in tables["at_once"][1:]] == ["5", "10", "15", "20", "23"]
+    assert tables["in_two"] == tables["at_once"]
+
+
+def test_the_mean_loss_of_rows_counts_their_steps(monkeypatch):
+    monkeypatch.setattr(journal, "ROW_EVERY", 5)
+    rows = [[5, 0, 0, 1.0], [10, 0, 0, 2.0], [12, 0, 0, 7.0]]
+    assert journal.last_loss(rows) == (pytest.approx((5 * 1 + 5 * 2 + 2 * 7) / 12), 12)
+    assert journal.last_loss([[3, 0, 0, 4.0]]) == (4.0, 3)
+    many = [[5 * number, 0, 0, float(number)] for number in range(1, 61)]
+    assert journal.last_loss(many) == (pytest.approx(35.5), 250)  # the mean of 11 to 60
+
+
+def test_one_row_is_drawn_as_a_point(tmp_path, monkeypatch):
+    markers = []
+
+    def look(figure, *_, **__) -> None:
+        markers.extend(line.get_marker() for axes in figure.axes for line in axes.lines)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    row = [1, 0.1, 1, 0.5, 1e-3, 1.0, 0, 0.5, 0.5, 0.5, 0.5, 9.0]
+    plot_curves([row], tmp_path / "loss.png")
+    assert set(markers) == {"o"}
+    markers.clear()
+    plot_curves([row, [2, 0.2, 2, *row[3:]]], tmp_path / "loss.png")
+    assert set(markers) == {"None"}
 
 
 def logged(losses: Tensor, t: Tensor, tmp_path: Path, board: Path | None = None) -> dict:
@@ -318,8 +389,9 @@ def logged(losses: Tensor, t: Tensor, tmp_path: Path, board: Path | None = None)
 
 
 def test_a_row_tells_the_means_and_the_loss_of_each_quarter(tmp_path, monkeypatch):
-    """Steps 1, 2 of 8 are the first quarter, 7 and 8 the last; where no image fell, nothing is
-    said.
+    """Steps 1, 2 of 8 are the first quarter, 7 and 8 the last.
+
+    Where no image fell, nothing is said.
     """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     losses = torch.rand(3, 4)
@@ -375,8 +447,9 @@ def test_a_disk_that_tensorboard_cannot_write_to_ends_only_that(run, place, monk
 
 
 def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, monkeypatch):
-    """A step of four images takes 6 seconds: the first row of the second session has but three of
-    its five steps.
+    """A step of four images takes 6 seconds.
+
+    The first row of the second session has but three of its five steps.
     """
     paint(place / "pictures")
     monkeypatch.setattr(journal, "ROW_EVERY", 5)
@@ -385,7 +458,7 @@ def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, 
     result = run(*TRAIN, "--epochs=9", "--lr_decay=none")
     assert result.status == 0, result.err
     rows = checkpoints.load("run")["log"]
-    assert [row[0] for row in rows] == [5, 10, 15, 20]
+    assert [row[0] for row in rows] == [5, 10, 15, 20, 23]
     assert all(row[-1] == pytest.approx(4 / 6) for row in rows[1:])
     # 8 steps after the first whole row
     assert "time     0.7 images per second: about 0:00:48 to go" in result.out

@@ -1,6 +1,4 @@
-"""Any picture: gray, color, transparent, of any shape, with classes or without, from scratch or
-from a picture.
-"""
+"""Any picture: gray, color, transparent, of any shape, with classes, or made from a picture."""
 
 import gc
 import shlex
@@ -195,8 +193,9 @@ def test_without_the_flag_folders_are_mentioned_only(classes, train):
 
 
 def test_a_network_learns_its_classes(classes, train, run, place):
-    """In 180 steps it tells bright from dark from gray; guidance 0 ignores the class, so that all
-    come out alike.
+    """In 180 steps it tells bright from dark from gray.
+
+    Guidance 0 ignores the class, so that all come out alike.
     """
     result = train(
         "--conditional",
@@ -306,10 +305,7 @@ def test_the_command_in_an_image_makes_it_again(three_classes, run, place):
         ),
         (["--guidance=-1"], "--guidance=-1.0 is out of range"),
         (["--strength=0.5"], "--strength=0.5 needs an image to change"),
-        (
-            ["--mask=pictures/dark/0.png"],
-            "--mask=pictures/dark/0.png needs an image to inpaint",
-        ),
+        (["--mask=pictures/dark/0.png"], "--mask=pictures/dark/0.png needs an image to inpaint"),
         (["--init_image=nowhere.png"], "--init_image=nowhere.png is not a file"),
     ],
 )
@@ -358,9 +354,7 @@ def test_forgotten_labels_are_those_of_a_tenth(monkeypatch, classes, train):
 
 @pytest.mark.parametrize("mode", KINDS)
 def test_a_stopped_run_of_classes_goes_on_to_the_bit(place, train, run, monkeypatch, mode):
-    """In every mode: forgotten labels, mirrored images, noise and dropped activations hang on the
-    step alone.
-    """
+    """In every mode: dropped labels, flips, noise and dropout hang on the step alone."""
     for name in ("one", "two"):
         draw(place / "pictures" / name, mode, count=3 if name == "one" else 4)
     words = (

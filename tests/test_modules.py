@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from modules import SelfAttention, UNet, timestep_embedding, update_ema
 
+pytestmark = pytest.mark.quick
+
 
 def small_network(**options) -> UNet:
-    """A network for 8x8 images with 4 channels a group, whose last convolution is not the 0 it
-    starts from.
+    """A network for 8x8 images with 4 channels a group.
+
+    Its last convolution is not the 0 it starts from.
     """
     torch.manual_seed(0)
     network = UNet(
@@ -160,8 +163,9 @@ def test_diffusers_takes_the_weights_and_answers_the_same(options):
     ids=lambda options: "-".join(options),
 )
 def test_networks_from_elsewhere_fit(ours, theirs):
-    """One fact at a time, at 8x8 pixels: diffusers answers the same, and the network without that
-    fact does not.
+    """One fact at a time, at 8x8 pixels.
+
+    diffusers answers the same, and the network without that fact does not.
     """
     network = small_network(**ours)
     config = {
@@ -203,8 +207,9 @@ def test_default_network_has_26_6_million_weights():
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2, 4, 4), (3, 1, 5)])
 def test_every_group_has_four_channels_or_more(multipliers):
-    """GroupNorm with one channel per group would silently erase time and class: it takes a group's
-    mean away.
+    """GroupNorm with one channel per group would silently erase time and class.
+
+    It takes a group's mean away.
     """
     for width in (*range(4, 129, 4), 160, 256, 512):
         with torch.device("meta"):
@@ -370,8 +375,9 @@ def test_gradient_reaches_every_parameter():
 
 
 def test_average_of_still_weights_closes_in_by_the_product_of_the_decays():
-    """(1 + k) / (10 + k) multiplied over k = 1..n is (n + 1)! 10! / (n + 10)!; at 0.5 the warm-up
-    is over after 8.
+    """(1 + k) / (10 + k) multiplied over k = 1..n is (n + 1)! 10! / (n + 10)!.
+
+    At 0.5 the warm-up is over after 8.
     """
     network, average = nn.Linear(3, 2), nn.Linear(3, 2)
     gaps = [
@@ -402,9 +408,7 @@ def test_average_of_still_weights_closes_in_by_the_product_of_the_decays():
 
 
 def test_average_weighs_the_past_by_powers_of_the_decay():
-    """Long after the warm-up: (1 - decay) decay^age of what the network was, and decay^n of the
-    start.
-    """
+    """Long after the warm-up: weights of (1 - decay) decay^age, and decay^n for the start."""
     torch.manual_seed(0)
     average, network = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
     start, history, decay = average.weight.detach().clone(), torch.randn(20, 2, 3), 0.9

@@ -230,10 +230,9 @@ def test_a_device_that_processes_would_have_to_share_is_refused(device, gpus, ad
     assert not torch.distributed.is_initialized()
 
 
+GLOO = "/x/third_party/gloo/gloo/transport/tcp/pair.cc"
 MISTAKES = ["The size of tensor a (2) must match", "Tensor list input to gloo cannot be empty"]
-MISTAKES += [
-    "[enforce fail at /x/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes"
-]
+MISTAKES += [f"[enforce fail at {GLOO}:446] op.preamble.length <= op.nbytes"]
 
 
 @pytest.mark.parametrize("text", MISTAKES)
@@ -242,11 +241,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_the_end_of_another_process(text):
         raise RuntimeError(text)
 
 
-ENDS = [
-    RuntimeError(
-        "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"
-    )
-]
+ENDS = [RuntimeError(f"[{GLOO}:561] Connection closed by peer [127.0.0.1]:1")]
 ENDS += [
     torch.distributed.DistBackendError(
         "NCCL error: ncclRemoteError: A call failed possibly due to a network"
@@ -286,7 +281,7 @@ OUT_OF_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't alloca
 )
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:4])
 def test_a_share_goes_through_in_parts_that_fit_into_memory(size, failing, sizes, later, error):
-    """The tries of these numbers run out of memory, one of them when a part has been done already."""
+    """The tries of these numbers run out of memory, one of them after a part has been done."""
     done, tried = [], []
 
     def work(part: slice) -> None:
@@ -329,8 +324,9 @@ def test_memory_that_is_too_little_for_an_image_or_for_what_was_asked_is_an_erro
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> list[dict]:
-    """What three processes, so many that the order of additions matters, found when they called
-    every function.
+    """What three processes found when they called every function.
+
+    They are so many that the order of additions matters.
     """
     place = tmp_path_factory.mktemp("together")
     ends = [Ended(process) for process in start_all(3, ["PART", "together"], place)]
@@ -413,8 +409,9 @@ KILLS = int(os.environ.get("KILLS", "1"))  # KILLS=20 kills as often
 
 @pytest.fixture
 def pictures(place, monkeypatch) -> Path:
-    """A place with ten pictures, in which this process computes in float32, as those that it starts
-    do.
+    """A place with ten pictures, in which this process computes in float32.
+
+    So do those that it starts.
     """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     return paint(place / "pictures").parent
@@ -436,7 +433,7 @@ def learned_by(run_name: str) -> tuple[dict, list]:
     stored = checkpoints.load(run_name)
     with open(Path("results", run_name, "log.csv")) as file:
         rows = [[float(value) for value in row[:-1]] for row in list(csv.reader(file))[1:]]
-    assert (stored["step"], [row[0] for row in rows]) == (50, [20, 40])
+    assert (stored["step"], [row[0] for row in rows]) == (50, [20, 40, 50])
     return stored["network"] | {
         f"average {name}": weight for name, weight in stored["average"].items()
     }, rows

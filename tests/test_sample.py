@@ -1,8 +1,7 @@
-"""What `sample` promises: an image hangs on its seed alone, nothing is overwritten, the averaged
-weights are used.
-"""
+"""What `sample` promises: an image hangs on its seed alone, nothing is overwritten."""
 
 import errno
+import inspect
 import itertools
 import os
 import shlex
@@ -79,12 +78,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- an image hangs on its seed alone ------------------------------------------------------------
 
 # n_img, batch_size; each against 20 images in batches of 16
-LAYOUTS = (
-    (1, 1),
-    (5, 3),
-    (20, 3),
-    (20, 1),
-)
+LAYOUTS = ((1, 1), (5, 3), (20, 3), (20, 1))
 
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
@@ -104,8 +98,9 @@ def test_an_image_does_not_depend_on_the_others(sample, float32, sampler):
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_an_image_hardly_depends_on_the_others_in_bfloat16(sample, sampler):
-    """35 dB: an error of 4.5 levels, hardly seen; bfloat16 has 3 digits, and the order of additions
-    costs the last.
+    """35 dB: an error of 4.5 levels, hardly seen.
+
+    bfloat16 has 3 digits, and the order of additions costs the last.
     """
     if not devices.has_bfloat16(torch.device("cpu")):
         pytest.skip("this processor has no bfloat16")
@@ -124,8 +119,9 @@ def test_an_image_hardly_depends_on_the_others_in_bfloat16(sample, sampler):
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_all_noise_is_drawn_from_the_seed_of_its_image(sample, monkeypatch, sampler):
-    """The starting noise, and the fresh noise of ddpm, to the bit: image i is told by NumPy's
-    generator of seed + i.
+    """The starting noise, and the fresh noise of ddpm, to the bit.
+
+    Image i is told by NumPy's generator of seed + i.
     """
     drawn, denoise = [], ddpm.Diffusion.denoise
 
@@ -155,8 +151,9 @@ def test_all_noise_is_drawn_from_the_seed_of_its_image(sample, monkeypatch, samp
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_seeds_count_on(sample, sampler):
-    """Image 4 of seed 0 is image 2 of seed 2, and image 1 of seed 3: the same file, in batches of
-    the same size.
+    """Image 4 of seed 0 is image 2 of seed 2, and image 1 of seed 3.
+
+    The same file, in batches of the same size.
     """
     for seed in (0, 2, 3):
         words = (
@@ -296,13 +293,7 @@ def test_every_picture_tells_how_it_was_made(sample):
         == 0
     )
     # 8 epochs of 10, 4 a step
-    facts = {
-        "run": "tiny",
-        "step": "20",
-        "sampler": "ddim",
-        "steps": "5",
-        "device": "cpu",
-    }
+    facts = {"run": "tiny", "step": "20", "sampler": "ddim", "steps": "5", "device": "cpu"}
     facts["weights"] = checkpoints.fingerprint_of(checkpoints.load("tiny")["average"])
     for name, seed in (("sample_0001", "40"), ("sample_0003", "42"), ("samples", "40")):
         with Image.open(RUN / f"told/{name}.png") as picture:
@@ -340,8 +331,9 @@ def test_other_weights_have_another_fingerprint():
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_the_film_ends_with_the_images(sample, steps):
-    """Left what there is, right what it is taken for, of the first 16 images; at last both are the
-    image.
+    """Left what there is, right what it is taken for, of the first 16 images.
+
+    At last both are the image.
     """
     assert sample("--n_img=20", f"--steps={steps}", "--gif").status == 0
     with Image.open(RUN / "samples/samples.gif") as film:
@@ -384,6 +376,15 @@ def test_the_same_command_makes_the_same_files_beside_the_first(sample):
     first, second, third = (contents(RUN / name) for name in ("samples", "samples_2", "samples_3"))
     assert len(first) == 4
     assert first == second == third
+
+
+def test_without_a_name_the_run_that_train_made_without_one_is_taken(sample, run):
+    assert run("sample", "--n_img=1", "--steps=1").status == 2  # there is none: all are listed
+    shutil.copytree("models/tiny", "models/untitled")
+    result = run("sample", "--n_img=1", "--steps=1", "--device=cpu")
+    assert (result.status, result.err) == (0, "")
+    assert files_below(Path("results/untitled/samples")) == {"sample_0001.png", "samples.png"}
+    assert inspect.signature(ddpm.train).parameters["run_name"].default == "untitled"
 
 
 def test_nothing_in_the_way_is_overwritten(sample):

@@ -1,6 +1,4 @@
-"""What `train` promises: a run may be stopped at any moment, every option counts, no good
-checkpoint is lost.
-"""
+"""What `train` promises: it may be stopped at any moment, options count, no checkpoint is lost."""
 
 import contextlib
 import csv
@@ -71,8 +69,9 @@ def die() -> None:
 
 @pytest.fixture
 def train(run, place):
-    """Train the tiny run by the command line; a death is status -1, after which its lock is gone,
-    as with a process.
+    """Train the tiny run by the command line.
+
+    A death is status -1, after which its lock is gone, as with a process.
     """
     paint(place / "pictures")
 
@@ -169,8 +168,9 @@ STATUS = {"SIGTERM": 143, "SIGINT": 130}
 
 
 def stored() -> dict:
-    """The newest checkpoint without what the clock says: the minutes, and the last column of the
-    log.
+    """The newest checkpoint without what the clock says.
+
+    That is the minutes, and the last column of the log.
     """
     state = torch.load(CHECKPOINT, weights_only=True)
     del state["minutes"]
@@ -178,8 +178,9 @@ def stored() -> dict:
 
 
 def outcome() -> dict:
-    """All that a run has left behind but for the clock; its log on the disk must be the one in the
-    checkpoint.
+    """All that a run has left behind but for the clock.
+
+    Its log on the disk must be the one in the checkpoint.
     """
     state = torch.load(CHECKPOINT, weights_only=True)
     rows = list(csv.reader(LOG.read_text().splitlines()))
@@ -237,8 +238,9 @@ def files(*folders: str) -> dict[Path, tuple[bytes, int]]:
 
 
 def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
-    """Signals and deaths at any step, in any number: weights, average, optimizer, log, previews are
-    the same bits.
+    """Signals and deaths at any step, in any number.
+
+    Weights, average, optimizer, log and previews are the same bits.
     """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     options = {"dropout": 0.2, "sample_every": 2}
@@ -456,7 +458,7 @@ def test_resume_no_refuses_only_a_run_that_exists(train):
 def test_what_may_change_changes_nothing_that_is_learned(train, uninterrupted, monkeypatch, change):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # auto is the CPU then
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert change.keys() <= set(ddpm.MAY_CHANGE)
+    assert change.keys() <= set(runs.MAY_CHANGE)
     with STOPS["SIGTERM"](4):
         train()
     if "dataset" in change:
@@ -560,8 +562,9 @@ INFINITIES = {
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(
     train, monkeypatch, kind, save_every, noticed, rate
 ):
-    """It is noticed at the next save or row of the log; rates: cos^2(pi/2 * 4/8) and cos^2(pi/2 *
-    5/8) of 1e-3.
+    """It is noticed at the next save or row of the log.
+
+    Rates: cos^2(pi/2 * 4/8) and cos^2(pi/2 * 5/8) of 1e-3.
     """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     with STOPS["SIGTERM"](4):
@@ -634,8 +637,9 @@ def test_a_last_save_that_fails_is_an_error(train, moment, kind, step):
 def test_trouble_beside_the_checkpoint_costs_none_of_the_training(
     train, uninterrupted, monkeypatch, owner, writer
 ):
-    """A preview or a row of the log that cannot be written, in the last step too, when the
-    checkpoint still can be.
+    """A preview or a row of the log that cannot be written, when the checkpoint still can be.
+
+    In the last step, too.
     """
     monkeypatch.setattr(journal, "ROW_EVERY", 4)
     write, calls = getattr(owner, writer), itertools.count()
@@ -680,8 +684,9 @@ def test_the_learning_rate_rises_over_the_warmup_or_a_tenth_of_the_training(
 
 
 def out_of_memory_above(images: int) -> Callable:
-    """The network's forward pass on a GPU that holds so many images; the last moment at which
-    memory can run out.
+    """The network's forward pass on a GPU that holds so many images.
+
+    It is the last moment at which memory can run out.
     """
     forward = UNet.forward
 
@@ -695,8 +700,9 @@ def out_of_memory_above(images: int) -> Callable:
 
 
 def distance(one: dict, two: dict) -> float:
-    """The largest difference of weights or of what the log tells, relative to 1 and to the larger
-    of the two.
+    """The largest difference of weights or of what the log tells.
+
+    It is relative to 1 and to the larger of the two.
     """
     one, two = (
         leaves({key: state[key] for key in ("network", "average", "log")}) for state in (one, two)
@@ -727,7 +733,7 @@ def test_however_a_batch_is_cut_the_same_is_learned(train, in_float64, monkeypat
             "the result is the same"
             for size in halvings
         ]
-    assert len(whole["log"]) == 1  # of 25 steps
+    assert [row[0] for row in whole["log"]] == [20, 25]
     assert distance(stored(), whole) < 1e-10
 
 
@@ -754,7 +760,10 @@ def test_what_is_dropped_hangs_on_other_numbers_than_the_noise(train, monkeypatc
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
 def test_what_is_computed_twice_is_the_same(train, monkeypatch, dropout):
-    """To the bit, and with the same activations dropped; every block is computed again once a step."""
+    """To the bit, and with the same activations dropped.
+
+    Every block is computed again once a step.
+    """
     calls, forward = [], ResidualBlock.forward
     monkeypatch.setattr(
         ResidualBlock, "forward", lambda *inputs: calls.append(1) or forward(*inputs)
@@ -819,8 +828,9 @@ def test_what_cannot_be_compiled_is_said_in_one_line(train, monkeypatch, when):
 
 
 def test_parts_of_a_batch_drop_other_activations(train, monkeypatch):
-    """Else two GPUs, or two parts, would drop the same: the seed knows the step and where a part
-    begins.
+    """Else two GPUs, or two parts, would drop the same.
+
+    The seed knows the step and where a part begins.
     """
     seeds, forward = [], UNet.forward
 
@@ -837,7 +847,7 @@ def test_parts_of_a_batch_drop_other_activations(train, monkeypatch):
 def test_every_option_is_tried():
     """A new option of train belongs to OTHER, or to those that may change."""
     assert (
-        OTHER.keys() | set(ddpm.MAY_CHANGE) | {"run_name", "init_from", "conditional"}
+        OTHER.keys() | set(runs.MAY_CHANGE) | {"run_name", "init_from", "conditional"}
         == inspect.signature(ddpm.train).parameters.keys()
     )
 
@@ -929,8 +939,9 @@ def test_previews_come_after_every_so_many_epochs(train, sample_every, epochs):
 
 
 def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
-    """The averaged weights, seeds 0 to 15. A level of 255 is allowed for: kernels may add in
-    another order.
+    """The averaged weights, seeds 0 to 15.
+
+    A level of 255 is allowed for: kernels may add in another order.
     """
     monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     assert train(objective="v", lr=0.05).status == 0  # so that weights and average are far apart
@@ -949,11 +960,7 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
         (0, 0, list(range(1, 31))),
         (1, 0, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),  # 1.2 minutes apart; step 30 is the last
         # 3.2 minutes apart; step 10 ends an epoch after 0.8 minutes, step 20 after 1.6
-        (
-            3,
-            0,
-            [8, 16, 20, 28, 30],
-        ),
+        (3, 0, [8, 16, 20, 28, 30]),
         (math.inf, 0, [10, 20, 30]),  # the ends of the epochs
         (math.inf, 2, [10, 20, 30]),  # of 242 seconds, two are less than a hundredth
         (math.inf, 4, [10, 30]),  # four are more
@@ -962,8 +969,9 @@ def test_the_last_preview_shows_what_sample_makes(train, run, monkeypatch):
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, fails):
-    """A step takes 0.4 minutes here, and an epoch 10 steps. On a full disk, not every step tries
-    again.
+    """A step takes 0.4 minutes here, and an epoch 10 steps.
+
+    On a full disk, not every step tries again.
     """
     clock, saved, batch_indices = SimpleNamespace(seconds=0), [], utils.batch_indices
 
@@ -986,8 +994,9 @@ def test_saves_come_by_the_clock(train, monkeypatch, save_every, takes, steps, f
 
 
 def test_the_log_tells_what_happened(train, monkeypatch):
-    """Every row against what was seen: the mean loss since the row before, and the closed form of
-    the rate.
+    """Every row against what was seen.
+
+    The mean loss since the row before, and the closed form of the rate.
     """
     monkeypatch.setattr(journal, "ROW_EVERY", 3)
     losses, loss = [], ddpm.Diffusion.loss
@@ -1012,8 +1021,12 @@ def test_the_log_tells_what_happened(train, monkeypatch):
         *quarters,
         "img_per_s",
     ]
-    assert [row[:3] for row in rows] == [["3", "1.2", "12"], ["6", "2.4", "24"]]
-    for row, seen in zip(rows, (losses[:3], losses[3:6]), strict=True):
+    assert [row[:3] for row in rows] == [
+        ["3", "1.2", "12"],
+        ["6", "2.4", "24"],
+        ["8", "3.2", "32"],  # the last two steps
+    ]
+    for row, seen in zip(rows, (losses[:3], losses[3:6], losses[6:]), strict=True):
         # float32 has 7 digits
         assert float(row[3]) == pytest.approx(torch.cat(seen).mean().item(), rel=1e-6)
         assert 0 < float(row[5]) < math.inf
@@ -1024,7 +1037,7 @@ def test_the_log_tells_what_happened(train, monkeypatch):
         * min(1, max((step + 1) / 5, 10 * step / LAST_STEP))
         * (1 + math.cos(math.pi * step / LAST_STEP))
         / 2
-        for step in (2, 5)
+        for step in (2, 5, 7)
     ]
     assert [float(row[4]) for row in rows] == pytest.approx(rates)
     with Image.open("results/run/loss.png") as curve:

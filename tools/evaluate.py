@@ -4,11 +4,11 @@
     torchrun --nproc_per_node=2 -m tools.evaluate --run_name=my_run
     python -m tools.evaluate --help
 
-Pictures of every mode are judged as they are seen: over white. A Frechet distance alone says
-little: beside every figure of the samples stands that of real pictures in their place.
+Images of every mode are judged as they are seen: over white. A Frechet distance alone says
+little: beside every figure of the samples stands that of real images in their place.
 
-Reading order: features; figures; judge, which tells all figures of an array of images; evaluate,
-the command.
+Reading order: features; figures; judge, which computes all figures of an array of images;
+evaluate, the command.
 """
 
 import csv
@@ -31,29 +31,34 @@ import utils
 from machinery import basics, command_line, devices, processes, reading, runs
 from machinery.basics import UserError
 
-NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
+NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
-CHUNK = 256  # pictures that are compared with as many others at a time
+CHUNK = 256  # images that are compared with as many others at a time
 SHOWN = 64  # samples in evaluation.png
-COMPARED = ("distance", "precision", "recall")  # with a set of real pictures
-COLORS = ("red", "green", "blue", "contrast")
+# figures that compare the samples with a set of real images, and what they mean
+COMPARED = {
+    "distance": "Frechet distance to real images; lower is better",
+    "precision": "quality: share of images that could be real",
+    "recall": "variety: share of real images that could be generated",
+}
+COPIES = "memorization: share that copies a training image"
+COLORS = ("red", "green", "blue", "contrast")  # in levels of 255
 
 # ---- features ------------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):
-    """A network that tells what is to be seen in a picture."""
+    """A network whose features describe what is in an image."""
 
-    measure: str  # what the Frechet distance of its answers is called
-    version: str  # weights and size: two networks of the same version give the same answers
-    # pictures (B, 3, H, W) uint8, of any size, to features (B, D)
-    extract: Callable[[Tensor], Tensor]
+    measure: str  # what the Frechet distance of its features is called
+    version: str  # weights and size: two networks of the same version give the same features
+    extract: Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8, any size, to features (B, D)
 
 
 def load_efficientnet(device: torch.device) -> Features:
     """EfficientNet-Lite0, trained on ImageNet: 1,280 features; its weights come with the package.
 
-    Pictures are resized to 160x160: half the work of the 224x224 it was trained at and, like that,
+    Images are resized to 160x160: half the work of the 224x224 it was trained at and, like that,
     even on all of its five levels, for which its padding is made. It takes pixels as (x - 127) /
     128, as all of the Lite networks do.
     """
@@ -78,8 +83,9 @@ def load_efficientnet(device: torch.device) -> Features:
 
 
 def load_inception(device: torch.device) -> Features:
-    """The network of FID (Heusel et al. 2017): 2,048 features, by torch-fidelity, which resizes
-    pictures by itself.
+    """Inception, the network of FID (Heusel et al. 2017): 2,048 features, by torch-fidelity.
+
+    It resizes images by itself.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -101,7 +107,7 @@ FEATURES = {"efficientnet": load_efficientnet, "inception": load_inception}
 def extract_all(
     images: Tensor, features: Features, device: torch.device, batch_size: int
 ) -> Tensor:
-    """Features (N, D) float32 on the CPU, of pictures (N, 3, H, W) uint8."""
+    """Features (N, D) float32 on the CPU, of images (N, 3, H, W) uint8."""
     found = []
     with basics.progress_bar(len(images), title="features") as bar:
         for batch in images.split(batch_size):
@@ -113,9 +119,7 @@ def extract_all(
 def extract_cached(
     images: Tensor, features: Features, device: torch.device, batch_size: int
 ) -> Tensor:
-    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the pictures:
-    others are others.
-    """
+    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the images."""
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
     path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npy"
@@ -131,11 +135,11 @@ def extract_cached(
 
 
 def frechet_distance(one: Tensor, two: Tensor) -> float:
-    """|mean_1 - mean_2|^2 + trace(C_1 + C_2 - 2 sqrt(C_1 C_2)) of features (N, D) and (M, D)
-    (Heusel et al. 2017).
+    """The Frechet distance of features (N, D) and (M, D) as Gaussians (Heusel et al. 2017).
 
-    With C = R^T R, the eigenvalues of C_1 C_2 are the squared singular values of R_1 R_2^T. So no
-    root of a matrix is taken, and fewer pictures than features do no harm.
+    It is |mean_1 - mean_2|^2 + trace(C_1 + C_2 - 2 sqrt(C_1 C_2)). With C = R^T R, the eigenvalues
+    of C_1 C_2 are the squared singular values of R_1 R_2^T. So no root of a matrix is taken, and
+    fewer images than features do no harm.
     """
     means = [features.double().mean(dim=0) for features in (one, two)]
     spreads = [
@@ -151,15 +155,14 @@ def frechet_distance(one: Tensor, two: Tensor) -> float:
 
 
 def share_among(queries: Tensor, others: Tensor) -> float:
-    """The share of features `queries` (N, D) that lie among `others` (M, D) (Kynkaanniemi et al.
-    2019).
+    """The share of `queries` (N, D) among `others` (M, D), features (Kynkaanniemi et al. 2019).
 
-    That is: no farther from one of them than its third-nearest fellow is. The share of samples
-    among real pictures is called precision, that of real pictures among samples recall.
+    Among them is what is no farther from one of them than that one's third-nearest neighbor is.
+    The share of samples among real images is precision, that of real images among samples recall.
     """
-    # one more is counted, since the nearest of all is the picture itself
+    neighbor = NEIGHBORS + 1  # the nearest of all is the image itself
     radii = torch.cat(
-        [torch.cdist(part, others).kthvalue(NEIGHBOURS + 1).values for part in others.split(CHUNK)]
+        [torch.cdist(part, others).kthvalue(neighbor).values for part in others.split(CHUNK)]
     )
     among = [(torch.cdist(part, others) <= radii).any(dim=1) for part in queries.split(CHUNK)]
     return torch.cat(among).float().mean().item()
@@ -168,21 +171,21 @@ def share_among(queries: Tensor, others: Tensor) -> float:
 def find_nearest(
     queries: Tensor, images: np.ndarray, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The `count` pictures nearest to each query, pixel by pixel, as they are or mirrored; the
-    nearest first.
+    """The `count` images nearest to each query by their pixels, mirrored or not; nearest first.
 
     Args:
-        queries: pictures (N, C, H, W) uint8.
-        images: pictures (M, C, H, W) uint8; they are read in portions, so they may be a file mapped
+        queries: images (N, C, H, W) uint8.
+        images: images (M, C, H, W) uint8; they are read in portions, so they may be a file mapped
             into memory.
 
     Returns:
         their distances, and their indices in `images`, both (N, count).
     """
     found = []
-    with basics.progress_bar(len(queries), title="nearest pictures") as bar:
+    with basics.progress_bar(len(queries), title="nearest images") as bar:
         for part in queries.split(CHUNK):
-            wanted, columns = utils.from_bytes(utils.over_white(part.to(device))).flatten(1), []
+            wanted = utils.from_bytes(utils.over_white(part.to(device))).flatten(1)
+            columns = []
             for start in range(0, len(images), CHUNK):
                 portion = torch.from_numpy(images[start : start + CHUNK]).to(device)
                 others = utils.from_bytes(utils.over_white(portion))  # (B, 3, H, W)
@@ -192,31 +195,32 @@ def find_nearest(
                 columns.append(torch.minimum(*distances))
             found.append(torch.cat(columns, dim=1).topk(count, largest=False))
             bar.update(len(part))
-    return torch.cat([each.values for each in found]).cpu(), torch.cat(
-        [each.indices for each in found]
-    ).cpu()
+    distances = torch.cat([each.values for each in found])
+    indices = torch.cat([each.indices for each in found])
+    return distances.cpu(), indices.cpu()
 
 
 def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
     """Which samples (N, C, H, W) copy one of `images` (M, C, H, W), both uint8: (N,) bool.
 
-    A copy is less than half as far from a training picture as that picture's third-nearest fellow
-    is. Pixels are compared, for features see the kind of a picture, not the very one; what is
-    shifted by several pixels is not found. The yardstick is each picture's own. By a common one,
-    the first percentile of the distances between fellows, one in six blurred landscapes that nobody
-    had trained on was a copy: what is blurred or plain is near to everything. It is the third
-    fellow's distance, so that a picture which is in the data set up to three times is recognised.
+    A copy is less than half as far from a training image as that image's third-nearest neighbor
+    is. Pixels are compared, because features describe the kind of an image, not the very one; what
+    is shifted by several pixels is not found. The yardstick is each image's own. By a common one,
+    the first percentile of the distances between neighbors, one in six blurred landscapes that
+    nobody had trained on was a copy: what is blurred or plain is near to everything. It is the
+    third neighbor's distance, so that an image which is in the data set up to three times is
+    recognized.
     """
     distances, nearest = find_nearest(samples, images, 1, device)
-    fellows, _ = find_nearest(
-        torch.from_numpy(images[nearest[:, 0].numpy()]), images, NEIGHBOURS + 1, device
-    )
-    return distances[:, 0] < fellows[:, NEIGHBOURS] / 2  # the first fellow is the picture itself
+    originals = torch.from_numpy(images[nearest[:, 0].numpy()])
+    neighbors, _ = find_nearest(originals, images, NEIGHBORS + 1, device)
+    return distances[:, 0] < neighbors[:, NEIGHBORS] / 2  # the first one is the image itself
 
 
 def measure_colors(images: Tensor) -> dict[str, float]:
-    """Means over pictures (N, 3, H, W) uint8, in levels of 255; contrast is a channel's deviation
-    within a picture.
+    """Means over images (N, 3, H, W) uint8, in levels of 255.
+
+    Contrast is the standard deviation of a channel within an image.
     """
     parts = [
         torch.std_mean(part.double(), dim=(2, 3), correction=0) for part in images.split(CHUNK)
@@ -230,20 +234,14 @@ def measure_colors(images: Tensor) -> dict[str, float]:
 
 
 def comparable(n_img: int, count: int) -> int:
-    """How many of `n_img` samples can be judged by `count` real pictures: twice as many of these
-    are needed.
-    """
+    """How many of `n_img` samples can be judged by `count` real images: half of these at most."""
     if count < 2 * FEWEST:
-        raise UserError(
-            f"the data set holds {count} pictures; to judge by them takes {2 * FEWEST} at least"
-        )
+        raise UserError(f"the data set holds {count} images; at least {2 * FEWEST} are needed")
     return min(n_img, count // 2)
 
 
 def in_fixed_order(count: int) -> np.ndarray:
-    """The order in which pictures of a data set are drawn, (count,): by its first ones, samples are
-    judged.
-    """
+    """The order in which images of a data set are drawn, (count,); the first ones judge samples."""
     return np.random.default_rng(0).permutation(count)
 
 
@@ -254,35 +252,31 @@ def judge(
     device: torch.device,
     batch_size: int = 64,
 ) -> dict[str, str | int | float]:
-    """All figures of `n` samples and, with `_real` behind the name, those of `n` real pictures in
-    their place.
+    """All figures of `n` samples and, as NAME_real, those of `n` real images in their place.
 
-    Two disjoint sets of `n` pictures are drawn from the data set, always the same ones. Samples are
+    Two disjoint sets of `n` images are drawn from the data set, always the same ones. Samples are
     compared with the first; so is the second, whose `distance_real` is the floor: what a perfect
     model scores. Distances fall as n grows, so they can be compared for the same n only.
 
     Args:
-        samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real pictures at
+        samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real images at
             most.
         images: the data set, (M, C, H, W) uint8.
         features: what one of FEATURES returns for this device.
         device: where features and distances are computed.
-        batch_size: pictures shown to the network at a time.
+        batch_size: images shown to the network at a time.
 
     Raises:
         UserError: the data set is too small.
     """
     n = comparable(len(samples), len(images))
     samples = utils.over_white(samples[:n])  # (n, 3, H, W)
-    real = utils.over_white(
-        torch.from_numpy(images[in_fixed_order(len(images))[: 2 * n]])
-    )  # (2 n, 3, H, W)
+    drawn = images[in_fixed_order(len(images))[: 2 * n]]
+    real = utils.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
     first, second = extract_cached(real, features, device, batch_size).split(n)
+    generated = extract_all(samples, features, device, batch_size)
     figures = {"measure": features.measure, "n": n}
-    for end, judged in (
-        ("", extract_all(samples, features, device, batch_size)),
-        ("_real", second),
-    ):
+    for end, judged in (("", generated), ("_real", second)):
         figures[f"distance{end}"] = frechet_distance(judged, first)
         figures[f"precision{end}"] = share_among(judged, first)
         figures[f"recall{end}"] = share_among(first, judged)
@@ -292,11 +286,13 @@ def judge(
 
 
 def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
-    """Samples (N, C, H, W), each above the nearest of `images`, mirrored if so it is nearer: (N, 3,
-    2 H, W) uint8.
+    """Samples (N, C, H, W), each above the nearest of `images`: (N, 3, 2 H, W) uint8.
+
+    The nearest image is mirrored if that makes it nearer.
     """
-    nearest = images[find_nearest(samples, images, 1, device)[1][:, 0].numpy()]
-    samples, nearest = utils.over_white(samples), utils.over_white(torch.from_numpy(nearest))
+    _, indices = find_nearest(samples, images, 1, device)
+    samples = utils.over_white(samples)
+    nearest = utils.over_white(torch.from_numpy(images[indices[:, 0].numpy()]))
     sides = torch.stack([nearest, nearest.flip(3)])  # (2, N, 3, H, W)
     side = (sides.float() - samples).square().mean(dim=(2, 3, 4)).argmin(dim=0)
     return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
@@ -306,18 +302,7 @@ def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor
 
 LIMITS = ddpm.LIMITS | {"features": FEATURES, "n_img": (FEWEST, 10**9)}
 # evaluation.csv
-COLUMNS = (
-    "date",
-    "run",
-    "step",
-    "sampler",
-    "steps",
-    "guidance",
-    "seed",
-    "dataset",
-    "measure",
-    "n",
-)
+COLUMNS = ("date", "run", "step", "sampler", "steps", "guidance", "seed", "dataset", "measure", "n")
 COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
 COLUMNS += (*COLORS, *(f"{name}_real" for name in COLORS))
 
@@ -325,14 +310,13 @@ COLUMNS += (*COLORS, *(f"{name}_real" for name in COLORS))
 def draw_labels(
     classes: tuple[str, ...], data: reading.Dataset, folders: tuple[str, ...], n: int
 ) -> Tensor | None:
-    """Which of a run's `classes` to make, (n,) int64, in the proportions of a data set; None where
-    it knows none.
+    """Which of a run's `classes` to make, (n,) int64; None where it knows none.
 
-    They are those of the pictures that come last in the fixed order, which are not those that
-    images are judged by.
+    They are in the proportions of the data set: those of the images that come last in the fixed
+    order, which are not those that samples are judged by.
 
     Raises:
-        UserError: a picture lies in none of the data set's `folders` that are named as a class.
+        UserError: an image lies in none of the data set's `folders` that are named as a class.
     """
     if not classes:
         return None
@@ -340,10 +324,8 @@ def draw_labels(
     numbers = [classes.index(name) if name in classes else -1 for name in folders] + [-1]
     labels = np.array(numbers)[data.labels]
     if (labels == -1).any():
-        example = f"such as {classes[0]}; sort them, or judge by others"
-        raise UserError(
-            f"{(labels == -1).sum():,} pictures are in no folder named as a class of the run, {example}"
-        )
+        others = f"{(labels == -1).sum():,} images are in no folder named as a class of the run"
+        raise UserError(f"{others}, such as {classes[0]}; sort them, or judge by other images")
     return torch.from_numpy(labels[in_fixed_order(len(labels))[::-1][:n]])
 
 
@@ -357,13 +339,14 @@ def make_samples(
     labels: Tensor | None = None,
     guidance: float = ddpm.GUIDANCE,
 ) -> Tensor:
-    """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU; processes
-    share out the batches.
+    """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
-    Without `labels` (N,), the classes take turns, where there are any.
+    Processes share out the batches. Without `labels` (N,), the classes take turns, where there are
+    any.
     """
     network, diffusion = ddpm.build_trained(stored, device)
-    settings, images = stored["settings"], []
+    settings = stored["settings"]
+    images = []
     if labels is None:
         labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
     parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
@@ -386,47 +369,70 @@ def make_samples(
     return torch.cat(list(itertools.chain(*processes.gather(images))))
 
 
+def report(figures: dict) -> str:
+    """The figures of `judge` as text, those of real images beside them."""
+    lines = [f"{figures['measure']} of {figures['n']:,} images"]
+    lines.append(f"{'':10}{'images':>10}{'real':>10}")
+    for name, meaning in (COMPARED | {"copies": COPIES} | dict.fromkeys(COLORS, "")).items():
+        real = f"{figures[f'{name}_real']:.3f}" if f"{name}_real" in figures else ""
+        lines.append(f"{name:10}{figures[name]:10.3f}{real:>10}  {meaning}".rstrip())
+    return "\n".join(lines)
+
+
+def add_row(table: Path, row: dict) -> None:
+    """Add a row to evaluation.csv; a new file begins with the names of its columns."""
+    header = [] if table.exists() else [COLUMNS]
+    with open(table, "a", newline="") as file:
+        csv.writer(file).writerows([*header, [row[name] for name in COLUMNS]])
+
+
 def evaluate(
-    # what and where
+    # data
     run_name: str = "",
     dataset: str = "",
+    # judging
     n_img: int = 2048,
     seed: int = 0,
-    # how
     features: str = "efficientnet",
+    # sampler
     sampler: str = "dpm++",
     steps: int = ddpm.STEPS,
     guidance: float = ddpm.GUIDANCE,
+    # running
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Judge the images of a trained network by the pictures it was trained on.
+    """Judge the images of a run: Frechet distance (FD, FID), precision, recall, memorization.
 
         python -m tools.evaluate --run_name=my_run
 
-    Tells the Frechet distance of the images' features from those of as many real pictures,
-    precision (the share of images that could be real), recall (the share of real pictures that
-    could have been made), the share of copies of training pictures, mean colors and contrast; and
-    what real pictures score in the images' place. Classes are made in the proportions of the data
-    set and judged all together.
+    Prints these figures, each beside that of as many real images:
 
-    Adds a row to results/RUN/evaluation.csv, and writes results/RUN/evaluation.png anew: images,
-    each above the training picture nearest to it.
+        distance   Frechet distance to real images; lower is better
+        precision  quality: share of images that could be real
+        recall     variety: share of real images that could be generated
+        copies     memorization: share that copies a training image
+        red, green, blue, contrast  means, in levels of 255
+
+    Classes are generated in the proportions of the data set and judged all together.
+
+    Adds a row to results/RUN/evaluation.csv. Writes results/RUN/evaluation.png: images, each above
+    the training image nearest to it.
 
     Args:
         run_name: the run to judge, a folder in models/.
-        dataset: the pictures to judge by; those it was trained on if left out.
-        n_img: how many images; fewer are quicker, but distances can be compared for the same number
-            only. Lowered, with a remark, to half the number of real pictures.
-        seed: image number i is made from seed + i, and its class, alone.
-        features: the network that looks at images; only inception gives FID. It downloads 91 MB the
-            first time.
-        sampler: how images are made, as in sampling.
-        steps: how many of the noising steps are visited, as in sampling.
-        guidance: how strictly an image keeps to its class, as in sampling, for runs trained with
-            --conditional. 1 makes images as they were learned, and more clears them at the cost of
-            variety, which recall shows.
-        batch_size: images made, and looked at, at the same time.
+        dataset: the images to judge by; if left out, those the run was trained on.
+        n_img: how many images to generate; fewer are quicker, but you can compare distances for the
+            same number only. Lowered to half the number of real images, with a message.
+        seed: image number i depends on seed + i, and on its class, alone.
+        features: the network that describes images; only inception gives FID. It downloads 91 MB
+            the first time.
+        sampler: as in `ddpm.py sample`.
+        steps: how many of the noising steps are visited, as in `ddpm.py sample`.
+        guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
+            trained with --conditional. 1 samples what was learned; more gives clearer and less
+            varied images, which recall shows.
+        batch_size: images per batch, in sampling and in the network that describes them.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
@@ -436,35 +442,28 @@ def evaluate(
     if not run_name:
         raise UserError("--run_name is missing; `python ddpm.py sample` lists the runs there are")
     command_line.check_name("run_name", run_name)
-    device, is_first, wanted = (
-        processes.join(devices.pick_device(device)),
-        processes.is_first(),
-        None,
-    )
+    device = processes.join(devices.pick_device(device))
+    is_first = processes.is_first()
     stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
-    settings, folder = stored["settings"], Path("results", run_name)
-    classes, table, picture = (
-        settings["classes"],
-        folder / "evaluation.csv",
-        folder / "evaluation.png",
-    )
+    settings = stored["settings"]
+    classes = settings["classes"]
+    table = Path("results", run_name, "evaluation.csv")
     runs.check_sampling(settings, steps, guidance, ddpm.GUIDANCE)
+    wanted = None
     if is_first:
         command_line.check_table(table, COLUMNS)
-        extractor, dataset = FEATURES[features](device), dataset or settings["dataset"]
+        extractor = FEATURES[features](device)
+        dataset = dataset or settings["dataset"]
         listing = reading.list_images(Path(dataset))
         data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
         n = comparable(n_img, len(data.images))
         wanted = n, draw_labels(classes, data, listing.classes, n)
         if n < n_img:
-            needed = "an image is compared with one, and takes the place of another"
-            print(
-                f"--n_img={n_img} is lowered to {n}: {dataset} holds {len(data.images):,} pictures; {needed}"
-            )
+            held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
+            print(f"--n_img={n_img} is lowered to {n}: {held}")
         if data.fingerprint != stored["data"]:
-            print(
-                f"{dataset} is not what {run_name} was trained on: copies of its training pictures are not found"
-            )
+            missed = "copies of its training images (memorization) are not found"
+            print(f"{dataset} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)
     samples = make_samples(
         stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
@@ -472,30 +471,14 @@ def evaluate(
     if not is_first:
         return
     figures = judge(samples, data.images, extractor, device, batch_size)
-    print(f"{figures['measure']} of {n:,} images\n{'':10}{'images':>10}{'real':>10}")
-    for name in (*COMPARED, "copies", *COLORS):
-        real = f"{figures[f'{name}_real']:10.3f}" if f"{name}_real" in figures else ""
-        print(f"{name:10}{figures[name]:10.3f}{real}")
-
-    facts = {
-        "run": run_name,
-        "step": stored["step"],
-        "sampler": sampler,
-        "steps": steps,
-        "seed": seed,
-    }
-    facts |= {"guidance": guidance if classes else ""}
-    utils.save_png(pair_up(samples[:SHOWN], data.images, device), picture, **facts)
-    row = {
-        "date": datetime.datetime.now().isoformat(" ", "seconds"),
-        **facts,
-        "dataset": dataset,
-        **figures,
-    }
-    header = [] if table.exists() else [COLUMNS]
-    with open(table, "a", newline="") as file:
-        csv.writer(file).writerows([*header, [row[name] for name in COLUMNS]])
-    print(f"added to {table}; images above their nearest training pictures: {picture}")
+    print(report(figures))
+    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
+    facts |= {"seed": seed, "guidance": guidance if classes else ""}
+    pairs = table.with_suffix(".png")
+    utils.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **facts)
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    add_row(table, {"date": now, **facts, "dataset": dataset, **figures})
+    print(f"added to {table}; images above their nearest training images: {pairs}")
 
 
 def main() -> None:

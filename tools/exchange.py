@@ -1,14 +1,14 @@
-"""Take a trained model out into the world, or bring one in.
+"""Publish a run, export it to Hugging Face's diffusers, or import a model from there.
 
     python -m tools.exchange publish --run_name=my_run --to=my_model
     python -m tools.exchange export --run_name=my_run --to=folder
     python -m tools.exchange import --source=folder --run_name=my_model
 
-The folders are those of Hugging Face's diffusers, which is not needed here. What the other side
-cannot express exactly is refused.
+Folders have the form of diffusers, which need not be installed. What the other side cannot
+express exactly is refused.
 
-Reading order: publish; in diffusers' words, for both directions; export; import_; main. The card
-that goes with an export is in model_card.py.
+Reading order: publish; descriptions for diffusers, used in both directions; export; import_; main.
+The card that goes with an export is in model_card.py.
 """
 
 import json
@@ -32,9 +32,8 @@ def publish(run_name: str = "", to: str = "") -> None:
 
         python -m tools.exchange publish --run_name=my_run --to=my_model
 
-    Writes models/TO/checkpoint.pt: the averaged weights in half precision, the settings and the
-    log. It is a run like any other to sample from, and to begin a new run from with --init_from,
-    but not one to go on with.
+    Writes models/TO/checkpoint.pt: the EMA weights in half precision, the settings and the log.
+    You can sample from it, and fine-tune it with --init_from, but not resume it.
 
     Args:
         run_name: the run to publish, a folder in models/.
@@ -57,27 +56,19 @@ def publish(run_name: str = "", to: str = "") -> None:
             f"a weight of {run_name} is beyond 65,504, the largest number of half precision"
         )
     settings = stored["settings"] | {"run_name": to}
-    published = {name: stored[name] for name in checkpoints.TO_SAMPLE} | {
-        "settings": settings,
-        "average": average,
-    }
+    published = {name: stored[name] for name in checkpoints.TO_SAMPLE}
+    published |= {"settings": settings, "average": average}
     checkpoints.save(to, **published)
     path = checkpoints.paths_of(to)[0]
-    print(
-        f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {sum(weight.numel() for weight in average.values()):,} weights"
-    )
+    number = sum(weight.numel() for weight in average.values())
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {number:,} weights")
 
 
-# ---- in diffusers' words -------------------------------------------------------------------------
+# ---- descriptions for diffusers ------------------------------------------------------------------
 
 OBJECTIVES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-# of one process
-SCHEDULERS = [
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-]
+# schedulers of one and the same noising process
+SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"]
 # What UNet2DModel and the schedulers take for an entry that is left out.
 UNET = {
     "_class_name": "UNet2DModel",
@@ -85,63 +76,58 @@ UNET = {
     "in_channels": 3,
     "out_channels": 3,
     "layers_per_block": 2,
-}
-UNET |= {
     "time_embedding_type": "positional",
     "time_embedding_dim": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-}
-UNET |= {
     "block_out_channels": [224, 448, 672, 896],
     "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
-}
-UNET |= {
     "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
     "dropout": 0.0,
-}
-UNET |= {
     "downsample_padding": 1,
     "downsample_type": "conv",
     "upsample_type": "conv",
     "mid_block_scale_factor": 1,
-}
-UNET |= {
     "attention_head_dim": 8,
     "add_attention": True,
     "norm_num_groups": 32,
     "attn_norm_num_groups": None,
-}
-UNET |= {
     "norm_eps": 1e-5,
     "act_fn": "silu",
     "resnet_time_scale_shift": "default",
     "center_input_sample": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
 }
-UNET |= {"class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None}
 NOISING = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "clip_sample_range": 1.0,
 }
-NOISING |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None}
-NOISING |= {"rescale_betas_zero_snr": False, "clip_sample_range": 1.0}
-CLASSES = "classes.json"  # names, in the order of their numbers; of these diffusers has no notion
+CLASSES = "classes.json"  # names, in the order of their numbers; diffusers has no place for them
 
 
 def unet_config(network: UNet, settings: dict) -> dict:
     """UNet2DModel's description of a network, built from `settings`.
 
     Raises:
-        UserError: its attention heads are not of one width.
+        UserError: its attention heads have different widths.
     """
-    size, levels = settings["img_size"], network.down_blocks
+    size = settings["img_size"]
+    levels = network.down_blocks
     attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
     head_widths = {attention.to_q.in_features // attention.heads for attention in attentions}
     has_one_head = all(attention.heads == 1 for attention in attentions)
     if len(head_widths) > 1 and not has_one_head:
-        raise UserError(f"its attention heads are of {len(head_widths)} widths")
+        raise UserError(f"its attention heads have {len(head_widths)} different widths")
     kinds = ["Attn" * isinstance(level.attentions[0], SelfAttention) for level in levels]
     return UNET | {
         "sample_size": size[0] if size[0] == size[1] else list(size),
@@ -162,36 +148,30 @@ def unet_config(network: UNet, settings: dict) -> dict:
 
 
 def scheduler_config(diffusion: ddpm.Diffusion, schedule: str) -> dict:
-    """DDPMScheduler's description of a noising process; over all T steps it walks back as
-    `Diffusion.denoise` does.
+    """DDPMScheduler's description of a noising process.
+
+    Over all T steps the scheduler samples as `Diffusion.denoise` does.
 
     Raises:
-        UserError: float32, in which schedulers compute, does not know the schedule's end well
-            enough.
+        UserError: float32, in which schedulers compute, is too coarse for the schedule's end.
     """
     betas = 1 - diffusion.alpha_bar[1:] / diffusion.alpha_bar[:-1]  # (T,) float64
     kept = torch.cumprod(1 - betas.float(), dim=0) / diffusion.alpha_bar[1:]
     if (kept.sqrt() - 1).abs().max() > 1e-3:
-        raise UserError(
-            f"schedule={schedule} with noise_steps={diffusion.noise_steps} ends in too little signal for float32"
-        )
-    named = {"cosine": "squaredcos_cap_v2"} | (
-        {"linear": "linear"} if diffusion.noise_steps == 1000 else {}
-    )
-    process = {
+        given = f"schedule={schedule} with noise_steps={diffusion.noise_steps}"
+        raise UserError(f"{given} ends in too little signal for float32")
+    config = NOISING | {
         "num_train_timesteps": diffusion.noise_steps,
         "prediction_type": OBJECTIVES[diffusion.objective],
+        "variance_type": "fixed_large",
+        "clip_sample": True,
+        "timestep_spacing": "trailing",
     }
-    process |= (
-        {"beta_schedule": named[schedule]}
-        if schedule in named
-        else {"trained_betas": betas.tolist()}
-    )
-    return (
-        NOISING
-        | process
-        | {"variance_type": "fixed_large", "clip_sample": True, "timestep_spacing": "trailing"}
-    )
+    if schedule == "cosine":
+        return config | {"beta_schedule": "squaredcos_cap_v2"}
+    if schedule == "linear" and diffusion.noise_steps == 1000:
+        return config
+    return config | {"trained_betas": betas.tolist()}
 
 
 def import_safetensors():
@@ -210,37 +190,33 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
 
         python -m tools.exchange export --run_name=my_run --to=my_model
 
-    Writes unet/ (the network with its averaged weights), scheduler/ (the noising process),
-    model_index.json, classes.json (where the run knows any), samples.png and README.md, a model
-    card: read it before you show it to others.
+    Writes unet/ (the network with its EMA weights), scheduler/ (the noising process),
+    model_index.json, classes.json (for class-conditional runs), samples.png and README.md, the
+    model card: read it before you show it to others.
 
     Args:
         run_name: the run to export, a folder in models/.
         to: the folder to write; it must not exist.
-        license: of the weights, as the hub spells it, for instance mit or cc-by-4.0; it goes into
-            the card.
+        license: license of the weights, as the hub spells it, such as mit or cc-by-4.0; it goes
+            into the card.
 
     Raises:
         UserError: there is no such run, the folder exists, or diffusers cannot express the run
             exactly.
     """
-    folder, safetensors = Path(to), import_safetensors()
+    folder = Path(to)
+    safetensors = import_safetensors()
     command_line.check_name("run_name", run_name)
+    if not to:
+        raise UserError("--to is missing: the folder to write")
     if not folder.name or folder.exists():
-        raise UserError(
-            f"--to={to} exists; nothing is overwritten"
-            if to
-            else "--to is missing: the folder to write"
-        )
+        raise UserError(f"--to={to} exists; nothing is overwritten")
     if not re.fullmatch("[a-z0-9][a-z0-9.-]*", license):
-        raise UserError(
-            f"--license={license} is not how the hub spells one; for instance mit, cc-by-4.0 or other"
-        )
+        examples = "mit, cc-by-4.0, other"
+        raise UserError(f"--license={license} is not how the hub spells one; examples: {examples}")
     stored = ddpm.load_run(run_name)
-    settings, network, diffusion = (
-        stored["settings"],
-        *ddpm.build(stored["settings"], torch.device("cpu")),
-    )
+    settings = stored["settings"]
+    network, diffusion = ddpm.build(settings, torch.device("cpu"))
     try:
         configs = {"unet/config.json": unet_config(network, settings)}
         configs["scheduler/scheduler_config.json"] = scheduler_config(
@@ -266,9 +242,7 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         (draft / "unet/diffusion_pytorch_model.safetensors").write_bytes(weights)
         write_card(draft, stored, run_name, license)
         draft.rename(folder)  # the folder is there whole or not at all
-    print(
-        f"{folder}: a model of diffusers; its README.md is the model card, with the lines of Python that sample"
-    )
+    print(f"{folder}: a model of diffusers; README.md is its card, with Python code that samples")
 
 
 # ---- import --------------------------------------------------------------------------------------
@@ -287,34 +261,28 @@ def noising_of(config: dict) -> dict:
     others = [f"{key}={config[key]}" for key, values in known.items() if config[key] not in values]
     if others:
         raise UserError(f"its noising process has {', '.join(others)}")
-    steps, betas = config["num_train_timesteps"], config["trained_betas"]
+    steps = config["num_train_timesteps"]
     command_line.check_limits({"noise_steps": steps}, ddpm.LIMITS)
+    betas = config["trained_betas"]
     if betas is None and config["beta_schedule"] == "squaredcos_cap_v2":
         alpha_bar = ddpm.cosine_alpha_bar(steps)
     else:
-        betas = (
-            torch.linspace(config["beta_start"], config["beta_end"], steps).tolist()
-            if betas is None
-            else betas
-        )
+        if betas is None:
+            betas = torch.linspace(config["beta_start"], config["beta_end"], steps).tolist()
         alpha_bar = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
     for schedule, compute in ddpm.NOISE_SCHEDULES.items():
         # theirs may be float32
         if len(alpha_bar) == steps and (alpha_bar / compute(steps) - 1).abs().max() < 1e-3:
-            return {
-                "noise_steps": steps,
-                "schedule": schedule,
-                "objective": objectives[config["prediction_type"]],
-            }
-    raise UserError(f"its noise grows by none of the schedules {', '.join(ddpm.NOISE_SCHEDULES)}")
+            objective = objectives[config["prediction_type"]]
+            return {"noise_steps": steps, "schedule": schedule, "objective": objective}
+    raise UserError(f"its noise follows none of the schedules {', '.join(ddpm.NOISE_SCHEDULES)}")
 
 
 def classes_of(config: dict, path: Path) -> tuple[str, ...]:
-    """The names of the classes that a network knows, as an export keeps them at `path`; () if it
-    knows none.
+    """The names of a network's classes, which an export keeps at `path`; () if it has none.
 
     Raises:
-        UserError: they are missing, so that nobody knows either whether the last one stands for no
+        UserError: they are missing, and with them the promise that the last class stands for no
             class, as here; or they could not be written in `--label=a,b`.
     """
     count = config.get("num_class_embeds")
@@ -325,14 +293,57 @@ def classes_of(config: dict, path: Path) -> tuple[str, ...]:
         isinstance(name, str) and "," not in name for name in names
     )
     if not are_names or not len({*names} - {"", "all"}) == len(names) == count - 1:
-        needed = f"{path.name} must name all but the last one, which stands for no class"
-        raise UserError(f"its network knows classes (num_class_embeds={count}); {needed}")
+        network = f"its network is class-conditional (num_class_embeds={count})"
+        needed = f"{path.name} must name all classes but the last, which stands for no class"
+        raise UserError(f"{network}; {needed}")
     return tuple(names)
 
 
+def attended_levels(config: dict) -> tuple[int, ...]:
+    """The levels of a UNet2DModel that have attention."""
+    kinds = config["down_block_types"]
+    return tuple(level for level, kind in enumerate(kinds) if kind == "AttnDownBlock2D")
+
+
+def settings_of(config: dict, noising: dict, classes: tuple[str, ...]) -> dict:
+    """The settings of a UNet2DModel, guessed from its description, but for what no flag sets.
+
+    Raises:
+        UserError: its size, mode, width or depth is not possible here.
+    """
+    size = config["sample_size"]
+    if size is None:
+        raise UserError("its config.json has no sample_size")
+    channels = config["in_channels"]
+    modes = {number: mode for mode, number in reading.CHANNELS.items()}
+    if channels not in modes:
+        raise UserError(f"its network has in_channels={channels}; 1 is gray, 3 RGB and 4 RGBA")
+    widths = config["block_out_channels"]
+    width = math.gcd(*widths)
+    settings = {
+        "img_size": (size,) if isinstance(size, int) else tuple(size),
+        "width": width,
+        "multipliers": tuple(here // width for here in widths),
+        "blocks": config["layers_per_block"],
+        "dropout": config["dropout"],
+        "min_snr": 0.0,
+        **noising,
+        "mode": modes[channels],
+        "classes": classes,
+        "conditional": bool(classes),
+    }
+    command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
+    runs.check_network(settings)
+    settings["img_size"] = runs.full_size(settings["img_size"])
+    levels = attended_levels(config)
+    settings["attention_size"] = min(settings["img_size"]) // 2 ** levels[0] if levels else 0
+    if levels and levels != tuple(range(levels[0], len(widths))):
+        settings["attention_levels"] = levels
+    return settings
+
+
 def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tuple[UNet, dict]:
-    """The network that UNet2DModel's description is about, on "meta" (without weights), and its
-    settings.
+    """The network of a UNet2DModel's description, on "meta" (without weights), and its settings.
 
     The settings are guessed, described as for an export, and compared: what was not understood
     shows as a difference.
@@ -340,48 +351,15 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
     Raises:
         UserError: no settings describe it.
     """
-    # idle; seen to by `weights_of`
+    # the first entry is unused, the second is left to `weights_of`
     wanted = UNET | config | {"num_train_timesteps": None, "flip_sin_to_cos": True}
-    widths, size, head_width = (
-        wanted["block_out_channels"],
-        wanted["sample_size"],
-        wanted["attention_head_dim"],
-    )
-    levels = tuple(
-        level for level, kind in enumerate(wanted["down_block_types"]) if kind == "AttnDownBlock2D"
-    )
-    if {widths[level] for level in (*levels, -1)} == {head_width}:
+    widths = wanted["block_out_channels"]
+    head_width = wanted["attention_head_dim"]
+    if {widths[level] for level in (*attended_levels(wanted), -1)} == {head_width}:
         wanted["attention_head_dim"] = None  # another word for one head
-    if size is None:
-        raise UserError("its config.json has no sample_size")
-    modes = {channels: mode for mode, channels in reading.CHANNELS.items()}
-    if wanted["in_channels"] not in modes:
-        raise UserError(
-            f"its network has in_channels={wanted['in_channels']}; 1 is gray, 3 RGB and 4 RGBA"
-        )
-    width, size = math.gcd(*widths), (size,) if isinstance(size, int) else tuple(size)
-    wanted["sample_size"] = size[0] if len({*size}) == 1 else [*size]
-    settings = {
-        "img_size": size,
-        "width": width,
-        "multipliers": tuple(here // width for here in widths),
-    }
-    settings |= {
-        "blocks": wanted["layers_per_block"],
-        "dropout": wanted["dropout"],
-        "min_snr": 0.0,
-        **noising,
-    }
-    settings |= {
-        "mode": modes[wanted["in_channels"]],
-        "classes": classes,
-        "conditional": bool(classes),
-    }
-    command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
-    size = settings["img_size"] = runs.check_network(settings)
-    settings["attention_size"] = min(size) // 2 ** levels[0] if levels else 0
-    if levels and levels != tuple(range(levels[0], len(widths))):
-        settings["attention_levels"] = levels
+    settings = settings_of(wanted, noising, classes)
+    height, width = settings["img_size"]
+    wanted["sample_size"] = height if height == width else [height, width]
 
     def build() -> tuple[UNet, dict]:
         with torch.device("meta"):
@@ -393,30 +371,34 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
         "norm_groups": "norm_num_groups",
         "norm_eps": "norm_eps",
         "frequency_shift": "freq_shift",
+        "downsample_padding": "downsample_padding",
+        "head_width": "attention_head_dim",
     }
-    beyond_flags |= {"downsample_padding": "downsample_padding", "head_width": "attention_head_dim"}
     missed = {name: wanted[key] for name, key in beyond_flags.items() if found[key] != wanted[key]}
     if "head_width" in missed:
         missed["head_width"] = head_width or max(widths)
     settings |= {name: runs.IMPORTED[name](value) for name, value in missed.items()}
     command_line.check_limits(settings, ddpm.LIMITS)
     network, found = build()
-    others = [f"{key}={value}" for key, value in wanted.items() if value != found.get(key)]
-    if others := [other for other in others if other[0] != "_" or other.startswith("_class_name=")]:
+    compared = [key for key in wanted if key[:1] != "_" or key == "_class_name"]
+    others = [f"{key}={wanted[key]}" for key in compared if wanted[key] != found.get(key)]
+    if others:
         raise UserError(f"its network has {', '.join(others[:3])}")
     return network, settings
 
 
+# attention's weights: their names in 2022, and today's
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
 def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, Tensor]:
-    """The weights in a UNet2DModel's folder, float32, under the names and in the shapes of
-    `network`.
+    """The weights in a UNet2DModel's folder, float32, named and shaped as in `network`.
 
     Raises:
         UserError: there are none, or they are another network's.
     """
-    safe, pickled = (
-        folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")
-    )
+    safe = folder / "diffusion_pytorch_model.safetensors"
+    pickled = safe.with_suffix(".bin")
     if safe.is_file():
         safetensors = import_safetensors()
         try:
@@ -426,44 +408,39 @@ def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, 
     elif checkpoints.is_whole(pickled):
         weights = torch.load(pickled, map_location="cpu", weights_only=True)
     else:
-        raise UserError(f"{folder} has no whole {safe.name}, nor {pickled.name}")
-    for old, new in {
-        "query": "to_q",
-        "key": "to_k",
-        "value": "to_v",
-        "proj_attn": "to_out.0",
-    }.items():
+        raise UserError(f"{folder} has no complete {safe.name}, nor {pickled.name}")
+    for old, new in OLD_NAMES.items():
         weights = {name.replace(f".{old}.", f".{new}."): weight for name, weight in weights.items()}
-    expected, found = checkpoints.shapes_of(network.state_dict()), checkpoints.shapes_of(weights)
+    expected = checkpoints.shapes_of(network.state_dict())
+    found = checkpoints.shapes_of(weights)
     for name in expected | found:
         if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{name} has the shape {found.get(name)}, its network takes {expected.get(name)}"
-            )
-    if any(
-        weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes()
-        for weight in weights.values()
-    ):
-        raise UserError("a tensor claims to be larger than the file")
-    if not flip_sin_to_cos:  # sines come first there: the weights that meet them, too
+            shapes = f"{found.get(name)}, its network takes {expected.get(name)}"
+            raise UserError(f"{name} has the shape {shapes}")
+    for weight in weights.values():
+        if weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes():
+            raise UserError("a tensor claims to be larger than the file")
+    if not flip_sin_to_cos:  # sines come first there: swap the weights that multiply them, too
         name = "time_embedding.linear_1.weight"
         weights[name] = torch.cat(weights[name].chunk(2, dim=1)[::-1], dim=1)
     return {name: weights[name].float().contiguous() for name in expected}
 
 
 def import_(source: str = "", run_name: str = "") -> None:
-    """Make a run of a folder of Hugging Face's diffusers: a UNet2DModel, or a pipeline that has
-    one.
+    """Make a run of a model of Hugging Face's diffusers.
 
         python -m tools.exchange import --source=my_folder --run_name=my_run
 
-    Writes models/RUN/checkpoint.pt, a run to sample from and to begin a new run from with
-    --init_from. The paper's own models are at home there: `hf download google/ddpm-cifar10-32
-    --local-dir=my_folder` fetches one. A network that knows classes must have learned to do without,
-    too, as its last class; classes.json, a list, names the others.
+    The model is a folder: a UNet2DModel, or a pipeline that has one. `hf download
+    google/ddpm-cifar10-32 --local-dir=my_folder` fetches one of the DDPM paper's own models.
+
+    Writes models/RUN/checkpoint.pt: a run to sample from, or to fine-tune with --init_from.
+
+    For class-conditional models, the last class must stand for no class, and classes.json, a list
+    in the folder, must name the others.
 
     Args:
-        source: the folder; its weights are read from safetensors, or from a .bin that cannot run
+        source: the folder; weights are read from safetensors, or from a .bin file, which cannot run
             code here.
         run_name: the new run's name.
 
@@ -474,20 +451,16 @@ def import_(source: str = "", run_name: str = "") -> None:
     folder = Path(source)
     command_line.check_name("run_name", run_name)
     if checkpoints.exists(run_name):
-        raise UserError(
-            f"--run_name={run_name}: models/{run_name} holds a run; delete it, or choose another name"
-        )
+        advice = f"models/{run_name} holds a run; delete it, or choose another name"
+        raise UserError(f"--run_name={run_name}: {advice}")
     if not source or not folder.is_dir():
-        raise UserError(
-            f"--source={source} is not a folder; `hf download NAME --local-dir=FOLDER` fetches one"
-        )
+        advice = "`hf download NAME --local-dir=FOLDER` fetches one"
+        raise UserError(f"--source={source} is not a folder; {advice}")
     unet, scheduler = (
         folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")
     )
-    process, is_bare = (
-        scheduler / "scheduler_config.json",
-        not (scheduler / "scheduler_config.json").exists(),
-    )
+    process = scheduler / "scheduler_config.json"
+    is_bare = not process.exists()
     try:
         config = json.loads((unet / "config.json").read_text())
         noising = noising_of({} if is_bare else json.loads(process.read_text()))
@@ -496,19 +469,19 @@ def import_(source: str = "", run_name: str = "") -> None:
     except UserError as error:
         raise UserError(f"--source={source} cannot be imported: {error}") from error
     except basics.BROKEN_FILE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--source={source} cannot be read as a model of diffusers ({reason[:200]})"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        message = f"--source={source} cannot be read as a model of diffusers ({reason})"
+        raise UserError(message) from error
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}
     checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
-    assumed = "; it tells nothing of its noise: the paper's is assumed" if is_bare else ""
-    assumed += "; its four channels are taken for colors times alpha, and alpha" * (
-        settings["mode"] == "RGBA"
-    )
     number = sum(weight.numel() for weight in weights.values())
-    print(f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights{assumed}")
-    print(f"to make images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")
+    message = f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights"
+    if is_bare:
+        message += f"; there is no {process.name}: the noise of the DDPM paper is assumed"
+    if settings["mode"] == "RGBA":
+        message += "; its four channels are taken as colors times alpha, and alpha"
+    print(message)
+    print(f"to generate images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")
 
 
 def main() -> None:

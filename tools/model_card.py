@@ -1,7 +1,6 @@
-"""What an exported model tells of itself: a card in the form of Hugging Face's hub, and a picture
-of samples.
+"""The model card of an export, in the form of Hugging Face's hub, with an image of samples.
 
-Reading order: write_picture, figures_of, write_card.
+Reading order: write_samples, figures_of, write_card.
 """
 
 import contextlib
@@ -30,8 +29,8 @@ datasets: [{dataset}]
 
 ![samples](samples.png)
 
-A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) for images of {size} pixels in {colors}:
-{weights:,} weights.
+A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) with {weights:,} weights,
+for images of {size} pixels in {colors}.
 
 ```python
 {code}
@@ -45,7 +44,7 @@ A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) for image
 CODE = """from diffusers import DDIMPipeline
 pipeline = DDIMPipeline.from_pretrained("{name}")
 images = pipeline(batch_size=4, num_inference_steps={few}, use_clipped_model_output=True).images"""
-REMARK = "`DDPMPipeline` with `num_inference_steps={noise_steps}` is the paper's own, slower way."
+REMARK = "`DDPMPipeline` with `num_inference_steps={noise_steps}` is the paper's slower sampler."
 
 CODE_BY_CLASS = """import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -62,38 +61,42 @@ for t in scheduler.timesteps:
     answer = without + guidance * (with_class - without)
     x_t = scheduler.step(answer, t, x_t, use_clipped_model_output=True).prev_sample
 images = DDIMPipeline.numpy_to_pil((x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())"""
-REMARK_BY_CLASS = """Its classes are named in `classes.json`, from number 0 to {last}; {none} stands for no class. In
-the picture above each row is of one class, the first one on top. A `guidance` of 1 makes images as they were learned,
-more of it clearer and less varied ones; the pipelines of diffusers know neither."""
+REMARK_BY_CLASS = """The model is class-conditional: `classes.json` names its classes, from number
+0 to {last}; {none} stands for no class. In the image above, each row is of one class, the first one
+on top. The code uses classifier-free guidance: a `guidance` of 1 samples what was learned, more
+gives clearer and less varied images. The pipelines of diffusers support neither."""
 
 CODE_STRAIGHT = """
 from PIL import Image
-images = [Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA") for image in images]"""
+images = [Image.frombytes("RGBa", each.size, each.tobytes()).convert("RGBA") for each in images]"""
 REMARK_STRAIGHT = """
 
-The four channels are colors times alpha (premultiplied), and alpha; the last two lines undo that."""
+The four channels are colors times alpha (premultiplied), and alpha. The last two lines of the code
+divide by alpha."""
 
 
-def write_picture(stored: dict, run_name: str, path: Path) -> None:
-    """The newest grid that `sample` made with these very weights, of all classes and from noise; or
-    images made now.
+def write_samples(stored: dict, run_name: str, path: Path) -> None:
+    """The newest grid that `sample` made with these weights, or images that are generated now.
 
-    These are 16, or a row of four for each class, of 16 classes at most.
+    A grid counts if it is of all classes, and from noise. Images generated now are 16, or a row of
+    four for each class, of 16 classes at most.
     """
     grids = Path("results", run_name).glob("samples*/samples.png")
-    weights, classes = checkpoints.fingerprint_of(stored["average"]), stored["settings"]["classes"]
+    weights = checkpoints.fingerprint_of(stored["average"])
+    classes = stored["settings"]["classes"]
     for grid in sorted(grids, key=lambda grid: grid.stat().st_mtime, reverse=True):
-        with contextlib.suppress(*basics.BROKEN_FILE), Image.open(grid) as picture:
-            flags = dict(word.partition("=")[::2] for word in shlex.split(picture.text["command"]))
+        with contextlib.suppress(*basics.BROKEN_FILE), Image.open(grid) as image:
+            flags = dict(word.partition("=")[::2] for word in shlex.split(image.text["command"]))
             is_whole = flags.get("--label", "") == ",".join(classes) and "--init_image" not in flags
-            if picture.text["weights"] == weights and is_whole:
-                return shutil.copyfile(grid, path)
-    steps, rows = min(ddpm.STEPS, stored["settings"]["noise_steps"]), min(16, len(classes))
+            if image.text["weights"] == weights and is_whole:
+                shutil.copyfile(grid, path)
+                return
+    steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
+    rows = min(16, len(classes))
     count = 4 * rows or 16
     labels = ddpm.labels_in_turn(range(rows), range(count))
-    samples = make_samples(
-        stored, range(count), "dpm++", steps, 4, devices.pick_device("auto"), labels
-    )
+    device = devices.pick_device("auto")
+    samples = make_samples(stored, range(count), "dpm++", steps, 4, device, labels)
     utils.save_png(samples, path, rows)
 
 
@@ -104,29 +107,33 @@ def table(*rows: tuple) -> str:
 
 
 def figures_of(stored: dict, run_name: str) -> list[str]:
-    """Tables: what the run's log tells, and how tools.evaluate last judged these weights."""
-    tables, path = [], Path("results", run_name, "evaluation.csv")
+    """Tables: training, from the run's log, and how tools.evaluate last judged these weights."""
+    tables = []
+    path = Path("results", run_name, "evaluation.csv")
     if stored["log"]:
         losses = [row[COLUMNS.index("loss")] for row in stored["log"][-50:]]
         last = dict(zip(COLUMNS, stored["log"][-1], strict=True))
-        lines = [("steps", f"{stored['step']:,}"), ("epochs", f"{last['epoch']:.1f}")]
-        lines += [
+        lines = [
+            ("steps", f"{stored['step']:,}"),
+            ("epochs", f"{last['epoch']:.1f}"),
             ("images seen", f"{last['images']:,}"),
-            ("loss, lately", f"{sum(losses) / len(losses):.4f}"),
+            ("loss, mean of the last rows of the log", f"{sum(losses) / len(losses):.4f}"),
         ]
         tables.append(table(("training", ""), *lines))
     judged = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     for row in [row for row in judged if row["step"] == str(stored["step"])][-1:]:
         about = f"{row['n']} images, {row['sampler']} in {row['steps']} steps"
-        # earlier versions tell of none
-        about += f", guidance {row['guidance']}" if row.get("guidance") else ""
-        lines = [(row["measure"], row["distance"], row["distance_real"])]
-        lines += [(name, row[name], row[f"{name}_real"]) for name in ("precision", "recall")]
+        if row.get("guidance"):  # earlier versions have no such column
+            about += f", guidance {row['guidance']}"
+        titles = {"distance": f"Frechet distance: {row['measure']}"}
+        titles |= {"precision": "precision (quality)", "recall": "recall (variety)"}
         lines = [
-            (name, *(f"{float(figure):.3f}" for figure in figures)) for name, *figures in lines
+            (title, f"{float(row[name]):.3f}", f"{float(row[f'{name}_real']):.3f}")
+            for name, title in titles.items()
         ]
-        copies = ("copies of training pictures", f"{float(row['copies']):.3f}", "")
-        tables.append(table((about, "generated", "real, in their place"), *lines, copies))
+        copies = f"{float(row['copies']):.3f}"
+        lines.append(("memorization (copies of training images)", copies, ""))
+        tables.append(table((about, "generated", "real images"), *lines))
     return tables
 
 
@@ -136,35 +143,35 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     classes, mode, size, noise_steps = (
         settings[name] for name in ("classes", "mode", "img_size", "noise_steps")
     )
-    told = [
-        name for name in ("mode", *ddpm.NETWORK, *runs.IMPORTED, *ddpm.NOISING) if name in settings
+    shown = ["mode", *ddpm.NETWORK, *runs.IMPORTED, *ddpm.NOISING]
+    if stored["log"]:
+        shown += ["flip", "batch_size", "lr", "warmup", "lr_decay", "ema_decay"]
+    rows = [
+        (name, command_line.as_typed(name, settings[name])) for name in shown if name in settings
     ]
-    told += ["flip", "batch_size", "lr", "warmup", "lr_decay", "ema_decay"] if stored["log"] else []
-    rows = [(name, command_line.as_typed(name, settings[name])) for name in told]
-    write_picture(stored, run_name, folder / "samples.png")
+    write_samples(stored, run_name, folder / "samples.png")
     kind = "class-conditional-image-generation" if classes else "unconditional-image-generation"
     code, remarks = (CODE_BY_CLASS, REMARK_BY_CLASS) if classes else (CODE, REMARK)
     if mode == "RGBA":
-        code, remarks = code + CODE_STRAIGHT, remarks + REMARK_STRAIGHT
+        code += CODE_STRAIGHT
+        remarks += REMARK_STRAIGHT
     facts = {
         "name": folder.name,
         "channels": reading.CHANNELS[mode],
         "height": size[0],
         "width": size[1],
-    }
-    facts |= {
         "guidance": ddpm.GUIDANCE,
         "last": len(classes) - 1,
         "none": len(classes),
         "noise_steps": noise_steps,
+        # a divisor, so that all steps are of one length
+        "few": max(steps for steps in range(1, 51) if noise_steps % steps == 0),
     }
-    # so that all are equal
-    facts |= {"few": max(steps for steps in range(1, 51) if noise_steps % steps == 0)}
     text = CARD.format(
         license=license,
         task="" if classes else f"pipeline_tag: {kind}\n",
         kind=kind,
-        # where it lay on a disk is nobody's business
+        # the path on the author's disk is private
         dataset=json.dumps(Path(settings["dataset"]).name),
         name=folder.name,
         size=command_line.as_typed("img_size", size),
