@@ -4,6 +4,7 @@ What is exported or imported is compared with diffusers itself, from the weights
 """
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -72,7 +73,7 @@ def test_what_is_published_is_small_and_makes_the_same_images(exchange, run, mon
     assert small.stat().st_size < whole.stat().st_size / 6
     published = checkpoints.load("public")
     assert {weight.dtype for weight in published["average"].values()} == {torch.float16}
-    assert published.keys() == checkpoints.TO_SAMPLE | {"format"}
+    assert published.keys() == checkpoints.TO_SAMPLE | {"format", "count"}
     for name, weight in checkpoints.load("tiny")["average"].items():
         assert (
             (weight - published["average"][name].float()).abs() <= weight.abs() * 2**-11 + 2**-25
@@ -87,6 +88,13 @@ def test_what_is_published_is_small_and_makes_the_same_images(exchange, run, mon
         for name in ("tiny", "public")
     )
     assert abs(one - two).mean() < 0.5
+
+
+def test_a_published_run_tells_what_was_learned_as_the_run_itself_does(exchange):
+    assert exchange("publish", "--run_name=tiny", "--to=given").status == 0
+    given, own = (runs.learned(ddpm.load_run(name)) for name in ("given", "tiny"))
+    assert given == own
+    assert own.images < math.inf
 
 
 def test_a_published_run_is_not_gone_on_with_and_says_what_it_is_for(exchange, run, here):

@@ -58,6 +58,7 @@ def publish(run_name: str = "", to: str = "") -> None:
     settings = stored["settings"] | {"run_name": to}
     published = {name: stored[name] for name in checkpoints.TO_SAMPLE}
     published |= {"settings": settings, "average": average}
+    published |= {"count": stored["count"]} if "count" in stored else {}
     checkpoints.save(to, **published)
     path = checkpoints.paths_of(to)[0]
     number = sum(weight.numel() for weight in average.values())

@@ -14,8 +14,7 @@ from PIL import Image
 
 import ddpm
 import utils
-from machinery import basics, checkpoints, command_line, devices, reading, runs
-from machinery.journal import COLUMNS
+from machinery import basics, checkpoints, command_line, devices, journal, reading, runs
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -111,13 +110,13 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
     tables = []
     path = Path("results", run_name, "evaluation.csv")
     if stored["log"]:
-        losses = [row[COLUMNS.index("loss")] for row in stored["log"][-50:]]
-        last = dict(zip(COLUMNS, stored["log"][-1], strict=True))
+        loss, steps = journal.last_loss(stored["log"])
+        _, images, epochs = runs.learned(stored)
         lines = [
             ("steps", f"{stored['step']:,}"),
-            ("epochs", f"{last['epoch']:.1f}"),
-            ("images seen", f"{last['images']:,}"),
-            ("loss, mean of the last rows of the log", f"{sum(losses) / len(losses):.4f}"),
+            ("epochs", f"{epochs:.1f}"),
+            ("images seen", f"{images:,}"),
+            (f"loss, mean of the last {steps:,} steps", f"{loss:.4f}"),
         ]
         tables.append(table(("training", ""), *lines))
     judged = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
