@@ -234,7 +234,7 @@ def storm(seconds: float, seed: int) -> tuple[collections.Counter, list[str]]:
     begin_anew()
     while time.monotonic() - started < seconds and len(faults) < 10:
         if chance.random() < 0.05:
-            shutil.rmtree(reading.CACHE)  # the next start decodes the pictures
+            shutil.rmtree(reading.CACHE, ignore_errors=True)  # the next start decodes the images
         way, status = strike(chance, points, whole)
         counts["starts"] += 1
         counts["finished runs" if status == 0 else way] += 1
