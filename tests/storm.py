@@ -168,7 +168,8 @@ def result() -> dict:
 
 
 def last_save() -> int:
-    return int(SAVES.read_text().split()[-1]) if SAVES.exists() else 0
+    noted = SAVES.read_text().split() if SAVES.exists() else []  # killed before it wrote: empty
+    return int(noted[-1]) if noted else 0
 
 
 def fault_after_a_death(status: int) -> str:
