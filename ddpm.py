@@ -26,6 +26,7 @@ import utils
 from machinery import checkpoints, command_line, devices, processes, reading, runs
 from machinery.basics import UserError, claim_folder, progress_bar, seed_of
 from machinery.journal import hint
+from machinery.listing import check_classes, list_images
 from machinery.session import Session
 from modules import UNet, update_ema
 
@@ -610,12 +611,12 @@ def train(
     runs.check_training(settings, LIMITS)
     settings["img_size"] = runs.full_size(img_size)
     device = devices.pick_device(device)
-    listing = reading.list_images(Path(dataset))
-    settings["classes"] = reading.check_classes(listing) if conditional else ()
+    listing = list_images(Path(dataset))
+    settings["classes"] = check_classes(listing) if conditional else ()
     device = processes.join(device)
     devices.keep_memory()
-    with runs.open_run(settings, listing.fingerprint, load_run) as run:
-        data = run.read(listing)
+    with runs.open_run(settings, listing, load_run) as run:
+        data = run.read_images()
         loader = utils.Loader(data, batch_size, seed, flip, device)
         training = Training(run.settings, loader, device)
         if run.checkpoint["step"]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from machinery import devices, processes, reading
 from machinery.basics import UserError, seed_of
+from machinery.listing import list_images
 from machinery.reading import Dataset
 from machinery.writing import Album, over_white, save_gif, save_png, tile
 
@@ -39,7 +40,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
     """All images below a folder at `size` (height, width), decoded once and cached."""
-    return reading.read_dataset(reading.list_images(folder), size, mode)
+    return reading.read_dataset(list_images(folder), size, mode)
 
 
 @functools.lru_cache(maxsize=2)

@@ -17,8 +17,9 @@ from pathlib import Path
 import ddpm
 import utils
 from benchmarks import measuring
-from machinery import command_line, devices, reading
+from machinery import command_line, devices
 from machinery.basics import UserError
+from machinery.listing import list_images
 from tools import evaluate
 
 # A small network that learns something within minutes on a CPU; every variant changes a bit of it.
@@ -150,7 +151,7 @@ def quality(
     command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     check_held_out(held_out)
-    count, real = (len(reading.list_images(Path(folder)).paths) for folder in (dataset, held_out))
+    count, real = (len(list_images(Path(folder)).names) for folder in (dataset, held_out))
     epochs = max(1, round(images / count))
     n = evaluate.comparable(n_img, real)
     shared = {"images": epochs * count, "n": n}

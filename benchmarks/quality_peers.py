@@ -47,6 +47,7 @@ import utils
 from benchmarks import measuring, peers, quality
 from machinery import basics, command_line, devices, reading
 from machinery.basics import UserError
+from machinery.listing import list_images
 from tools import evaluate
 
 STRIDE = 32  # diffusers' network halves an image five times
@@ -362,7 +363,7 @@ def quality_peers(
     command_line.check_table(path, COLUMNS)
     features = evaluate.load_efficientnet(place)
     quality.check_held_out(held_out)
-    listings = [reading.list_images(Path(folder)) for folder in (dataset, held_out)]
+    listings = [list_images(Path(folder)) for folder in (dataset, held_out)]
     if len(listings[0].paths) < FEWEST:
         needed = f"{FEWEST} images, which lucidrains' Trainer asks for"
         raise UserError(f"--dataset={dataset} holds fewer than {needed}")

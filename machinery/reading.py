@@ -1,26 +1,28 @@
-"""A folder of pictures, found, and decoded once.
+"""Many images: decoded once into one array of bytes, which is kept in a cache under check sums.
 
-Reading order: list_images; how one picture is read; who reads them all; read_dataset.
+Files are found by machinery/listing.py; one of them is read by machinery/pixels.py.
+
+Reading order: what sampling starts from; who reads many images; the cache; read_dataset.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import signal
-import stat
+import sys
 import threading
 import time
 import warnings
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -28,203 +30,41 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from machinery import pixels
 from machinery.basics import BROKEN_FILE, UserError, progress_bar, write_whole
+from machinery.command_line import SteadyStream
+from machinery.listing import CACHE, Listing, keep_digests
+from machinery.pixels import (
+    CHANNELS,
+    FileFault,
+    MachineFault,
+    NeedsScale,
+    Scale,
+    common_scale,
+    read_image,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MODES = {"auto": "L or RGB", "L": "gray", "RGB": "color", "RGBA": "color and alpha"}
-CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
-CACHE = Path("datasets", ".cache")
 NOTE_EVERY = 5  # seconds; so much is decoded again after a kill -9
-# pictures; threads have read fewer before processes have imported PyTorch
+# images; threads have read fewer before processes have imported PyTorch
 PROCESSES_FROM = 10_000
 # what a process reads before it hands it over, at most
-PORTION = 64  # pictures
+PORTION = 64  # images
 PORTION_BYTES = 2**22
-
-
-class Listing(NamedTuple):
-    """The pictures below a folder, not opened yet."""
-
-    folder: Path
-    paths: list[str]  # in one order on every system
-    times: list[int]  # of their last change, nanoseconds
-    fingerprint: str  # of their names and sizes: the same on every machine
-    classes: tuple[str, ...]  # the first-level folders that hold pictures, sorted
-    # (N,) int64, each picture's index in `classes`; -1 where it lies in the folder itself
-    labels: np.ndarray
+BLOCK = 2**22  # bytes of the cache under one check sum
 
 
 class Dataset(NamedTuple):
-    """A folder of pictures, decoded."""
+    """The images of a folder, decoded."""
 
-    images: (
-        np.ndarray
-    )  # (N, C, H, W) uint8, mapped into memory from the cache; RGBA is premultiplied
-    fingerprint: str  # of the files' names and sizes: the same on every machine
-    remarks: list[str]  # what was skipped or changed, a sentence each
+    images: np.ndarray  # (N, C, H, W) uint8, mapped from the cache; RGBA is premultiplied
+    fingerprint: str  # of the files' names and contents: the same on every machine
+    remarks: list[str]  # what was left out or changed, a sentence each
     mode: str  # one of CHANNELS
     labels: np.ndarray  # (N,) int64, as in Listing
 
 
-# ---- finding pictures ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_collections() -> Iterator[None]:
-    """Python looks for dead circles of objects as more are made: a fifth of the time that a million
-    names take.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@no_collections()
-def list_images(folder: Path) -> Listing:
-    """All pictures below a folder; no hidden files, no pipes, no circles of links.
-
-    Raises:
-        UserError: there is no such folder, or it holds no images.
-    """
-    if not folder.is_dir():
-        others = (
-            ", ".join(sorted(path.name for path in Path("datasets").glob("[!.]*") if path.is_dir()))
-            or "none"
-        )
-        wrong = "is a file" if folder.exists() else "does not exist"
-        rule = f"it takes any folder of images (in datasets/ there are: {others})"
-        raise UserError(f"--dataset={folder} {wrong}; {rule}")
-    found = []
-    visited = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        # of two ways, the same one
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = "" if place == str(folder) else f"{Path(place).relative_to(folder).as_posix()}/"
-        top = below.partition("/")[0]
-        for name in files:
-            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
-                try:
-                    info = os.stat(f"{place}/{name}")
-                except OSError:  # a link to nothing
-                    continue
-                if stat.S_ISREG(info.st_mode):
-                    found.append((below + name, info.st_size, info.st_mtime_ns, top))
-    if not found:
-        raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    found.sort()
-    names, sizes, times, tops = zip(*found, strict=True)
-    files = list(zip(names, sizes, strict=True))
-    fingerprint = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    classes = tuple(sorted({*tops} - {""}))
-    numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers[top] for top in tops], np.int64)
-    return Listing(
-        folder, [f"{folder}/{name}" for name in names], list(times), fingerprint, classes, labels
-    )
-
-
-def tell_classes(listing: Listing, conditional: bool) -> list[str]:
-    """A sentence on the classes there are, whether they are to be learned or not."""
-    if len(listing.classes) < 2:
-        return []
-    known = f"{len(listing.classes):,} classes, such as {', '.join(listing.classes[:3])}"
-    return [known if conditional else f"{known}; --conditional would tell them apart"]
-
-
-def check_classes(listing: Listing) -> tuple[str, ...]:
-    """The classes of `--conditional`: the first-level folders, if they can be.
-
-    Raises:
-        UserError: they are fewer than two, cannot be written in `--label=a,b`, or pictures lie
-            outside of them.
-    """
-    folder = listing.folder
-    classes = listing.classes
-    outside = np.flatnonzero(listing.labels == -1)
-    if len(classes) < 2:
-        found = f"only {classes[0]} holds" if classes else "none holds"
-        fault = f"--conditional takes the folders in {folder} for classes, but {found} images"
-        raise UserError(f"{fault}; it needs two")
-    if len(outside):
-        example = listing.paths[outside[0]]
-        fault = f"{len(outside):,} images are in no class, for instance {example}"
-        way_out = f"move them into one of the folders in {folder}"
-        raise UserError(f"--conditional: {fault}; {way_out}")
-    for name in classes:
-        if "," in name or name == "all" or not name.isprintable():
-            fault = f"the folder {folder / name} cannot be written as --label={name}"
-            raise UserError(f"--conditional: {fault}; rename it")
-    return classes
-
-
-# ---- reading one picture -------------------------------------------------------------------------
-
-
-def to_mode(picture: Image.Image, mode: str) -> Image.Image:
-    """A picture of any kind in 8 bits: "L" or "RGB", white where it is transparent, or for "RGBA"
-    Pillow's "RGBa".
-
-    There, colors are premultiplied by alpha, so that resizing mixes in no color that cannot be
-    seen. Pillow alone turns 16-bit pictures white and floating-point ones black, and shows what
-    transparency hides.
-    """
-    if picture.mode[0] in "IF":
-        levels = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0).clip(
-            min=0
-        )
-        whites = (65535,) if ";16" in picture.mode else (1, 255, 65535)
-        white = next((white for white in whites if levels.max() <= white), levels.max())
-        picture = Image.fromarray((levels / white * 255).round().astype(np.uint8))
-    if mode == "RGBA":
-        return picture.convert("RGBA").convert("RGBa")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert(mode)
-
-
-def read_image(
-    path: Path | str,
-    size: tuple[int, int],
-    mode: str = "RGB",
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
-) -> tuple[np.ndarray | None, str]:
-    """A picture's shorter side resized with antialiasing, its centre cut out: pixels (C, H, W)
-    uint8, and a remark.
-
-    A file that cannot be read gives None, and the reason.
-    """
-    height, width = size
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-            remark = (
-                "animated: the first frame is used"
-                if getattr(picture, "is_animated", False)
-                else ""
-            )
-            # a large JPEG is decoded at a half, fourth or eighth
-            picture.draft("RGB", (2 * max(size), 2 * max(size)))
-            picture = to_mode(ImageOps.exif_transpose(picture), mode)
-    except BROKEN_FILE as error:
-        return None, f"{Path(path).name} ({str(error) or type(error).__name__})"
-    if picture.width < width or picture.height < height:
-        remark = f"{remark}; enlarged" if remark else "smaller than --img_size: enlarged"
-    pixels = np.asarray(ImageOps.fit(picture, (width, height), resample)).reshape(
-        height, width, -1
-    )  # (H, W, C)
-    if mode == "RGBA":
-        # Lanczos overshoots; no color shines brighter than its alpha
-        pixels = np.minimum(pixels, pixels[:, :, 3:])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), remark
+# ---- what sampling starts from -------------------------------------------------------------------
 
 
 class Start(NamedTuple):
@@ -243,8 +83,8 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         mode: one of CHANNELS.
 
     Raises:
-        UserError: a file is missing or unreadable, or the two differ in size, so that they would
-            be cropped differently.
+        UserError: a file is missing or unreadable, the two differ in size, so that they would be
+            cropped differently, or the mask says nothing.
     """
     if mask and not init_image:
         raise UserError(f"--mask={mask} needs an image to inpaint: --init_image=...")
@@ -255,45 +95,74 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         image = read_flag("init_image", init_image, size, mode)
         if not mask:
             return Start(image, torch.ones(1, *size))
-        # BOX averages areas: no ringing reaches into what is black
-        share = read_flag("mask", mask, size, "L", Image.Resampling.BOX) / 255
+        read_flag("mask", mask, size, "L")
         sizes = [measure(path) for path in (mask, init_image)]
-    if sizes[0] != sizes[1]:
-        differ = f"--mask={mask} is {sizes[0]}, --init_image={init_image} {sizes[1]}"
-        raise UserError(f"{differ}; they must have the same size")
-    return Start(image, share)
+        if sizes[0] != sizes[1]:
+            differ = f"--mask={mask} is {sizes[0]}, --init_image={init_image} {sizes[1]}"
+            raise UserError(f"{differ}; they must have the same size")
+        return Start(image, read_mask(mask, size))
 
 
 def read_flag(flag: str, path: str, *how) -> Tensor:
     """The image that a flag names: pixels (C, H, W) uint8; see `read_image`."""
     if not os.path.isfile(path):
         raise UserError(f"--{flag}={path} is not a file; it takes an image")
-    pixels, reason = read_image(path, *how)
-    if pixels is None:
-        fault = f"--{flag}={path} is not an image that can be read ({reason})"
-        raise UserError(f"{fault}; it takes any other")
-    return torch.from_numpy(pixels)
+    try:
+        try:
+            found, remarks = read_image(path, *how)
+        except NeedsScale as error:
+            found, remarks = read_image(path, *how, scale=common_scale([error.scale]))
+    except MachineFault as error:
+        raise UserError(f"--{flag}: {error}") from error
+    except FileFault as error:
+        fault = f"--{flag}={path} is not an image that can be read ({error})"
+        raise UserError(f"{fault}; it takes any other") from error
+    if flag == "init_image" and pixels.CONVERTED in remarks:
+        print(f"{path} is converted to sRGB from another color profile")
+    return torch.from_numpy(found)
+
+
+def read_mask(path: str, size: tuple[int, int]) -> Tensor:
+    """How much of each pixel is repainted (1, H, W): white is 1; black and transparent are 0.
+
+    A mask of the numbers 0 and 1 alone is one of labels: 1 is white.
+
+    Raises:
+        UserError: it repaints nothing, or everything.
+    """
+    picture, _ = pixels.decode(pixels.read_bytes(path), size, "RGBA", Scale(0, 1))
+    levels = np.asarray(picture)[:, :, :3].mean(axis=2).round().astype(np.uint8)  # premultiplied
+    if levels.max() == 1:
+        levels = levels * 255
+        print(f"--mask={path} has the numbers 0 and 1: 1 is taken for white")
+    if levels.max() == 0 or levels.min() == 255:
+        fault = "keep everything: nothing in it is white"
+        if levels.max() > 0:
+            fault = "repaint everything: nothing in it is black or transparent"
+        rule = "paint white where to repaint, black where to keep"
+        raise UserError(f"--mask={path} would {fault}; {rule}")
+    # BOX averages areas: no ringing reaches into what is black
+    share = ImageOps.fit(Image.fromarray(levels), (size[1], size[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(share))[None] / 255
 
 
 def measure(path: str) -> str:
     """An image's size, upright, in words."""
-    with Image.open(path) as picture:
+    with pixels.open_image(pixels.read_bytes(path)) as picture:
         width, height = ImageOps.exif_transpose(picture).size
     return f"{width} pixels wide and {height} high"
 
 
-# ---- reading them all ----------------------------------------------------------------------------
+# ---- who reads many images -----------------------------------------------------------------------
 
 stopping = threading.Event()  # in a reading process, that of its parent
 
 
-def begin_worker(stop) -> None:
-    """Tie a reading process to its parent: it stops when told to, and ends when that has died, be
-    it of kill -9.
-    """
-
+def begin_worker(stop, memory: pixels.Memory) -> None:
+    """Tie a reading process to its parent: it stops when told to, and ends when that has died."""
     global stopping
     stopping = stop
+    pixels.memory = memory
 
     def follow() -> None:
         multiprocessing.parent_process().join()
@@ -301,21 +170,31 @@ def begin_worker(stop) -> None:
 
     # for Windows; elsewhere it has been deaf from its start
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C libraries have no say
     warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
     threading.Thread(target=follow, daemon=True).start()
 
 
-def read_portion(
-    paths: list[str], size: tuple[int, int], mode: str
-) -> list[tuple[np.ndarray | None, str]]:
-    return [read_image(path, size, mode) for path in paths if not stopping.is_set()]
+def attempt(work: Callable, path: str, *how):
+    """What `work` returns, or the fault that it raises: one of pixels.py."""
+    try:
+        return work(path, *how)
+    except (FileFault, MachineFault, NeedsScale) as fault:
+        return fault
+
+
+def read_one(path: str, *how) -> tuple[np.ndarray, set[str]]:
+    """`read_image`, as processes find it by its name."""
+    return read_image(path, *how)
+
+
+def read_portion(work: Callable, paths: list[str], *how) -> list:
+    return [attempt(work, path, *how) for path in paths if not stopping.is_set()]
 
 
 @contextlib.contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Processes started within this block never see Ctrl-C, not even as they start; this one sees
-    it afterwards.
-    """
+    """Processes started in this block never see Ctrl-C; this one sees it afterwards."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -327,51 +206,63 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def readers(number: int, pictures: int) -> Iterator[Executor]:
-    """Threads, or for many pictures `number` processes; on leaving, what they have not begun is
-    dropped.
-    """
-    if pictures < PROCESSES_FROM:
+def quiet_libraries() -> Iterator[TextIO]:
+    """What C libraries write to the terminal is dropped; yields where the program itself writes."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield SteadyStream(open(terminal, "w", closefd=False))
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+@contextlib.contextmanager
+def readers(number: int, count: int) -> Iterator[Executor]:
+    """Threads, or for many images `number` processes; what has not begun on leaving is dropped."""
+    if count < PROCESSES_FROM:
         pool = ThreadPoolExecutor()
         stop = threading.Event()
     else:
         # a fork would copy locks that PyTorch's threads may hold
         context = multiprocessing.get_context("spawn")
         stop = context.Event()
-        pool = ProcessPoolExecutor(number, context, begin_worker, (stop,))
+        pool = ProcessPoolExecutor(number, context, begin_worker, (stop, pixels.Memory(context)))
     try:
         yield pool
     finally:
-        # terminated, a process could leave half a message behind, whose other half would be waited
-        # for
+        # terminated, a process could leave half a message, for whose other half one would wait
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def read_all(
-    paths: list[str], size: tuple[int, int], mode: str
-) -> Iterator[list[tuple[np.ndarray | None, str]]]:
-    """`read_image` of all of them, in their order, portion by portion; few portions are in memory
-    at a time.
+def read_all(work: Callable, paths: list[str], image_bytes: int, *how) -> Iterator[list]:
+    """`work(path, *how)` of all paths in their order, portion by portion; few are in memory.
+
+    Args:
+        work: at the top of a module, so that processes find it.
+        image_bytes: of one result.
 
     Raises:
         UserError: a process has died.
     """
-    number = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    has_affinity = hasattr(os, "sched_getaffinity")
+    number = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     number = min(61, number)  # Windows cannot wait for more
-    by_bytes = max(1, PORTION_BYTES // (CHANNELS[mode] * math.prod(size)))
-    length = 1 if len(paths) < PROCESSES_FROM else min(PORTION, by_bytes)
+    length = 1
+    if len(paths) >= PROCESSES_FROM:
+        length = min(PORTION, max(1, PORTION_BYTES // image_bytes))
     done = 0
     pending = deque()
     try:
         with readers(number, len(paths)) as pool:
             for start in range(0, len(paths), length):
+                portion = paths[start : start + length]
                 with deaf_to_interrupts():
-                    pending.append(
-                        pool.submit(read_portion, paths[start : start + length], size, mode)
-                    )
+                    pending.append(pool.submit(read_portion, work, portion, *how))
                 if len(pending) > 2 * number:
                     yield pending.popleft().result()
                     done += length
@@ -384,91 +275,262 @@ def read_all(
         raise UserError(f"a process that reads images died {where}; {way_on}") from error
 
 
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+class BlockSums:
+    """The check sums of a growing file, of BLOCK bytes each, the last one of what there is."""
+
+    def __init__(self):
+        self.full = []
+        self.last = 0
+        self.length = 0  # bytes under the last sum
+
+    def update(self, data: np.ndarray) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: BLOCK - self.length]
+            self.last = zlib.crc32(part, self.last)
+            self.length += len(part)
+            view = view[len(part) :]
+            if self.length == BLOCK:
+                self.full.append(self.last)
+                self.last = 0
+                self.length = 0
+
+    def values(self) -> list[int]:
+        return [*self.full, self.last] if self.length else list(self.full)
+
+
+class Cache:
+    """Decoded images behind one another in a file, and a note of what was noticed beside it.
+
+    An unfinished file has another name; a finished one is never written to again, so whoever has
+    mapped it keeps it whole. The note says what is true of the file: up to where it goes, and its
+    check sums. Any damage means decoded again.
+
+    Args:
+        key: of the images, their size and mode.
+        image_bytes: of one image.
+    """
+
+    def __init__(self, key: str, image_bytes: int):
+        self.path = CACHE / f"{key}.bytes"
+        self.unfinished = CACHE / f"{key}.unfinished"
+        self.note = CACHE / f"{key}.json"
+        self.image_bytes = image_bytes
+
+    def blank(self) -> dict:
+        facts = {"seen": 0, "count": 0, "skipped": [], "examples": [], "noticed": {}}
+        return facts | {"is_gray": True, "scale": None, "sums": []}
+
+    def load(self, count: int) -> tuple[dict, BlockSums]:
+        """What is known of `count` images, all or the first ones; nothing where there is damage."""
+        with contextlib.suppress(*BROKEN_FILE):
+            noted = json.loads(self.note.read_text())
+            facts = noted["facts"]
+            if noted["sum"] == sum_of(facts) and facts.keys() == self.blank().keys():
+                path = self.path if facts["seen"] == count else self.unfinished
+                length = facts["count"] * self.image_bytes
+                sums = sums_of(path, length)
+                is_whole = path == self.unfinished or path.stat().st_size == length
+                if sums.values() == facts["sums"] and is_whole:
+                    return facts, sums
+        if self.path.exists():
+            print("the cache of decoded images is damaged; they are decoded again", flush=True)
+        self.remove()
+        return self.blank(), BlockSums()
+
+    def save(self, facts: dict, sums: BlockSums) -> None:
+        """Write the note of what the file holds by now."""
+        facts["sums"] = sums.values()
+        text = json.dumps({"facts": facts, "sum": sum_of(facts)})
+        write_whole(self.note, lambda file: file.write(text.encode()))
+
+    def remove(self) -> None:
+        for path in (self.note, self.path, self.unfinished):
+            path.unlink(missing_ok=True)
+
+
+def sum_of(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def sums_of(path: Path, length: int) -> BlockSums:
+    """The check sums of a file's first `length` bytes.
+
+    Raises:
+        OSError, ValueError: there are not as many.
+    """
+    sums = BlockSums()
+    with open(path, "rb") as file:
+        while length > 0:
+            data = file.read(min(BLOCK, length))
+            if not data:
+                raise ValueError("shorter than noted")
+            sums.update(np.frombuffer(data, np.uint8))
+            length -= len(data)
+    return sums
+
+
+def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Cache) -> dict:
+    """Have all readable images in the cache, and what was noticed of them.
+
+    What an earlier start has done is not done again; what it could not read is tried again.
+
+    Raises:
+        UserError: the machine could not read a file; what was read until then is kept.
+    """
+    facts, sums = cache.load(len(paths))
+    scale = facts["scale"] and Scale(*facts["scale"])
+    again = [attempt(read_one, paths[place], size, mode) for place in facts["skipped"]]
+    if not all(isinstance(result, FileFault) for result in again):
+        cache.remove()
+        facts, sums = cache.blank(), BlockSums()
+    if facts["seen"] == len(paths):
+        return facts
+    with warnings.catch_warnings(), quiet_libraries() as terminal:
+        warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
+        try:
+            decode_rest(paths, size, mode, cache, facts, sums, scale, terminal)
+        except NeedsScale:  # begin again, with one scale for all
+            cache.remove()
+            facts, sums = cache.blank(), BlockSums()
+            scale = survey(paths, terminal)
+            facts["scale"] = list(scale)
+            decode_rest(paths, size, mode, cache, facts, sums, scale, terminal)
+    return facts
+
+
+def decode_rest(
+    paths: list[str],
+    size: tuple[int, int],
+    mode: str,
+    cache: Cache,
+    facts: dict,
+    sums: BlockSums,
+    scale: Scale | None,
+    terminal: TextIO,
+) -> None:
+    """`decode` the images that are not in the cache yet; `facts` and `sums` are brought along.
+
+    The note follows the images: it is true at any moment.
+    """
+    first = facts["seen"]
+    how = (size, mode, Image.Resampling.LANCZOS, scale)
+    portions = read_all(read_one, paths[first:], cache.image_bytes, *how)
+    bar = progress_bar(len(paths), first, title="reading images", file=terminal)
+    with open(cache.unfinished, "ab") as file, bar, contextlib.closing(portions):
+        file.truncate(facts["count"] * cache.image_bytes)
+        noted_at = time.monotonic()
+
+        def note() -> None:
+            file.flush()
+            os.fsync(file.fileno())  # before the note that tells of it
+            cache.save(facts, sums)
+
+        for portion in portions:
+            for result in portion:
+                if isinstance(result, MachineFault):  # perhaps one at a time, it can be read
+                    result = attempt(read_one, paths[facts["seen"]], *how)
+                if isinstance(result, MachineFault):
+                    note()
+                    raise UserError(f"{result}; the same command goes on from there")
+                take(result, paths[facts["seen"]], file, facts, sums)
+            bar.update(len(portion))
+            if facts["seen"] < len(paths) and time.monotonic() - noted_at >= NOTE_EVERY:
+                note()
+                noted_at = time.monotonic()
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(cache.unfinished, cache.path)
+    cache.save(facts, sums)
+
+
+def take(result, path: str, file, facts: dict, sums: BlockSums) -> None:
+    """Add one image to the cache, or the reason why it is none.
+
+    Raises:
+        NeedsScale: it is of floats or of 32-bit numbers, and no scale was given.
+    """
+    if isinstance(result, NeedsScale):
+        raise result
+    if isinstance(result, FileFault):
+        facts["skipped"].append(facts["seen"])
+        facts["examples"] = [*facts["examples"], str(result)][:3]
+    else:
+        image, remarks = result
+        file.write(image)
+        sums.update(image)
+        facts["count"] += 1
+        facts["is_gray"] = facts["is_gray"] and bool((image == image[0]).all())
+        for remark in remarks:
+            number, example = facts["noticed"].get(remark, (0, Path(path).name))
+            facts["noticed"][remark] = [number + 1, example]
+    facts["seen"] += 1
+
+
+def find_extremes(path: str) -> Scale | None:
+    """The smallest and the largest number of an image whose format fixes no scale."""
+    data = pixels.read_bytes(path)
+    with pixels.faults_of(Path(path).name), pixels.open_image(data) as picture:
+        if picture.mode[0] not in "IF" or pixels.scale_of(picture):
+            return None
+        return pixels.extremes(np.asarray(picture))
+
+
+def survey(paths: list[str], terminal: TextIO) -> Scale:
+    """One scale for all images of floats or of 32-bit numbers."""
+    scales = []
+    with progress_bar(len(paths), title="looking for the scale", file=terminal) as bar:
+        for portion in read_all(find_extremes, paths, 16):
+            scales += [found for found in portion if isinstance(found, Scale)]
+            bar.update(len(portion))
+    return common_scale(scales)
+
+
 # ---- the data set --------------------------------------------------------------------------------
 
 
 def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") -> Dataset:
-    """Every readable picture at `size` (height, width), in one of MODES: decoded once, then kept in
-    the cache.
+    """Every readable image at `size` (height, width), in one of MODES: decoded once, then cached.
 
     Raises:
-        UserError: more than half of the pictures are unreadable.
+        UserError: more than half of the images are unreadable, or the machine cannot read one.
     """
     stored = "RGB" if mode == "auto" else mode
-    key = repr((stored, size, listing.fingerprint, listing.times))
-    cache = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.bytes"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache.with_suffix(".lock")):  # a second process waits, and finds the work done
+    key = hashlib.sha256(repr((3, stored, size, listing.fingerprint)).encode()).hexdigest()[:16]
+    cache = Cache(key, CHANNELS[stored] * math.prod(size))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    keep_digests(listing)
+    with FileLock(cache.path.with_suffix(".lock")):  # a second process finds the work done
         facts = decode(listing.paths, size, stored, cache)
-        skipped = facts["skipped"]
-        examples = facts["examples"]
-        count = len(listing.paths)
-        if 2 * len(skipped) > count:
-            for path in (cache, cache.with_suffix(".json")):
-                path.unlink(missing_ok=True)
-            raise UserError(
-                f"{len(skipped)} of {count} images cannot be read, for instance {examples[0]}"
-            )
-    images = np.memmap(cache, np.uint8, mode="c", shape=(facts["count"], CHANNELS[stored], *size))
+    skipped = facts["skipped"]
+    count = len(listing.names)
+    if 2 * len(skipped) > count:
+        cache.remove()
+        example = facts["examples"][0]
+        raise UserError(f"{len(skipped)} of {count} images cannot be read, for instance {example}")
+    shape = (facts["count"], CHANNELS[stored], *size)
+    images = np.memmap(cache.path, np.uint8, mode="c", shape=shape)
     if mode == "auto" and facts["is_gray"]:
-        stored, images = "L", images[:, :1]
-    remarks = [f"{len(skipped):,} unreadable, left out: {', '.join(examples)}"] if skipped else []
-    remarks += [f"{number:,} {remark}" for remark, number in facts["noticed"].items()]
-    return Dataset(images, listing.fingerprint, remarks, stored, np.delete(listing.labels, skipped))
+        stored = "L"
+        images = images[:, :1]
+    labels = np.delete(listing.labels, skipped)
+    remarks = listing.remarks + remarks_on(facts)
+    return Dataset(images, listing.fingerprint, remarks, stored, labels)
 
 
-def known_facts(cache: Path, bytes_each: int) -> dict:
-    """What was noted of the pictures that stand in a cache, all or the first ones; of none, if it
-    holds too few.
-    """
-    facts = {"seen": 0, "count": 0, "skipped": [], "examples": [], "noticed": {}, "is_gray": True}
-    with contextlib.suppress(*BROKEN_FILE):
-        noted = json.loads(cache.with_suffix(".json").read_text())
-        if noted.keys() == facts.keys() and cache.stat().st_size >= noted["count"] * bytes_each:
-            return noted
-    return facts
-
-
-def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Path) -> dict:
-    """Write the readable pictures behind one another into `cache`, and what was noticed into a note
-    beside it.
-
-    The note follows the pictures: it is true at any moment. So an interrupted decoding goes on
-    where it was, and is whole only when the note has `seen` all of the pictures.
-    """
-    bytes_each = CHANNELS[mode] * math.prod(size)
-    note = cache.with_suffix(".json")
-    facts = known_facts(cache, bytes_each)
-    if facts["seen"] == len(paths):
-        return facts
-    if not facts["seen"]:
-        cache.unlink(missing_ok=True)  # a process that has this one in its memory keeps it
-    with (
-        warnings.catch_warnings(),
-        open(cache, "ab") as file,
-        progress_bar(len(paths), facts["seen"], title="reading images") as bar,
-        contextlib.closing(read_all(paths[facts["seen"] :], size, mode)) as portions,
-    ):
-        warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
-        file.truncate(facts["count"] * bytes_each)
-        noted_at = time.monotonic()
-        for portion in portions:
-            for pixels, remark in portion:
-                if pixels is None:
-                    facts["skipped"].append(facts["seen"])
-                    facts["examples"] = [*facts["examples"], remark][:3]
-                else:
-                    file.write(pixels)
-                    facts["count"] += 1
-                    if facts["is_gray"]:
-                        facts["is_gray"] = bool((pixels == pixels[0]).all())
-                    if remark:
-                        facts["noticed"][remark] = facts["noticed"].get(remark, 0) + 1
-                facts["seen"] += 1
-            bar.update(len(portion))
-            if facts["seen"] == len(paths) or time.monotonic() - noted_at >= NOTE_EVERY:
-                file.flush()
-                os.fsync(file.fileno())  # before the note that tells of it
-                write_whole(note, lambda file: file.write(json.dumps(facts).encode()))
-                noted_at = time.monotonic()
-    return facts
+def remarks_on(facts: dict) -> list[str]:
+    """What was left out or changed, with its number and an example."""
+    remarks = []
+    if facts["skipped"]:
+        examples = ", ".join(facts["examples"])
+        remarks.append(f"{len(facts['skipped']):,} unreadable, left out: {examples}")
+    if facts["scale"]:
+        black, white = facts["scale"]
+        kinds = "images of floats or 32-bit numbers"
+        remarks.append(f"{kinds}: {black:g} is black, {white:g} is white")
+    for remark, (number, example) in sorted(facts["noticed"].items()):
+        remarks.append(f"{number:,} {remark} ({example})")
+    return remarks

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -23,6 +24,7 @@ from machinery.command_line import (
     in_short,
 )
 from machinery.journal import COLUMNS, SUMS, check_tensorboard
+from machinery.listing import Listing, tell_classes
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -115,7 +117,7 @@ def full_size(img_size: tuple[int, ...]) -> tuple[int, int]:
     return img_size[0], img_size[-1]
 
 
-def check_same_run(stored: dict, settings: dict, fingerprint: str) -> None:
+def check_same_run(stored: dict, settings: dict, listing: Listing) -> None:
     """Refuse to resume a run of other settings or images; say when its learning rate is stretched.
 
     Only what is in MAY_CHANGE may be another.
@@ -129,8 +131,8 @@ def check_same_run(stored: dict, settings: dict, fingerprint: str) -> None:
         if name not in before or not is_free:
             then, now = as_typed(name, before.get(name)), as_typed(name, value)
             differences.append(f"--{name} was {then}, is now {now}")
-    if stored["data"] != fingerprint:
-        there = f"the images in {settings['dataset']}"
+    if not listing.is_known_as(stored["data"]):
+        there = f"the images in {settings['dataset']} ({len(listing.names):,})"
         differences.append(f"{there} are not those it was trained on ({before['dataset']})")
     if differences:
         run = f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}"
@@ -204,7 +206,7 @@ class Run:
 
     Args:
         settings: the flags of `train`.
-        fingerprint: of the data set.
+        listing: the data set.
 
     Attributes:
         settings: these flags, and what only the run itself knows: its colors, the shape of a
@@ -213,9 +215,9 @@ class Run:
         init_checkpoint: that of `--init_from`; empty unless the run is new.
     """
 
-    def __init__(self, settings: dict, fingerprint: str):
+    def __init__(self, settings: dict, listing: Listing):
         self.settings = settings
-        self.fingerprint = fingerprint
+        self.listing = listing
         self.name = settings["run_name"]
         self.path = checkpoints.paths_of(self.name)[0]
         self.results = Path("results", self.name)
@@ -245,7 +247,7 @@ class Run:
             if "network" not in self.checkpoint:
                 way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
                 raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
-            check_same_run(self.checkpoint, self.settings, self.fingerprint)
+            check_same_run(self.checkpoint, self.settings, self.listing)
         return lock
 
     def share(self) -> None:
@@ -260,26 +262,41 @@ class Run:
         """Those of the run that is resumed or started from; empty for a run from nothing."""
         return (self.init_checkpoint or self.checkpoint).get("settings", {})
 
-    def read(self, listing: reading.Listing) -> reading.Dataset:
+    def read_images(self) -> reading.Dataset:
         """The images, the same in all processes.
 
         With `--mode=auto`, they are in the colors of the run that is resumed or started from.
+
+        Raises:
+            UserError: they are not the same, not as many as when the run was saved, or a class
+                has none.
         """
         mode = self.settings["mode"]
+        size = self.settings["img_size"]
         old_mode = self.old_settings().get("mode")
         with processes.first_alone():
-            data = reading.read_dataset(listing, self.settings["img_size"], mode)
+            data = reading.read_dataset(self.listing, size, mode)
             if old_mode and mode == "auto" and data.mode != old_mode:
-                data = reading.read_dataset(listing, self.settings["img_size"], old_mode)
-        if len(set(processes.gather((data.fingerprint, len(data.images))))) > 1:
-            raise UserError(f"--dataset={listing.folder} is not the same for all processes")
+                data = reading.read_dataset(self.listing, size, old_mode)
+        folder = self.listing.folder
+        count = len(data.images)
+        if len(set(processes.gather((data.fingerprint, count)))) > 1:
+            raise UserError(f"--dataset={folder} is not the same for all processes")
+        known = learned(self.checkpoint).count if self.checkpoint["step"] else count
+        if known not in (count, math.inf):
+            fault = f"{count:,} images of --dataset={folder} can be read, {known:,} when it began"
+            raise UserError(f"--run_name={self.name} cannot be resumed: {fault}")
+        classes = self.settings["classes"]
+        if missing := set(range(len(classes))) - set(np.unique(data.labels).tolist()):
+            name = classes[min(missing)]
+            raise UserError(f"--conditional: no image of the class {name} can be read")
         self.settings["mode"] = data.mode
-        about = reading.tell_classes(listing, self.settings["conditional"])
+        about = tell_classes(self.listing, self.settings["conditional"])
         return data._replace(remarks=about + data.remarks)
 
     def save(self, **state) -> None:
         """Write a checkpoint that keeps `state`; see `checkpoints.save`."""
-        checkpoints.save(self.name, settings=self.settings, data=self.fingerprint, **state)
+        checkpoints.save(self.name, settings=self.settings, data=self.listing.fingerprint, **state)
 
     def free_checkpoints(self) -> None:
         """Let go of the checkpoints that were read: they are as large as the training itself."""
@@ -287,17 +304,17 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(settings: dict, fingerprint: str, load: Callable[[str], dict]) -> Iterator[Run]:
+def open_run(settings: dict, listing: Listing, load: Callable[[str], dict]) -> Iterator[Run]:
     """The run that `settings` name, new or as it was saved; within this block nobody else does.
 
     Args:
-        settings, fingerprint: see `Run`.
+        settings, listing: see `Run`.
         load: reads a run by its name, and checks it.
 
     Raises:
         UserError: see `Run.find`.
     """
-    run = Run(settings, fingerprint)
+    run = Run(settings, listing)
     lock = run.find(load) if processes.is_first() else None
     try:
         run.share()

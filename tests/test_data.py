@@ -27,8 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import utils
-from machinery import basics, checkpoints, reading
+from machinery import basics, checkpoints, pixels, reading
 from machinery.basics import UserError
+from machinery.listing import check_classes, list_images
+from machinery.pixels import IMAGE_SUFFIXES, FileFault, MachineFault, NeedsScale, common_scale
 
 GRAY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)  # 0, 4, ..., 252
 COLORS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -66,9 +68,17 @@ def white_where(mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 def read(path, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> np.ndarray:
     """A picture as the data set would hold it, but (H, W, C) and in a type that does not wrap."""
-    pixels, remark = reading.read_image(path, size, mode)
-    assert pixels is not None, remark
-    return pixels.transpose(1, 2, 0).astype(int)
+    try:
+        image, _ = reading.read_image(path, size, mode)
+    except NeedsScale as need:
+        image, _ = reading.read_image(path, size, mode, scale=common_scale([need.scale]))
+    return image.transpose(1, 2, 0).astype(int)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch) -> None:
+    """What a listing keeps in the cache is kept in no folder of ours."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 def forbid(*_, **__):
@@ -85,7 +95,7 @@ def touch(folder, *names: str) -> None:
 
 
 def found(folder) -> list[str]:
-    return [path.removeprefix(f"{folder}/") for path in reading.list_images(folder).paths]
+    return [path.removeprefix(f"{folder}/") for path in list_images(folder).paths]
 
 
 def link(path, target) -> None:
@@ -170,11 +180,10 @@ def test_the_first_level_folders_that_hold_pictures_are_the_classes(tmp_path):
     """In their subfolders too; a folder's own name may come again further down."""
     touch(tmp_path, "dog/x.png", "cat/old/y.png", "cat/dog/z.png", "Ant/a.png", "zoo/deep/er/b.png")
     touch(tmp_path, "empty/notes.txt", ".hidden/c.png", "b.png")
-    listing = reading.list_images(tmp_path)
-    assert listing.classes == ("Ant", "cat", "dog", "zoo")
-    assert listing.labels.dtype == np.int64
-    names = [path.removeprefix(f"{tmp_path}/") for path in listing.paths]
-    assert dict(zip(names, listing.labels.tolist(), strict=True)) == {
+    images = list_images(tmp_path)
+    assert images.classes == ("Ant", "cat", "dog", "zoo")
+    assert images.labels.dtype == np.int64
+    assert dict(zip(images.names, images.labels.tolist(), strict=True)) == {
         "dog/x.png": 2,
         "cat/old/y.png": 1,
         "cat/dog/z.png": 1,
@@ -205,7 +214,7 @@ def test_an_image_keeps_its_label_when_others_cannot_be_read(place):
 )
 def test_folders_of_pictures_are_good_classes(names, tmp_path):
     touch(tmp_path, *names)
-    reading.check_classes(reading.list_images(tmp_path))
+    check_classes(list_images(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +233,7 @@ def test_folders_of_pictures_are_good_classes(names, tmp_path):
 def test_folders_that_cannot_be_classes_are_refused(names, words, tmp_path):
     touch(tmp_path, *names)
     with pytest.raises(UserError, match="--conditional") as refusal:
-        reading.check_classes(reading.list_images(tmp_path))
+        check_classes(list_images(tmp_path))
     assert all(word in str(refusal.value) for word in words)
 
 
@@ -284,7 +293,8 @@ ODD = [  # a file, its picture, how it is saved, what must be seen
     ("hidden.tif", with_alpha(COLORS, HALF), {}, HIDDEN),
     ("gray_hidden.png", with_alpha(GRAY, HALF), {}, white_where(LEFT, rgb(GRAY))),
     ("gray_opaque.png", with_alpha(GRAY, 255), {}, rgb(GRAY)),
-    ("all_hidden.png", with_alpha(COLORS, 0), {}, np.full((8, 8, 3), 255)),
+    # by a program that does not know alpha
+    ("all_hidden.png", with_alpha(COLORS, 0), {}, COLORS),
     (
         "one_gray_transparent.png",
         Image.fromarray(GRAY),
@@ -313,7 +323,7 @@ ODD = [  # a file, its picture, how it is saved, what must be seen
         "gray_32_negative.tif",
         Image.fromarray(GRAY.astype(TO_I32) - 100),
         {},
-        rgb((GRAY.astype(int) - 100).clip(0)),
+        rgb(np.round(GRAY / 252 * 255)),
     ),
     ("float_to_1.tif", Image.fromarray((GRAY / 255).astype(TO_F32)), {}, rgb(GRAY)),
     ("float_to_255.tif", Image.fromarray(GRAY.astype(TO_F32)), {}, rgb(GRAY)),
@@ -491,19 +501,18 @@ def test_a_fine_pattern_shrinks_to_its_mean(tmp_path):
 )
 def test_a_small_picture_is_enlarged_and_it_is_said(size, remark, tmp_path):
     Image.new("RGB", size, ORANGE).save(tmp_path / "x.png")
-    pixels, said = reading.read_image(tmp_path / "x.png", (8, 8))
-    assert remark in said
-    assert bool(remark) == bool(said)
-    assert (pixels.transpose(1, 2, 0) == ORANGE).all()
+    image, said = reading.read_image(tmp_path / "x.png", (8, 8))
+    assert (pixels.ENLARGED in said) == bool(remark)
+    assert (image.transpose(1, 2, 0) == ORANGE).all()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32)])
 def test_only_the_first_frame_of_a_film_is_used_and_it_is_said(size, tmp_path):
     """Also when it has to be enlarged, of which there is a remark too."""
     with_palette().save(tmp_path / "film.gif", **FRAMES)
-    assert "first frame" in reading.read_image(tmp_path / "film.gif", size)[1]
+    assert pixels.ANIMATED in reading.read_image(tmp_path / "film.gif", size)[1]
     with_palette().save(tmp_path / "still.gif")
-    assert "first frame" not in reading.read_image(tmp_path / "still.gif", size)[1]
+    assert pixels.ANIMATED not in reading.read_image(tmp_path / "still.gif", size)[1]
 
 
 def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkeypatch):
@@ -513,9 +522,9 @@ def test_a_large_photograph_is_decoded_small_and_looks_the_same(tmp_path, monkey
     with Image.open(tmp_path / "x.jpg") as picture:
         whole = np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.LANCZOS), dtype=int)
 
-    decoded, to_mode = [], reading.to_mode
+    decoded, to_mode = [], pixels.to_mode
     monkeypatch.setattr(
-        reading,
+        pixels,
         "to_mode",
         lambda picture, *mode: decoded.append(picture.size) or to_mode(picture, *mode),
     )
@@ -619,7 +628,7 @@ def saved(folder, suffix: str) -> bytes:
     return (folder / f"sound.{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", [suffix[1:] for suffix in reading.IMAGE_SUFFIXES])
+@pytest.mark.parametrize("suffix", [suffix[1:] for suffix in IMAGE_SUFFIXES])
 @pytest.mark.filterwarnings("ignore")  # Pillow's remarks on what it finds
 def test_a_damaged_file_is_left_out_with_its_name_and_a_reason(suffix, tmp_path):
     whole = saved(tmp_path, suffix)
@@ -632,9 +641,8 @@ def test_a_damaged_file_is_left_out_with_its_name_and_a_reason(suffix, tmp_path)
     for name, data in damages.items():
         path = tmp_path / f"{name}.{suffix}"
         path.write_bytes(data)
-        pixels, reason = reading.read_image(path, (6, 10))
-        assert pixels is None
-        assert reason.startswith(f"{path.name} (")
+        with pytest.raises(FileFault, match=re.escape(f"{path.name} (")):
+            reading.read_image(path, (6, 10))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "gif"])
@@ -643,7 +651,8 @@ def test_a_picture_cut_in_half_is_left_out(suffix, tmp_path):
     Image.effect_noise((64, 64), 100).save(tmp_path / f"x.{suffix}")
     whole = (tmp_path / f"x.{suffix}").read_bytes()
     (tmp_path / f"x.{suffix}").write_bytes(whole[: len(whole) // 2])
-    assert reading.read_image(tmp_path / f"x.{suffix}", (8, 8))[0] is None
+    with pytest.raises(FileFault):
+        reading.read_image(tmp_path / f"x.{suffix}", (8, 8))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
@@ -655,8 +664,9 @@ def test_no_damage_ends_the_reading(suffix, tmp_path):
         data = np.frombuffer(whole, np.uint8).copy()
         data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
         (tmp_path / f"x.{suffix}").write_bytes(data.tobytes())
-        pixels, _ = reading.read_image(tmp_path / f"x.{suffix}", (6, 10))
-        assert pixels is None or pixels.shape == (3, 6, 10)
+        with contextlib.suppress(FileFault, NeedsScale):
+            image, _ = reading.read_image(tmp_path / f"x.{suffix}", (6, 10))
+            assert image.shape == (3, 6, 10)
 
 
 DECODER_ERRORS = [
@@ -671,7 +681,6 @@ DECODER_ERRORS = [
 ]
 DECODER_ERRORS += [
     RuntimeError,
-    MemoryError,
     OverflowError,
     ZeroDivisionError,
     struct.error,
@@ -686,10 +695,19 @@ def test_whatever_a_decoder_raises_is_the_reason(error, tmp_path, monkeypatch):
         raise error("so it is")
 
     Image.fromarray(UPRIGHT).save(tmp_path / "x.png")
-    monkeypatch.setattr(reading, "to_mode", fail)
-    pixels, reason = reading.read_image(tmp_path / "x.png", (6, 10))
-    assert pixels is None
-    assert "x.png" in reason and "so it is" in reason
+    monkeypatch.setattr(pixels, "to_mode", fail)
+    with pytest.raises(FileFault, match=r"x\.png \(.*so it is"):
+        reading.read_image(tmp_path / "x.png", (6, 10))
+
+
+def test_too_little_memory_is_a_fault_of_the_machine(tmp_path, monkeypatch):
+    def fail(*_) -> None:
+        raise MemoryError
+
+    Image.fromarray(UPRIGHT).save(tmp_path / "x.png")
+    monkeypatch.setattr(pixels, "to_mode", fail)
+    with pytest.raises(MachineFault, match=r"x\.png: not enough memory"):
+        reading.read_image(tmp_path / "x.png", (6, 10))
 
 
 @pytest.mark.parametrize("size", [(12, 10), (30, 20)], ids=["Pillow warns", "Pillow refuses"])
@@ -699,9 +717,8 @@ def test_a_picture_above_the_limit_is_not_decoded(size, tmp_path, monkeypatch):
     Image.new("RGB", size).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr(Image.Image, "load", forbid)
-    pixels, reason = reading.read_image(tmp_path / "x.png", (8, 8))
-    assert pixels is None
-    assert "pixels" in reason
+    with pytest.raises(FileFault, match="pixels"):
+        reading.read_image(tmp_path / "x.png", (8, 8))
 
 
 def break_files(folder, *numbers: int) -> None:
@@ -718,7 +735,7 @@ def test_unreadable_pictures_are_left_out_counted_and_three_are_named(place):
         reading.read_image(place / "x" / f"picture_{number:04d}.png", (8, 8))[0] for number in good
     ]
     assert np.array_equal(data.images, expected)
-    [remark] = data.remarks
+    remark = data.remarks[0]
     assert remark.startswith("5 unreadable")
     names = [remark.find(f"picture_{number:04d}.png (") for number in (1, 4, 7)]
     assert -1 < names[0] < names[1] < names[2]
@@ -802,7 +819,7 @@ def test_auto_and_color_are_decoded_once_and_other_modes_on_their_own(place, mon
     for mode, one in data.items():
         assert one.images.shape == (3, reading.CHANNELS[one.mode], 8, 8), mode
         expected = [
-            read_image(path, (8, 8), one.mode)[0] for path in reading.list_images(place / "x").paths
+            read_image(path, (8, 8), one.mode)[0] for path in list_images(place / "x").paths
         ]
         assert np.array_equal(one.images, expected), mode
 
@@ -823,8 +840,12 @@ def assert_same(one: reading.Dataset, other: reading.Dataset) -> None:
 def test_pictures_are_decoded_once(place, monkeypatch):
     break_files(paint(place / "x", count=5), 3)
     first = utils.load_dataset(place / "x", (8, 8))
-    monkeypatch.setattr(reading, "read_image", forbid)
+    seen, read_image = [], reading.read_image
+    monkeypatch.setattr(
+        reading, "read_image", lambda path, *how: seen.append(path) or read_image(path, *how)
+    )
     assert_same(first, utils.load_dataset(place / "x", (8, 8)))
+    assert [Path(path).name for path in seen] == ["picture_0003.png"]  # it is tried again
 
 
 def touch_one(folder) -> None:
@@ -859,17 +880,12 @@ def rename_one(folder) -> None:
     ],
 )
 def test_a_changed_folder_is_decoded_again(change, same_fingerprint, place):
-    """The fingerprint tells by names and sizes whether a run goes on with its own pictures.
-
-    The cache tells by times, too.
-    """
+    """The fingerprint tells by names and contents whether a run resumes with its own images."""
     paint(place / "x", count=3)
     before = utils.load_dataset(place / "x", (8, 8))
     change(place / "x")
     after = utils.load_dataset(place / "x", (8, 8))
-    expected = [
-        reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / "x").paths
-    ]
+    expected = [reading.read_image(path, (8, 8))[0] for path in list_images(place / "x").paths]
     assert np.array_equal(after.images, expected)
     assert (after.fingerprint == before.fingerprint) == same_fingerprint
 
@@ -884,15 +900,11 @@ def test_another_size_is_decoded_again(size, place):
 
 
 def test_new_pixels_under_an_old_name_and_size_are_seen(place):
-    """A bitmap is as large as its number of pixels says, whatever they show.
-
-    Only its time gives it away.
-    """
+    """A bitmap is as large as its number of pixels says, whatever they show."""
     (place / "x").mkdir()
     for color in ("red", "blue"):
         Image.new("RGB", (8, 8), color).save(place / "x" / "a.bmp")
-        time = 10**18 if color == "red" else 10**18 + 1_000_000_000
-        os.utime(place / "x" / "a.bmp", ns=(time, time))
+        os.utime(place / "x" / "a.bmp", ns=(10**18, 10**18))
         images = utils.load_dataset(place / "x", (8, 8)).images
         assert (
             images[0].transpose(1, 2, 0) == np.asarray(Image.new("RGB", (1, 1), color))[0, 0]
@@ -905,9 +917,7 @@ def test_two_folders_of_the_same_times_are_two_data_sets(place):
         paint(place / name, count=2, size=(10 + seed, 10), first_seed=2 * seed)
         for path in (place / name).iterdir():
             os.utime(path, ns=(10**18, 10**18))
-        expected = [
-            reading.read_image(path, (8, 8))[0] for path in reading.list_images(place / name).paths
-        ]
+        expected = [reading.read_image(path, (8, 8))[0] for path in list_images(place / name).paths]
         assert np.array_equal(utils.load_dataset(place / name, (8, 8)).images, expected)
 
 
@@ -957,16 +967,16 @@ def test_two_at_once_decode_once(place, monkeypatch):
 
 def cache_files(place: Path) -> tuple[Path, Path]:
     """The pictures' bytes, and the note beside them."""
-    [cache], [note] = (
-        list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json")
-    )
+    files = list((place / reading.CACHE).iterdir())
+    [cache] = [path for path in files if path.suffix in (".bytes", ".unfinished")]
+    [note] = [path for path in files if path.suffix == ".json"]
     return cache, note
 
 
 def noted(place: Path) -> int:
     """How many pictures a decoding has noted so far."""
     notes = list((place / reading.CACHE).glob("*.json"))
-    return json.loads(notes[0].read_text())["seen"] if notes else 0
+    return json.loads(notes[0].read_text())["facts"]["seen"] if notes else 0
 
 
 def paint_many(folder: Path) -> Path:
@@ -994,7 +1004,7 @@ def test_an_interrupted_decoding_goes_on_where_it_was(stopped_at, place, monkeyp
     """And equals an uninterrupted one byte for byte."""
     expected, whole = decoded_at_once(place, paint_many(place / "x").name)
     monkeypatch.setattr(reading, "NOTE_EVERY", 0)
-    paths, read_image, seen = reading.list_images(Path("x")).paths, reading.read_image, []
+    paths, read_image, seen = list_images(Path("x")).paths, reading.read_image, []
 
     def read_until(end: int, path, *how):
         seen.append(path)
@@ -1010,7 +1020,9 @@ def test_an_interrupted_decoding_goes_on_where_it_was(stopped_at, place, monkeyp
         reading, "read_image", lambda path, *how: seen.append(path) or read_image(path, *how)
     )
     assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
-    assert sorted(seen) == paths[stopped_at:]
+    # and what could not be read is tried again
+    assert set(seen) - set(paths[stopped_at:]) <= {paths[number] for number in (1, 4, 9)}
+    assert set(seen) >= set(paths[stopped_at:])
     assert cache_files(place)[0].read_bytes() == whole
 
 
@@ -1020,7 +1032,7 @@ def interrupt(place: Path, monkeypatch, name: str = "x", seen: int = 6) -> None:
 
     def write_some(path, write) -> None:
         write_whole(path, write)
-        if json.loads(path.read_text())["seen"] == seen:
+        if json.loads(path.read_text())["facts"]["seen"] == seen:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -1123,7 +1135,7 @@ def test_pictures_are_on_the_disk_before_the_note_that_tells_of_them(place, monk
     def look(path, write) -> None:
         before = synced[-1]
         write_whole(path, write)
-        assert before == json.loads(path.read_text())["count"] * 3 * 8 * 8
+        assert before == json.loads(path.read_text())["facts"]["count"] * 3 * 8 * 8
 
     monkeypatch.setattr(reading, "NOTE_EVERY", 0)
     monkeypatch.setattr(reading, "write_whole", look)
@@ -1135,7 +1147,8 @@ def test_few_pictures_are_in_memory_at_a_time(place, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     started = []
     monkeypatch.setattr(reading, "read_image", lambda path, *how: started.append(path))
-    portions = reading.read_all([str(number) for number in range(1000)], (8, 8), "RGB")
+    paths = [str(number) for number in range(1000)]
+    portions = reading.read_all(reading.read_one, paths, 192, (8, 8), "RGB")
     for taken in range(1, 20):
         next(portions)
         assert len(started) <= taken + 2 * 2
@@ -1252,7 +1265,7 @@ def test_processes_end_with_the_one_that_started_them(number, moment, place):
         if moment == "as it reads":
             wait_until(lambda: noted(place) > 20)
         else:
-            wait_until(lambda: list((place / reading.CACHE).glob("*.bytes")))
+            wait_until(lambda: list((place / reading.CACHE).glob("*.unfinished")))
             time.sleep(0.3)  # they import PyTorch
         (os.killpg if number == signal.SIGINT else os.kill)(loader.pid, number)
         _, err = loader.communicate(timeout=100)
@@ -1269,7 +1282,7 @@ def test_processes_end_with_the_one_that_started_them(number, moment, place):
             reading, "read_image", lambda *inputs: seen.append(inputs) or read_image(*inputs)
         )
         assert_same(utils.load_dataset(Path("x"), (8, 8)), expected)
-    assert len(seen) == 300 - before
+    assert len(seen) == 300 - before + (before > 3)  # what could not be read is tried again
     assert cache_files(place)[0].read_bytes() == whole
 
 

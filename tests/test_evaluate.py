@@ -18,6 +18,7 @@ from torch import Tensor
 import ddpm
 import utils
 from machinery import basics, command_line, reading, writing
+from machinery.listing import list_images
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
@@ -620,7 +621,7 @@ def test_runs_of_every_mode_shape_and_kind_are_judged(run_tool, place, monkeypat
     assert (labels is None) == (run_name != "sorted")
     if labels is not None:
         assert (len(labels), guidance) == (20, ddpm.GUIDANCE)
-        listing = reading.list_images(Path("sorted"))
+        listing = list_images(Path("sorted"))
         assert labels.tolist() == listing.labels[evaluate.in_fixed_order(40)[:19:-1]].tolist()
     [row] = rows(run_name)
     assert row["guidance"] == ("2.0" if run_name == "sorted" else "")

@@ -30,6 +30,7 @@ import ddpm
 import utils
 from machinery import basics, command_line, devices, processes, reading, runs
 from machinery.basics import UserError
+from machinery.listing import list_images
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -454,14 +455,14 @@ def evaluate(
         command_line.check_table(table, COLUMNS)
         extractor = FEATURES[features](device)
         dataset = dataset or settings["dataset"]
-        listing = reading.list_images(Path(dataset))
+        listing = list_images(Path(dataset))
         data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
         n = comparable(n_img, len(data.images))
         wanted = n, draw_labels(classes, data, listing.classes, n)
         if n < n_img:
             held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
             print(f"--n_img={n_img} is lowered to {n}: {held}")
-        if data.fingerprint != stored["data"]:
+        if not listing.is_known_as(stored["data"]):
             missed = "copies of its training images (memorization) are not found"
             print(f"{dataset} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)

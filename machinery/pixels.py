@@ -1,0 +1,333 @@
+"""One image file, as pixels: opened without trust, in sRGB, resized and cropped.
+
+Reading order: the two kinds of faults; opening; depth; color and alpha; read_image.
+"""
+
+import contextlib
+import io
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from machinery.basics import BROKEN_FILE
+
+# The kinds that are read, on every machine; any other decoder that Pillow has is never asked.
+FORMATS = ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif")
+IMAGE_SUFFIXES += (".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+# Images that are not read; they are counted, so that nobody takes them for learned.
+OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr")
+OTHER_SUFFIXES += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw", ".pdf")
+CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+ORIENTATION = 0x0112  # of EXIF
+BLOCK = 2**22  # pixels of more than 8 bits that are brought to 8 at a time
+SRGB = ImageCms.createProfile("sRGB")
+
+# remarks: what was done to an image that the user may not expect
+TRANSPARENT = "transparent: shown on white; --mode=RGBA keeps it"
+ANIMATED = "animated: the first frame is used"
+PAGES = "of several pages: the first one is used"
+ENLARGED = "smaller than --img_size: enlarged"
+CONVERTED = "converted to sRGB from another color profile"
+BAD_PROFILE = "with a color profile that cannot be used: taken for sRGB"
+ONE_COLOR = "of one color only"
+FEW_LEVELS = "of more than 8 bits, of which fewer than 32 levels are left: very dark or flat"
+
+
+class FileFault(Exception):
+    """The file is not an image that can be read: it stays so until it is changed."""
+
+
+class MachineFault(Exception):
+    """The machine could not read a file (permissions, memory, a disk): it may be able to later."""
+
+
+class Scale(NamedTuple):
+    """What is black and what is white in images of floats or of 32-bit numbers."""
+
+    black: float
+    white: float
+
+
+class NeedsScale(Exception):
+    """An image of floats or of 32-bit numbers: its scale is that of the whole data set.
+
+    Attributes:
+        scale: from the image's own smallest to its largest number.
+    """
+
+    def __init__(self, scale: Scale):
+        super().__init__(scale)
+        self.scale = scale
+
+
+# ---- opening -------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """A file's content.
+
+    Raises:
+        MachineFault: whatever goes wrong here is no fault of the content.
+    """
+    try:
+        return Path(path).read_bytes()
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise MachineFault(f"{path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def faults_of(name: str):
+    """What a decoder raises is a `FileFault` of the file `name`; memory is the machine's."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MachineFault(f"{name}: not enough memory") from error
+    except BROKEN_FILE as error:
+        reason = str(error) or type(error).__name__
+        if "cannot identify image file" in reason:  # Pillow goes on with an address in memory
+            reason = "no image of a kind that is read"
+        raise FileFault(f"{name} ({reason})") from error
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image that is not decoded yet; no other program is started, whatever the content says."""
+    known = [kind for kind in FORMATS if kind in Image.OPEN or Image.init()]
+    return Image.open(io.BytesIO(data), formats=[kind for kind in known if kind in Image.OPEN])
+
+
+class Memory:
+    """How much all readers together decode at a time, in units of UNIT pixels.
+
+    Args:
+        parts: has `Lock` and `Semaphore`: `threading`, or a context of multiprocessing.
+    """
+
+    UNIT = 2**21  # pixels; smaller images are not counted
+    UNITS = 48  # a hundred million pixels
+
+    def __init__(self, parts):
+        self.lock = parts.Lock()
+        self.free = parts.Semaphore(self.UNITS)
+
+    @contextlib.contextmanager
+    def hold(self, count: int):
+        """Wait until so many pixels may be decoded."""
+        units = min(self.UNITS, count // self.UNIT)
+        if units:
+            with self.lock:  # one gathers at a time: no two wait for one another
+                for _ in range(units):
+                    self.free.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(units):
+                self.free.release()
+
+
+memory = Memory(threading)  # in a reading process, that of all of them
+
+
+# ---- depth ---------------------------------------------------------------------------------------
+
+
+def scale_of(picture: Image.Image) -> Scale | None:
+    """The scale that an image's format fixes; None for floats and the 32-bit numbers of a TIFF."""
+    if picture.mode.startswith("I;16"):
+        bits = 16
+        if picture.format == "TIFF":
+            bits = picture.tag_v2.get(258, (16,))[0]  # BitsPerSample
+        return Scale(0, 2**bits - 1)
+    if picture.mode == "I" and picture.format != "TIFF":
+        return Scale(0, 65535)
+    return None
+
+
+def extremes(levels: np.ndarray) -> Scale:
+    """The smallest number there is, or 0 if all are above, and the largest; NaN counts for none."""
+    finite = levels[np.isfinite(levels)] if levels.dtype.kind == "f" else levels
+    if finite.size == 0:
+        return Scale(0, 0)
+    return Scale(min(0.0, float(finite.min())), float(finite.max()))
+
+
+def common_scale(scales: list[Scale]) -> Scale:
+    """One scale for images of these extremes: to 1, 255 or 65535 if that is what they fill.
+
+    They fill a range of which they use more than half. Where numbers are negative, or fill none
+    of these, the smallest of all is black and the largest is white.
+    """
+    black = min(scale.black for scale in scales)
+    white = max(scale.white for scale in scales)
+    usual = [end for end in (1, 255, 65535) if end / 2 < white <= end]
+    return Scale(black, usual[0] if usual and black == 0 else white)
+
+
+def to_8_bits(picture: Image.Image, scale: Scale | None) -> tuple[Image.Image, set[str]]:
+    """An image of more than 8 bits as "L", or "LA" where it has a transparent level.
+
+    Raises:
+        NeedsScale: none is given, and its format does not fix one.
+    """
+    levels = np.asarray(picture)  # (H, W)
+    black, white = scale_of(picture) or scale or (None, None)
+    if black is None:
+        raise NeedsScale(extremes(levels))
+    flat = np.empty(levels.shape, np.uint8)
+    rows = max(1, BLOCK // max(1, levels.shape[1]))
+    for first in range(0, len(levels), rows):  # in blocks: a float takes eight times as much
+        block = levels[first : first + rows].astype(np.float64)
+        block = (np.nan_to_num(block, nan=black, posinf=white, neginf=black) - black).clip(min=0)
+        block *= 255 / ((white - black) or 1)
+        flat[first : first + rows] = block.round().clip(max=255)
+    used = np.flatnonzero(np.bincount(flat.ravel(), minlength=256))
+    remarks = {FEW_LEVELS} if 1 < len(used) < 32 else set()
+    gray = Image.fromarray(flat)
+    hidden = picture.info.get("transparency")
+    if isinstance(hidden, int):
+        gray.putalpha(Image.fromarray(((levels != hidden) * 255).astype(np.uint8)))
+    return gray, remarks
+
+
+# ---- color and alpha -----------------------------------------------------------------------------
+
+transforms = threading.local()  # of each thread: a transform keeps a cache of its own
+
+
+def transform_to_srgb(profile: bytes, mode: str):
+    """How colors of a profile become sRGB; kept, since the files of a folder often share one."""
+    known = transforms.__dict__.setdefault("known", {})
+    if (profile, mode) not in known:
+        if len(known) > 32:
+            known.clear()
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        known[profile, mode] = ImageCms.buildTransform(source, SRGB, mode, "RGB")
+    return known[profile, mode]
+
+
+def is_srgb(profile: bytes) -> bool:
+    return b"sRGB" in profile[:4096] or b"s\0R\0G\0B" in profile[:4096]
+
+
+def to_srgb(picture: Image.Image) -> tuple[Image.Image, set[str]]:
+    """The image with its colors in sRGB, if a profile says that they are others."""
+    profile = picture.info.get("icc_profile")
+    alpha = picture.getchannel("A") if picture.mode in ("LA", "RGBA") else None
+    if picture.mode == "LAB":
+        lab = ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")
+        return ImageCms.applyTransform(picture, lab), {CONVERTED}
+    if not profile or is_srgb(profile) or picture.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return picture, set()
+    plain = picture.convert(picture.mode[:-1]) if alpha else picture
+    try:
+        colors = ImageCms.applyTransform(plain, transform_to_srgb(profile, plain.mode))
+    except (ImageCms.PyCMSError, ValueError, OSError, TypeError):
+        return picture, {BAD_PROFILE}
+    if plain.mode == "L":
+        colors = colors.getchannel("G")  # gray stays gray
+    if alpha:
+        colors.putalpha(alpha)
+    return colors, {CONVERTED}
+
+
+def to_mode(picture: Image.Image, mode: str) -> tuple[Image.Image, set[str]]:
+    """ "L" or "RGB" over white, or for "RGBA" Pillow's "RGBa": colors times alpha.
+
+    Premultiplied, resizing mixes in no color that cannot be seen. A channel of alpha that is 0
+    throughout comes from programs that do not know alpha: such an image is opaque.
+    """
+    remarks = set()
+    if picture.has_transparency_data:
+        has_channel = picture.mode in ("LA", "RGBA")
+        picture = picture.convert("RGBA")
+        lowest, highest = picture.getchannel("A").getextrema()
+        if highest == 0 and has_channel:
+            picture.putalpha(255)
+        elif lowest < 255 and mode != "RGBA":
+            remarks = {TRANSPARENT}
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+    if mode == "RGBA":
+        return picture.convert("RGBA").convert("RGBa"), remarks
+    return picture if picture.mode == mode else picture.convert(mode), remarks
+
+
+# ---- one image -----------------------------------------------------------------------------------
+
+
+def surprises(picture: Image.Image) -> set[str]:
+    """Remarks on an image that is more than one; a phone's photograph (MPO) is not."""
+    if getattr(picture, "n_frames", 1) == 1 or picture.format == "MPO":
+        return set()
+    return {PAGES if picture.format == "TIFF" else ANIMATED}
+
+
+def decode(
+    data: bytes, size: tuple[int, int], mode: str, scale: Scale | None
+) -> tuple[Image.Image, set[str]]:
+    """An image file's content, upright and in `mode`; a large JPEG at a half, fourth or eighth."""
+    with open_image(data) as picture:
+        picture.draft("RGB", (2 * max(size), 2 * max(size)))
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+        with memory.hold(picture.width * picture.height):
+            return to_plain(picture, mode, scale)
+
+
+def to_plain(picture: Image.Image, mode: str, scale: Scale | None) -> tuple[Image.Image, set[str]]:
+    """An opened image, decoded: upright, of 8 bits, in sRGB and in `mode`; and remarks."""
+    remarks = surprises(picture)
+    if picture.mode[0] in "IF":
+        orientation = picture.getexif().get(ORIENTATION)
+        picture, more = to_8_bits(picture, scale)
+        remarks |= more
+        if orientation:
+            picture.getexif()[ORIENTATION] = orientation
+    picture.load()
+    ImageOps.exif_transpose(picture, in_place=True)
+    picture, more = to_srgb(picture)
+    remarks |= more
+    picture, more = to_mode(picture, mode)
+    return picture, remarks | more
+
+
+def read_image(
+    path: Path | str,
+    size: tuple[int, int],
+    mode: str = "RGB",
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    scale: Scale | None = None,
+) -> tuple[np.ndarray, set[str]]:
+    """An image's shorter side resized with antialiasing, its center cropped.
+
+    Args:
+        path: a file of one of FORMATS, whatever its suffix.
+        size: height and width.
+        mode: one of CHANNELS.
+        resample: Pillow's filter.
+        scale: of images of floats or of 32-bit numbers.
+
+    Returns:
+        pixels (C, H, W) uint8, and remarks.
+
+    Raises:
+        FileFault, MachineFault: see there.
+        NeedsScale: `scale` is missing.
+    """
+    height, width = size
+    data = read_bytes(path)
+    with faults_of(Path(path).name):
+        picture, remarks = decode(data, size, mode, scale)
+        if picture.width < width or picture.height < height:
+            remarks = remarks | {ENLARGED}
+        fitted = ImageOps.fit(picture, (width, height), resample)
+        pixels = np.asarray(fitted).reshape(height, width, -1)  # (H, W, C)
+    if mode == "RGBA":  # Lanczos overshoots; no color shines brighter than its alpha
+        pixels = np.minimum(pixels, pixels[:, :, 3:])
+    if (pixels == pixels[:1, :1]).all():
+        remarks = remarks | {ONE_COLOR}
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), remarks
