@@ -562,7 +562,7 @@ def train(
     the loss curve are in results/RUN/.
 
     Args:
-        dataset: a folder of images, flat or nested (jpg, png, webp, bmp, gif, tif).
+        dataset: a folder of images, flat or nested (jpg, png, webp, avif, bmp, gif, tif, jp2, ppm).
         run_name: names models/RUN and results/RUN.
         init_from: fine-tuning: another run, whose EMA weights this one starts from.
         conditional: class-conditional: the folders directly in the data set are the classes.
