@@ -130,8 +130,9 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
             (title, f"{float(row[name]):.3f}", f"{float(row[f'{name}_real']):.3f}")
             for name, title in titles.items()
         ]
-        copies = f"{float(row['copies']):.3f}"
-        lines.append(("memorization (copies of training images)", copies, ""))
+        if row["copies"]:  # other images than those of the training cannot tell
+            copies = f"{float(row['copies']):.3f}"
+            lines.append(("memorization (copies of training images)", copies, ""))
         tables.append(table((about, "generated", "real images"), *lines))
     return tables
 
