@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import utils
 from machinery import checkpoints, command_line, devices, processes, reading, runs
 from machinery.basics import UserError, claim_folder, progress_bar, seed_of
-from machinery.journal import hint
 from machinery.session import Session
 from modules import UNet, update_ema
 
@@ -301,6 +300,7 @@ class Training:
     Attributes:
         step: how many are done.
         ema: the network with EMA weights, which makes the images.
+        blank_loss: what an output of nothing but zeros costs, at most.
         preview_seeds: of the images that `preview` makes; classes take turns.
     """
 
@@ -317,6 +317,9 @@ class Training:
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+        every_step = torch.arange(1, settings["noise_steps"] + 1, device=device)
+        # a target of images in [-1, 1] has a mean square of 1 at most
+        self.blank_loss = self.diffusion.weight(every_step).mean().item()
         share = processes.share(loader.batch_size)
         self.micro_batches = devices.MicroBatches(share, settings["micro_batch"])
         classes = len(settings["classes"])
@@ -595,7 +598,8 @@ def train(
             trainings on a GPU.
         grad_checkpointing: compute activations again instead of keeping them: a fourth of the
             memory, a quarter more time.
-        sample_every: epochs between two previews; 0 for none but the last.
+        sample_every: epochs between two previews; where a training has fewer than five of these,
+            they also come at its tenths; 0 for none but the last.
         save_every: minutes between saves; the end of an epoch also saves, if that takes less than
             1% of the time.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
@@ -753,7 +757,7 @@ def sample(
                 if album.is_frame_due(numbers, move):
                     album.add_frame(utils.to_bytes(x_t).cpu(), utils.to_bytes(x_0).cpu())
             album.add(numbers, utils.to_bytes(x_t).cpu())
-    print(album.close() + hint(runs.learned(checkpoint).images))
+    print(album.close() + runs.advice(run_name, checkpoint))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from machinery.command_line import (
     did_you_mean,
     in_short,
 )
-from machinery.journal import COLUMNS, SUMS, check_tensorboard
+from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, longer
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -389,6 +389,18 @@ def learned(checkpoint: dict) -> Learned:
         count = round(row["images"] / row["epoch"])
     images = checkpoint["step"] * min(checkpoint["settings"]["batch_size"], count)
     return Learned(count, images, images / count)
+
+
+def advice(run_name: str, checkpoint: dict) -> str:
+    """Why the images of a run may look like noise: a line to append, or nothing."""
+    count, images, _ = learned(checkpoint)
+    if count == math.inf:
+        return ""
+    way_on = f"a new run with --init_from={run_name}"  # of a run without what training needs
+    if "network" in checkpoint:
+        settings = checkpoint["settings"]
+        way_on = longer(settings, count, checkpoint["step"], checkpoint["minutes"])
+    return hint(images, way_on)
 
 
 # ---- the table of all runs -----------------------------------------------------------------------
