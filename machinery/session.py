@@ -21,6 +21,7 @@ from machinery.command_line import StopSignals
 from machinery.journal import Log, describe_network, longer, warning
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
+from machinery.writing import describe_grid
 
 
 class Progress:
@@ -201,7 +202,7 @@ class Session:
     Args:
         run: what is trained.
         training: has `step` (how many are done), `advance`, `compile`, `preview`, `preview_cost`,
-            `blank_loss`, `state()`, the network, its `loader` and its `device`.
+            `preview_seeds`, `blank_loss`, `state()`, the network, its `loader` and its `device`.
         began: when this sitting started (time.monotonic()).
 
     Attributes:
@@ -329,6 +330,9 @@ class Session:
         height, width = settings["img_size"]
         kind = f"{height}x{width} from {settings['dataset']}, in {MODES[data.mode]}"
         remarks = [*data.remarks, f"a look at them: {examples}"]
+        if settings["classes"]:
+            where = describe_grid(settings["classes"], len(self.training.preview_seeds))
+            remarks.append(f"in the previews: {where}")
         network = describe_network(self.training.network, (height, width), self.training.device)
         print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")

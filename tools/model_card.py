@@ -91,12 +91,12 @@ def write_samples(stored: dict, run_name: str, path: Path) -> None:
                 shutil.copyfile(grid, path)
                 return
     steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
-    rows = min(16, len(classes))
-    count = 4 * rows or 16
-    labels = ddpm.labels_in_turn(range(rows), range(count))
+    shown = classes[:16]
+    count = 4 * len(shown) or 16
+    labels = ddpm.labels_in_turn(range(len(shown)), range(count))
     device = devices.pick_device("auto")
     samples = make_samples(stored, range(count), "dpm++", steps, 4, device, labels)
-    utils.save_png(samples, path, rows)
+    utils.save_png(samples, path, shown)
 
 
 def table(*rows: tuple) -> str:
