@@ -414,7 +414,8 @@ def runs_table() -> str:
     """
     names = checkpoints.run_names()
     if not names:
-        raise UserError("there is no run yet; `python ddpm.py train` makes one")
+        where = f"there is no run yet in {Path('models').resolve()}"
+        raise UserError(f"{where}; `python ddpm.py train` makes one")
     lines = [("run", "images", "size", "epochs", "loss", "saved"), *map(table_row, names)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -452,8 +452,12 @@ def test_with_a_wrong_run_those_there_are_get_listed(sample, run, place):
     assert not Path("results").exists()
 
 
-def test_without_any_run_none_is_listed(run):
-    assert run("sample", "--run_name=tiny").err.endswith("runs there are: none yet\n")
+def test_without_any_run_none_is_listed(run, place):
+    """But where it was looked for one."""
+    where = f"{place.resolve() / 'models'}"
+    told = run("sample", "--run_name=tiny").err
+    assert told.endswith(f"runs there are: none yet in {where}\n")
+    assert f"there is no run yet in {where}; " in run("sample").err
 
 
 @pytest.mark.parametrize(
