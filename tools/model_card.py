@@ -125,7 +125,10 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
         if row.get("guidance"):  # earlier versions have no such column
             about += f", guidance {row['guidance']}"
         titles = {"distance": f"Frechet distance: {row['measure']}"}
-        titles |= {"precision": "precision (quality)", "recall": "recall (variety)"}
+        titles |= {
+            "precision": "precision (above that of real images: blur)",
+            "recall": "recall (variety)",
+        }
         lines = [
             (title, f"{float(row[name]):.3f}", f"{float(row[f'{name}_real']):.3f}")
             for name, title in titles.items()
