@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import utils
 from machinery import checkpoints, command_line, devices, processes, reading, runs
 from machinery.basics import UserError, claim_folder, progress_bar, seed_of
-from machinery.journal import hint
 from machinery.listing import check_classes, list_images
 from machinery.session import Session
 from modules import UNet, update_ema
@@ -302,6 +301,7 @@ class Training:
     Attributes:
         step: how many are done.
         ema: the network with EMA weights, which makes the images.
+        blank_loss: what an output of nothing but zeros costs, at most.
         preview_seeds: of the images that `preview` makes; classes take turns.
     """
 
@@ -318,6 +318,9 @@ class Training:
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+        every_step = torch.arange(1, settings["noise_steps"] + 1, device=device)
+        # a target of images in [-1, 1] has a mean square of 1 at most
+        self.blank_loss = self.diffusion.weight(every_step).mean().item()
         share = processes.share(loader.batch_size)
         self.micro_batches = devices.MicroBatches(share, settings["micro_batch"])
         classes = len(settings["classes"])
@@ -415,15 +418,15 @@ class Training:
     def preview(self, path: Path) -> Tensor:
         """Images from the same noise every time, saved at `path`: (N, 3, H, W) in 0..255."""
         settings = self.settings
-        classes = range(len(settings["classes"]))
+        classes = settings["classes"]
         steps = self.diffusion.visited_steps(min(STEPS, settings["noise_steps"]))
-        labels = labels_in_turn(classes, self.preview_seeds)
+        labels = labels_in_turn(range(len(classes)), self.preview_seeds)
         how = {"visited_steps": steps, "labels": labels}
         size = settings["img_size"]
         for x_t, _ in generate(self.ema, self.diffusion, self.preview_seeds, size, **how):
             pass  # the last one is the image
         images = utils.to_bytes(x_t).cpu()
-        utils.save_png(images, path, rows=len(classes), run=settings["run_name"], step=self.step)
+        utils.save_png(images, path, classes, run=settings["run_name"], step=self.step)
         return utils.over_white(images)
 
 
@@ -596,7 +599,8 @@ def train(
             trainings on a GPU.
         grad_checkpointing: compute activations again instead of keeping them: a fourth of the
             memory, a quarter more time.
-        sample_every: epochs between two previews; 0 for none but the last.
+        sample_every: epochs between two previews; where a training has fewer than five of these,
+            they also come at its tenths; 0 for none but the last.
         save_every: minutes between saves; the end of an epoch also saves, if that takes less than
             1% of the time.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
@@ -719,8 +723,8 @@ def sample(
     visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
     flags = {"run_name": run_name, "n_img": n_img, "seed": seed, "img_size": f"{size[0]}x{size[1]}"}
     flags |= {"sampler": sampler, "steps": steps, "batch_size": batch_size}
-    facts = {"run": run_name, "step": checkpoint["step"]}
-    facts |= {"weights": checkpoints.fingerprint_of(checkpoint["average"])}
+    weights = checkpoints.fingerprint_of(checkpoint["average"])
+    facts = {"run": run_name, "step": checkpoint["step"], "weights": weights}
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
     if classes:
         flags |= {"label": label, "guidance": guidance}
@@ -730,8 +734,8 @@ def sample(
         flags |= {"mask": mask}
     moves = max(1, len(visited_steps) - 1)
     labels = [classes[number] for number in chosen]
-    folder = claim_folder(Path("results", run_name, name)) if processes.is_first() else None
-    folder = processes.from_first(folder)
+    path = Path("results", run_name, name)
+    folder = processes.from_first(claim_folder(path) if processes.is_first() else None)
     album = utils.Album(folder, flags, labels, facts, save_grid=save_grid, gif=gif, moves=moves)
 
     batches = [range(n_img)[first : first + batch_size] for first in range(0, n_img, batch_size)]
@@ -752,9 +756,9 @@ def sample(
             for move, (x_t, x_0) in enumerate(denoising, 1):
                 bar.update()
                 if album.is_frame_due(numbers, move):
-                    album.add_frame(utils.to_bytes(x_t).cpu(), utils.to_bytes(x_0).cpu())
+                    album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
             album.add(numbers, utils.to_bytes(x_t).cpu())
-    print(album.close() + hint(runs.learned(checkpoint).images))
+    print(album.close() + runs.advice(run_name, checkpoint))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from machinery import checkpoints, devices, processes
 from machinery.basics import UserError, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
+SENSELESS = 1.5  # a loss of so many times what an output of zeros costs is no training at all
 ROW_EVERY = 20  # steps between two rows of the log: reading the sums makes a GPU wait
 QUARTERS = 4  # of the noising steps: the early ones (t small) are details, the late composition
 COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
@@ -108,6 +109,8 @@ class Log:
         self.lr = lr
         batch_size = self.progress.batch_size
         self.bar.total = max(self.bar.total, step * batch_size)  # under a budget, an estimate
+        if self.progress.max_minutes and not self.progress.speed:  # no row has told it yet
+            self.foresee(self.speed())
         self.bar.update(batch_size)
         if step % ROW_EVERY == 0:
             self.add_row()
@@ -130,6 +133,15 @@ class Log:
             self.rows.append(self.row())
             self.tell(is_full=False)
 
+    def speed(self) -> float:
+        """Images per second since the last row."""
+        seconds = max(time.monotonic() - self.timed_at, 1e-9)
+        return (self.step - self.timed_step) * self.progress.batch_size / seconds
+
+    def foresee(self, speed: float) -> None:
+        """Have the bar end where the training will, at this many images per second."""
+        self.bar.total = round(self.progress.images_in_all(self.step, speed))
+
     def row(self) -> list:
         """COLUMNS of the steps since the last row, of which the sums are."""
         images = self.step * self.progress.batch_size
@@ -139,9 +151,7 @@ class Log:
         sums, counts = quarters[:QUARTERS], quarters[QUARTERS:]
         by_quarter = [sum_ / n if n else None for sum_, n in zip(sums, counts, strict=True)]
         means = [loss / steps, self.lr, norm / steps, int(clipped)]
-        seconds = max(time.monotonic() - self.timed_at, 1e-9)
-        speed = (self.step - self.timed_step) * self.progress.batch_size / seconds
-        return [self.step, epoch, images, *means, *by_quarter, speed]
+        return [self.step, epoch, images, *means, *by_quarter, self.speed()]
 
     def table(self) -> list[list]:
         """All rows, and one of the steps since the last of them."""
@@ -157,8 +167,7 @@ class Log:
         progress = self.progress
         row = dict(zip(COLUMNS, self.rows[-1], strict=True))
         speed = row["img_per_s"]
-        left = progress.seconds_left(self.step, speed)
-        self.bar.total = row["images"] + round(left * speed)
+        self.foresee(speed)
         if is_full and not self.has_forecast:
             self.has_forecast = True
             self.bar.write(progress.forecast(self.step, speed))
@@ -198,18 +207,29 @@ class Log:
             raise
         self.lines_written = len(lines)
 
-    def report(self, run_name: str, sample_flags: str) -> str:
-        """What came out, and what to do with it."""
+    def report(self, run_name: str, sample_flags: str, blank_loss: float) -> str:
+        """What came out, and what to do with it.
+
+        Args:
+            run_name: of the run.
+            sample_flags: what commands that sample from it need to be told.
+            blank_loss: what an output of nothing but zeros costs.
+        """
         mean = ""
         if self.rows:
             loss, steps = last_loss(self.rows)
-            mean = f"; loss {loss:.4f} over the last {steps:,} steps"
+            which = f"the last {steps:,}" if steps < self.step else f"all {steps:,}"
+            mean = f"; loss {loss:.4f} over {which} steps"
+            if loss > SENSELESS * blank_loss:
+                nothing = f"far above {blank_loss:.4f}, which an output of nothing but zeros costs"
+                mean += f"\nthis loss is {nothing}: start another run with a lower --lr"
+        way_on = self.progress.way_on(self.step)
         time_taken = datetime.timedelta(seconds=round(60 * self.progress.minutes_used()))
         images = self.step * self.progress.batch_size
         epochs = images / self.progress.count
         return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
-previews, log.csv and loss.png in {self.path.parent}{hint(images)}
+previews, log.csv and loss.png in {self.path.parent}{hint(images, way_on)}
 to make images:
   python ddpm.py sample --run_name={run_name} --n_img=16{sample_flags}
 to judge them, and see whether they are copies:
@@ -222,19 +242,60 @@ to judge them, and see whether they are copies:
 
 
 def last_loss(rows: list[list]) -> tuple[float, int]:
-    """The mean loss of the last rows, 50 at most, and how many steps these are."""
-    last = np.array([row[:4] for row in rows[-50:]], dtype=float)  # step, epoch, images, loss
-    before = rows[-51][0] if len(rows) > 50 else last[0, 0] - ((last[0, 0] - 1) % ROW_EVERY + 1)
-    steps = np.diff(last[:, 0], prepend=before)
-    return float(np.average(last[:, 3], weights=steps)), int(steps.sum())
+    """The mean loss of the last rows, and how many steps these are.
+
+    They are a tenth of all steps at most, and 50 rows; but as many as a full row has in any case,
+    if there are so many: the loss of fewer is mostly chance.
+    """
+    ends = np.array([row[0] for row in rows])
+    lengths = np.diff(ends, prepend=ends[0] - ((ends[0] - 1) % ROW_EVERY + 1))
+    covered = lengths[::-1].cumsum()  # by the last row, by the last two, ...
+    is_taken = (covered[:-1] < ROW_EVERY) | (covered[1:] <= ends[-1] / 10)
+    number = min(50, 1 + is_taken.sum())
+    losses = [row[COLUMNS.index("loss")] for row in rows[-number:]]
+    return float(np.average(losses, weights=lengths[-number:])), int(covered[number - 1])
 
 
-def hint(images: int) -> str:
-    """Why images may look like noise after few training images: a line to append, or nothing."""
+def longer(settings: dict, count: int, step: int, minutes: float) -> str:
+    """What continues a training of `count` images that has come to `step`, in `minutes`."""
+    batch_size = min(settings["batch_size"], count)
+    budget = settings["max_minutes"]
+    is_over = {
+        "--epochs": step * batch_size >= settings["epochs"] * count,
+        "--max_minutes": 0 < budget <= minutes,
+    }
+    flags = [flag for flag, is_reached in is_over.items() if is_reached]
+    return f"a larger {' and '.join(flags)}" if flags else "the same `train` command"
+
+
+def hint(images: float, way_on: str) -> str:
+    """Why images may look like noise after few training images: a line to append, or nothing.
+
+    Args:
+        images: seen in training.
+        way_on: what continues it.
+    """
     if images >= FEW_IMAGES:
         return ""
     seen = f"only {images:,} images have been seen in training so far"
-    return f"\n{seen}: expect blurs and noise; a larger --epochs continues it"
+    return f"\n{seen}: expect blurs and noise; {way_on} continues it"
+
+
+def warning(images: float, flag: str) -> str:
+    """The same before a training that is to see so many images; `flag` is what limits it."""
+    if images >= FEW_IMAGES:
+        return ""
+    seen = f"only {round(images):,} images will be seen in training"
+    return f"\n         {seen}: expect blurs and noise; a larger {flag} shows it more"
+
+
+def in_units(value: float, units: tuple[str, ...]) -> str:
+    """A number and the unit, each a thousand times the one before, in which it is 1 to 1,000."""
+    step = 0
+    while step < len(units) - 1 and round(value, 1) >= 1000:
+        value /= 1000
+        step += 1
+    return f"{value:.{1 if step else 0}f}{units[step]}"
 
 
 def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
@@ -249,12 +310,14 @@ def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
 
 def describe_network(network: nn.Module, size: tuple[int, int], device: torch.device) -> str:
     """How large a network is, and where it computes."""
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    gflop = gflop_per_image(network, size)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    weights = in_units(count, ("", " thousand", " million", " billion"))
+    flop = 1e9 * gflop_per_image(network, size)
+    operations = in_units(flop, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP"))
     precision = str(devices.best_precision(device)).removeprefix("torch.")
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
     where = f"{device} in {precision}{several}"
-    return f"{millions:.1f} million weights, {gflop:.1f} GFLOP an image, on {where}"
+    return f"{weights} weights, {operations} an image, on {where}"
 
 
 def check_tensorboard() -> None:

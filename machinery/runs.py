@@ -23,7 +23,7 @@ from machinery.command_line import (
     did_you_mean,
     in_short,
 )
-from machinery.journal import COLUMNS, SUMS, check_tensorboard
+from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, longer
 from machinery.listing import Listing, tell_classes
 
 UNTITLED = "untitled"  # the run of those who name none
@@ -408,6 +408,18 @@ def learned(checkpoint: dict) -> Learned:
     return Learned(count, images, images / count)
 
 
+def advice(run_name: str, checkpoint: dict) -> str:
+    """Why the images of a run may look like noise: a line to append, or nothing."""
+    count, images, _ = learned(checkpoint)
+    if count == math.inf:
+        return ""
+    way_on = f"a new run with --init_from={run_name}"  # of a run without what training needs
+    if "network" in checkpoint:
+        settings = checkpoint["settings"]
+        way_on = longer(settings, count, checkpoint["step"], checkpoint["minutes"])
+    return hint(images, way_on)
+
+
 # ---- the table of all runs -----------------------------------------------------------------------
 
 
@@ -419,7 +431,8 @@ def runs_table() -> str:
     """
     names = checkpoints.run_names()
     if not names:
-        raise UserError("there is no run yet; `python ddpm.py train` makes one")
+        where = f"there is no run yet in {Path('models').resolve()}"
+        raise UserError(f"{where}; `python ddpm.py train` makes one")
     lines = [("run", "images", "size", "epochs", "loss", "saved"), *map(table_row, names)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

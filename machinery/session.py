@@ -18,9 +18,10 @@ from torch import Tensor
 
 from machinery import processes
 from machinery.command_line import StopSignals
-from machinery.journal import Log, describe_network
+from machinery.journal import Log, describe_network, longer, warning
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
+from machinery.writing import describe_grid
 
 
 class Progress:
@@ -39,6 +40,8 @@ class Progress:
     """
 
     PREVIEW_COST = 20  # images trained in the time of one preview: 15 steps, a start and an end
+    PREVIEWS = 10  # of a training whose epochs would give it fewer than half as many
+    PREVIEW_WAIT = 5  # at least so many times what a preview costs lies between two of these
     speed = 0.0  # images per second, the best row of this sitting; 0 while there is none
     save_seconds = 0.0  # of the last one
     is_over = False  # the time budget is used up
@@ -69,6 +72,8 @@ class Progress:
         self.began = began
         self.saved_at = time.monotonic()
         self.preview_cost = self.PREVIEW_COST * previews
+        # as if a preview had come with the last tenth
+        self.previewed_at = int(self.PREVIEWS * self.fraction_done(step)) / self.PREVIEWS
 
     # ---- how far
 
@@ -111,18 +116,36 @@ class Progress:
         by_steps = (self.last_step - step) * self.batch_size / speed
         return max(0.0, min(by_clock, by_steps))
 
+    def images_in_all(self, step: int, speed: float) -> float:
+        """How many images will have been seen at the end, at this many per second from now on."""
+        return step * self.batch_size + self.seconds_left(step, speed) * speed
+
     # ---- in words
 
     def summary(self, step: int) -> str:
         """How long the training is, and how much of it is done."""
         length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images"
         budget = f", or {self.max_minutes:g} minutes" if self.max_minutes else ""
-        return f"{length}{budget}; {step:,} steps are done"
+        few = warning(self.last_step * self.batch_size, "--epochs")
+        return f"{length}{budget}; {step:,} steps are done{few}"
 
     def forecast(self, step: int, speed: float) -> str:
         """What this many images per second mean for the rest of the training."""
         left = datetime.timedelta(seconds=round(self.seconds_left(step, speed)))
-        return f"time     {speed:.1f} images per second: about {left} to go"
+        time_left = f"time     {speed:.1f} images per second: about {left} to go"
+        images = self.images_in_all(step, speed)
+        if (
+            round(images) >= self.last_step * self.batch_size
+        ):  # all epochs fit: their number is known
+            return time_left
+        fits = f"{time_left}, {images:,.0f} images or {images / self.count:.1f} epochs in all"
+        return fits + warning(images, "--max_minutes")
+
+    def way_on(self, step: int) -> str:
+        """What continues the training."""
+        settings = {"batch_size": self.batch_size, "epochs": self.epochs}
+        settings |= {"max_minutes": self.max_minutes}
+        return longer(settings, self.count, step, self.minutes_to_keep())
 
     # ---- what is due
 
@@ -149,9 +172,21 @@ class Progress:
         return time.monotonic() - self.saved_at >= wait
 
     def is_preview_due(self, step: int) -> bool:
-        if not self.sample_every or not self.ends_epoch(step):
+        """After every so many epochs; where these are few, after every tenth of the training."""
+        if not self.sample_every:
             return False
-        return self.epoch(step) % self.sample_every == 0
+        if self.ends_epoch(step) and self.epoch(step) % self.sample_every == 0:
+            return True
+        done = self.fraction_done(step)
+        images = step * self.batch_size / done  # in all, as it looks now
+        wait = max(images / self.PREVIEWS, self.PREVIEW_WAIT * self.preview_cost)
+        are_few = images < self.PREVIEWS / 2 * self.sample_every * self.count
+        # half an image, since fractions are rounded
+        return are_few and (done - self.previewed_at) * images > wait - 0.5
+
+    def previewed(self, step: int) -> None:
+        """Note a preview: from here the way to the next one is measured."""
+        self.previewed_at = self.fraction_done(step)
 
 
 class Session:
@@ -167,7 +202,7 @@ class Session:
     Args:
         run: what is trained.
         training: has `step` (how many are done), `advance`, `compile`, `preview`, `preview_cost`,
-            `state()`, the network, its `loader` and its `device`.
+            `preview_seeds`, `blank_loss`, `state()`, the network, its `loader` and its `device`.
         began: when this sitting started (time.monotonic()).
 
     Attributes:
@@ -273,10 +308,13 @@ class Session:
             self.run.save(**state, minutes=minutes, count=self.progress.count)
 
     def preview_path(self) -> Path:
-        epoch = self.progress.epoch(self.training.step)
-        return self.run.results / "training_progress" / f"epoch_{epoch:04d}.png"
+        step = self.training.step
+        within = "" if self.progress.ends_epoch(step) else f"_step_{step:08d}"
+        name = f"epoch_{self.progress.epoch(step):04d}{within}.png"
+        return self.run.results / "training_progress" / name
 
     def preview(self) -> None:
+        self.progress.previewed(self.training.step)
         self.log.illustrate(self.training.preview(self.preview_path()))
 
     # ---- what is said
@@ -292,6 +330,9 @@ class Session:
         height, width = settings["img_size"]
         kind = f"{height}x{width} from {settings['dataset']}, in {MODES[data.mode]}"
         remarks = [*data.remarks, f"a look at them: {examples}"]
+        if settings["classes"]:
+            where = describe_grid(settings["classes"], len(self.training.preview_seeds))
+            remarks.append(f"in the previews: {where}")
         network = describe_network(self.training.network, (height, width), self.training.device)
         print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")
@@ -326,12 +367,12 @@ class Session:
             reason = "reading the images took all of --max_minutes"
             print(f"nothing was learned: {reason}; they are cached now, start again")
         elif self.was_done:
-            way_on = "a larger --epochs or --max_minutes continues it"
-            print(f"nothing to do: this run is finished; {way_on}")
+            way_on = self.progress.way_on(self.training.step)
+            print(f"nothing to do: this run is finished; {way_on} continues it")
         else:
             processes.wait()  # if one leaves, torchrun stops the others, which may be saving
             if self.stop_status and self.done < 1:
                 done = f"step {self.training.step:,} of {self.progress.last_step:,}"
                 print(f"stopped and saved at {done}; the same command resumes it")
                 raise SystemExit(self.stop_status)
-            print(self.log.report(self.run.name, sample_flags))
+            print(self.log.report(self.run.name, sample_flags, self.training.blank_loss))

@@ -5,7 +5,9 @@ Reading order: grids and files; Album.
 
 import itertools
 import math
+import re
 import shlex
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from machinery import processes
 from machinery.basics import write_whole
+from machinery.command_line import in_short
 
 # ---- grids and files -----------------------------------------------------------------------------
 
@@ -31,20 +34,51 @@ def over_white(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def tile(images: Tensor, rows: int = 0) -> Tensor:
+def natural_order(names: Sequence[str]) -> list[int]:
+    """Indices of names as people sort them, 2 before 10, where they come by their characters.
+
+    Names in any other order stay in that one: somebody chose it.
+    """
+
+    def key(index: int) -> list:
+        parts = re.split("([0-9]+)", names[index])  # every second one is a number
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+    places = range(len(names))
+    return sorted(places, key=key) if list(names) == sorted(names) else list(places)
+
+
+def in_order(classes: Sequence[str], count: int) -> tuple[str, list[str]]:
+    """What in a grid of `count` images goes by class, its rows or its images, and these classes.
+
+    Image i is of class i % len(classes). A row for each takes two classes, and an image of each.
+    """
+    if 1 < len(classes) <= count:
+        return "rows", [classes[number] for number in natural_order(classes)]
+    return "images", [classes[number % len(classes)] for number in range(count)]
+
+
+def describe_grid(classes: Sequence[str], count: int) -> str:
+    """Which class stands where in a grid of `count` images, in words."""
+    what, names = in_order(classes, count)
+    return f"{what} from the top: {in_short(tuple(names))}"
+
+
+def tile(images: Tensor, classes: Sequence[str] = ()) -> Tensor:
     """Images (N, C, H, W) in 0..255 side by side in a square: (3, rows * H, columns * W).
 
-    With `rows`, image i stands in row i % rows: classes that take turns have a row each.
+    With `classes`, image i is of class i % len(classes), and each has a row, in `natural_order`.
     """
     from torchvision.utils import make_grid  # two seconds to import: not before it is needed
 
+    rows = len(classes)
     has_rows = 1 < rows <= len(images)
     columns = math.ceil(len(images) / rows if has_rows else math.sqrt(len(images)))
     images = over_white(images)
     if has_rows:
         blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
         by_column = torch.cat([images, blank]).unflatten(0, (columns, rows))
-        images = by_column.transpose(0, 1).flatten(0, 1)
+        images = by_column.transpose(0, 1)[natural_order(classes)].flatten(0, 1)
     return make_grid(images, nrow=columns, padding=0)
 
 
@@ -56,15 +90,18 @@ def to_pillow(image: Tensor) -> Image.Image:
     return picture.convert("RGBA") if mode == "RGBa" else picture
 
 
-def save_png(images: Tensor, path: Path, rows: int = 0, **facts) -> None:
+def save_png(images: Tensor, path: Path, classes: Sequence[str] = (), **facts) -> None:
     """Write images (N, C, H, W) in 0..255 as one PNG, with `facts` as its text chunks.
 
-    Several are tiled over white; a single one keeps its mode.
+    Several are tiled over white, see `tile`; a single one keeps its mode.
     """
     chunks = PngImagePlugin.PngInfo()
+    if classes and len(images) > 1:
+        what, names = in_order(classes, len(images))
+        facts[f"classes of the {what}"] = ",".join(names)
     for name, value in facts.items():
         chunks.add_text(name, str(value))
-    picture = to_pillow(tile(images, rows) if len(images) > 1 else images[0])
+    picture = to_pillow(tile(images, classes) if len(images) > 1 else images[0])
     write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
 
 
@@ -99,7 +136,8 @@ class Album:
     gif: bool
     moves: int  # steps from noise to image
     grid: list[Tensor] = field(default_factory=list)
-    frames: list[Tensor] = field(default_factory=list)
+    # by the first number of a batch, its frames (2, B, C, H, W): x_t and the guess of x_0
+    film: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def command(self, numbers: range) -> str:
         """What makes these images again, to the bit: as the batch they were made in."""
@@ -117,12 +155,19 @@ class Album:
     def is_frame_due(self, numbers: range, move: int) -> bool:
         """Whether move 1, 2, ... of a batch is one of the GIF's frames, evenly spread over all."""
         is_next = move * GIF_FRAMES // self.moves > (move - 1) * GIF_FRAMES // self.moves
-        return self.gif and numbers.start == 0 and is_next
+        return self.gif and numbers.start < GIF_IMAGES and is_next
 
-    def add_frame(self, x_t: Tensor, x_0: Tensor) -> None:
-        """Keep a frame of images (B, C, H, W): x_t on the left, the guess of x_0 on the right."""
-        tiles = [tile(half[:GIF_IMAGES], len(self.labels)) for half in (x_t, x_0)]
-        self.frames.append(torch.cat(tiles, dim=2))  # (3, H, 2 W)
+    def add_frame(self, numbers: range, x_t: Tensor, x_0: Tensor) -> None:
+        """Keep a frame of a batch (B, C, H, W), of its images that are among the first 16."""
+        wanted = GIF_IMAGES - numbers.start
+        both = torch.stack([x_t[:wanted], x_0[:wanted]])
+        self.film.setdefault(numbers.start, []).append(both)
+
+    def frames(self, film: dict[int, list[Tensor]]) -> list[Tensor]:
+        """Frames (3, H, 2 W) of all batches: x_t on the left, the guess of x_0 on the right."""
+        batches = [film[start] for start in sorted(film)]
+        joined = [torch.cat(parts, dim=1) for parts in zip(*batches, strict=True)]
+        return [torch.cat([tile(half, self.labels) for half in both], dim=2) for both in joined]
 
     def add(self, numbers: range, images: Tensor) -> None:
         """Write a batch (B, C, H, W), eight files at a time: they wait for the disk."""
@@ -145,6 +190,7 @@ class Album:
     def close(self) -> str:
         """Write the grid and the GIF, once all processes are done; what there is, in words."""
         grid = list(itertools.chain(*processes.gather(self.grid)))
+        films = processes.gather(self.film)
         if not processes.is_first():
             return ""
         n_img = self.flags["n_img"]
@@ -153,10 +199,12 @@ class Album:
         if self.save_grid:
             path = self.folder / "samples.png"
             facts = self.facts | {"seed": self.flags["seed"], "command": command}
-            save_png(torch.stack(grid), path, len(self.labels), **facts)
-            sentences.append(f"{len(grid)} of them in one: {path}")
+            save_png(torch.stack(grid), path, self.labels, **facts)
+            where = f"; its {describe_grid(self.labels, len(grid))}" if self.labels else ""
+            sentences.append(f"{len(grid)} of them in one: {path}{where}")
         if self.gif:
             path = self.folder / "samples.gif"
-            save_gif(self.frames, path, comment=f"{command} --gif")
-            sentences.append(f"the denoising as a GIF: {path}")
+            frames = self.frames({start: film for each in films for start, film in each.items()})
+            save_gif(frames, path, comment=f"{command} --gif")
+            sentences.append(f"the denoising of {min(n_img, GIF_IMAGES)} as a GIF: {path}")
         return "\n".join(sentences)

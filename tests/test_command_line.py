@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import ddpm
 from machinery import checkpoints, command_line, devices, runs
 from machinery.basics import UserError
+from tools import evaluate
 
 pytestmark = pytest.mark.quick
 
@@ -112,6 +113,29 @@ MISREAD = [  # a command line, and what the answer names
     ("train --n_img=3", "--n_img is not an option of train"),
     ("train --Epochs=3", "did you mean --epochs?"),
     ("train --zzz", "--zzz"),
+    # names that other trainers and samplers have
+    ("train --learning_rate=1e-3", "--learning_rate is not an option of train; did you mean --lr?"),
+    ("train --learning-rate 1e-3", "did you mean --lr?"),
+    ("train --num_train_epochs=3", "did you mean --epochs?"),
+    ("train --resolution=8", "did you mean --img_size?"),
+    ("train --image_size=8", "did you mean --img_size?"),
+    ("train --train_batch_size=8", "did you mean --batch_size?"),
+    ("train --output_dir=a", "did you mean --run_name?"),
+    ("sample --output_dir=a", "did you mean --name?"),
+    ("sample --num_samples=3", "did you mean --n_img?"),
+    ("sample --num_inference_steps=3", "did you mean --steps?"),
+    ("sample --guidance_scale=3", "did you mean --guidance?"),
+    # letters that no option has
+    (
+        "train --größe=8",
+        "--größe is not an option of train: 'ö' (LATIN SMALL LETTER O WITH DIAERESIS) is in no",
+    ),
+    ("train --épochs=8", "is in no option's name; did you mean --epochs?"),
+    ("train --\u0435pochs=8", "(CYRILLIC SMALL LETTER IE) is in no option's name; did you mean"),
+    ("train --lr\u200b=8", "(ZERO WIDTH SPACE) is in no option's name; did you mean --lr?"),
+    ("train --übung", "--übung is not an option of train: 'ü'"),
+    ("train \u2013epochs=8", "begins with a long dash; write two hyphens: --epochs=8"),
+    ("train \u2014epochs 8", "begins with a long dash; write two hyphens: --epochs"),
     ("sample --epochs=3", "--epochs is not an option of sample"),
     ("sample --run_name=tiny --label=3", "--label"),
     ("sample --run_name=tiny --guidance=3", "--guidance"),
@@ -398,6 +422,15 @@ def test_the_size_it_advises_is_possible_and_none_is_nearer(side, levels):
     assert abs(nearest - side) == min(abs(other - side) for other in possible)
 
 
+@pytest.mark.parametrize("known, others", command_line.OTHER_NAMES.items())
+def test_other_names_are_of_flags_there_are_and_none_of_ours(known, others):
+    """Of some command; and each leads to a flag that it is not spelt like."""
+    commands = (ddpm.train, ddpm.sample, evaluate.evaluate)
+    flags = {flag for command in commands for flag in inspect.signature(command).parameters}
+    assert known in flags
+    assert not flags & set(others.split())
+
+
 # ---- what is understood --------------------------------------------------------------------------
 
 
@@ -426,6 +459,8 @@ def test_the_size_it_advises_is_possible_and_none_is_nearer(side, levels):
         ("train --img_size=64", "img_size", (64,)),
         ("train --img-size=64", "img_size", (64,)),
         ("train --img-size 48x96", "img_size", (48, 96)),
+        ("train --img_size=48X96", "img_size", (48, 96)),
+        ("train --img_size=48\u00d796", "img_size", (48, 96)),
         ("train --img_size=48,96", "img_size", (48, 96)),
         ("train --multipliers='(1, 2, 4)'", "multipliers", (1, 2, 4)),
         ("train --multipliers=[1,2]", "multipliers", (1, 2)),

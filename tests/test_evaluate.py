@@ -170,7 +170,7 @@ def tint(images: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("times", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize(
     "change",
     [lambda x: x, lambda x: x.flip(3), lambda x: grain(x, 5)],
@@ -180,6 +180,47 @@ def test_copies_are_found_also_of_pictures_that_are_there_several_times(change, 
     images = pictures(200, seed=0)
     data = torch.cat([images] + [images[:50]] * (times - 1)).numpy()
     assert find_copies(change(images[:50]), data, CPU).all()
+
+
+SAMPLES_OF_ALL_KINDS = [
+    ("copied", lambda: grain(pictures(200, seed=0)[:60], 5), 1),
+    ("new", lambda: pictures(100, seed=20), 0),
+    ("half way to a neighbor", lambda: pictures(200, seed=0)[:60] // 2 + 40, None),
+]
+
+
+@pytest.mark.parametrize("kind, make, share", SAMPLES_OF_ALL_KINDS)
+def test_a_data_set_that_holds_every_picture_five_times_has_the_same_copies(kind, make, share):
+    """Two of the five mirrored: the share is that of the data set without repetitions."""
+    images = pictures(200, seed=0)
+    once = find_copies(make(), images.numpy(), CPU)
+    often = torch.cat([images, images.flip(3), images, images.flip(3), images]).numpy()
+    assert torch.equal(find_copies(make(), often, CPU), once)
+    if share is not None:
+        assert once.float().mean() == pytest.approx(share, abs=0.02)
+
+
+def test_the_same_picture_saved_again_and_again_is_no_neighbor_of_itself():
+    """Five versions that differ by a level or two, as JPEGs of one picture do."""
+    images = pictures(100, seed=0).clamp(5, 250)
+    versions = [(images + torch.randint_like(images, 3)).to(torch.uint8) for _ in range(5)]
+    assert find_copies(images, torch.cat(versions).numpy(), CPU).all()
+    new = pictures(100, seed=20)
+    assert find_copies(new, torch.cat(versions).numpy(), CPU).float().mean() <= 0.02
+
+
+def test_where_all_pictures_are_one_only_that_one_is_a_copy():
+    """There is no other whose distance could be a yardstick."""
+    one = pictures(1, seed=0)
+    samples = torch.cat([one, one.flip(3), pictures(3, seed=20)])
+    found = find_copies(samples, one.expand(40, -1, -1, -1).numpy(), CPU)
+    assert found.tolist() == [True, True, False, False, False]
+
+
+def test_distinct_pictures_are_the_first_of_their_kind():
+    images = pictures(6, seed=0)
+    data = torch.cat([images[:3], images[1:2], images[3:], images[:2].flip(3)]).numpy()
+    assert evaluate.find_distinct(data).tolist() == [0, 1, 2, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +322,26 @@ def test_making_the_same_few_pictures_lowers_recall_and_keeps_precision(judged):
     assert collapsed["precision"] > judged()["precision"] - 0.25
 
 
+def two_alike(images: Tensor) -> Tensor:
+    return grain(images[torch.arange(len(images)) % 2], 2)
+
+
+def plain_gray(images: Tensor) -> Tensor:
+    return grain(torch.full_like(images, 128), 9)
+
+
+@pytest.mark.parametrize("change", [lambda x: x // 2 + 64, two_alike, plain_gray])
+def test_what_is_pale_or_all_alike_has_more_precision_than_real_pictures_and_a_remark(
+    judged, change
+):
+    """Why a precision above the real one is no praise: the distance is ten times the floor."""
+    figures = judged(change)
+    assert figures["precision"] > 0.99 > 0.95 > figures["precision_real"]
+    assert figures["distance"] > 9 * figures["distance_real"]
+    assert "means blur or little variety" in evaluate.report(figures)
+    assert "means blur" not in evaluate.report(judged())
+
+
 def test_noise_lowers_precision(judged):
     assert judged(lambda x: grain(x, 40))["precision"] < judged()["precision"] / 2
 
@@ -302,6 +363,43 @@ def test_samples_are_left_out_where_half_of_the_data_set_is_less(place):
     assert judge(samples, data, few_features(), CPU)["n"] == 32
     with pytest.raises(basics.UserError, match="holds 31 images"):
         judge(samples, data[:31], few_features(), CPU)
+
+
+# ---- what figures mean ---------------------------------------------------------------------------
+
+
+def figures_of(**changed) -> dict:
+    """Figures without anything to mind."""
+    figures = {"measure": "FD", "n": 512, "distance": 70.0, "distance_real": 68.0, "copies": 0.0}
+    figures |= {"precision": 0.7, "precision_real": 0.71, "recall": 0.6, "recall_real": 0.73}
+    colors = {f"{name}{end}": 100.0 for name in evaluate.COLORS for end in ("", "_real")}
+    return figures | colors | changed
+
+
+def test_figures_of_a_good_model_need_no_remark():
+    assert evaluate.remarks(figures_of()) == []
+    assert len(evaluate.report(figures_of()).splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"distance": 67.0}, "the distance is below its floor, 68.000"),
+        ({"n": 255}, "255 images are few: figures of fewer than 256 are mostly chance"),
+        # the published model; chance is 2 sqrt(2 * 0.71 * 0.29 / 512) = 0.06
+        ({"precision": 0.89}, "precision above that of real images, 0.710, means blur or little"),
+        ({"precision": 0.78}, "precision above"),
+    ],
+)
+def test_what_would_be_misread_is_remarked_on(changed, words):
+    [remark] = evaluate.remarks(figures_of(**changed))
+    assert words in remark
+    assert evaluate.report(figures_of(**changed)).endswith(remark)
+
+
+@pytest.mark.parametrize("changed", [{"precision": 0.76}, {"n": 256}, {"distance": 68.0}])
+def test_what_may_be_chance_is_not_remarked_on(changed):
+    assert evaluate.remarks(figures_of(**changed)) == []
 
 
 # ---- modes ---------------------------------------------------------------------------------------
@@ -344,6 +442,25 @@ def test_what_is_transparent_is_white(place):
         255,
         0,
     ]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip"])
+def test_damaged_features_are_computed_again(damage, place):
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    features = evaluate.Features("mean", "1", lambda part: part.float().mean(dim=(2, 3)))
+    how = (images, features, torch.device("cpu"), 4)
+    expected = evaluate.extract_cached(*how)
+    [kept] = reading.CACHE.glob("*.npz")
+    data = kept.read_bytes()
+    if damage == "flip":
+        place_of_features = data.index(expected.numpy().tobytes())
+        data = bytearray(data)
+        data[place_of_features] ^= 1
+    else:
+        data = data[:50] if damage == "cut" else b""
+    kept.write_bytes(data)
+    assert torch.equal(evaluate.extract_cached(*how), expected)
+    assert torch.equal(expected, images.float().mean(dim=(2, 3)))
 
 
 def test_cached_features_of_one_mode_are_not_those_of_another(place):
@@ -407,7 +524,7 @@ def test_features_of_the_data_are_computed_once_until_it_changes(place):
     assert number_shown(changed) == 64
     assert number_shown(data, listening._replace(version="2")) == 64
     assert number_shown(data, listening._replace(measure="FD (other)")) == 64
-    assert {path.parent for path in place.rglob("*.npy")} == {place / "datasets/.cache"}
+    assert {path.parent for path in place.rglob("*.npz")} == {place / "datasets/.cache"}
     shutil.rmtree(place / "datasets")
     assert number_shown(data) == 64
 
@@ -677,11 +794,108 @@ def test_too_many_images_are_lowered_with_a_remark(run_tool):
 
 
 def test_other_pictures_than_those_of_the_training_are_remarked_on(run_tool, place):
+    """Nothing is said of copies then, nor is any picture called one of the training."""
     paint(place / "others", count=50, first_seed=100)
     result = run_tool(*QUICK, "--dataset=others")
     assert (result.status, "others is not what tiny was trained on" in result.out) == (0, True)
-    assert rows()[0]["dataset"] == "others"
-    assert "is not what" not in run_tool(*QUICK).out
+    assert "copies of its training images (memorization) are not looked for" in result.out
+    assert "\ncopies" not in result.out
+    assert "images above their nearest of others" in result.out
+    assert (rows()[0]["dataset"], rows()[0]["copies"]) == ("others", "")
+    result = run_tool(*QUICK)
+    assert "is not what" not in result.out
+    assert "\ncopies         0.000" in result.out
+    assert "images above their nearest of the training images" in result.out
+    assert rows()[1]["copies"] == "0.0"
+
+
+def test_few_images_are_called_few(run_tool):
+    assert "20 images are few: figures of fewer than 256" in run_tool(*QUICK).out
+
+
+# ---- folders of images ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run_name", ["tiny", "sorted"])
+def test_images_that_are_kept_are_judged_as_those_of_the_run_were(run_tool, place, run_name):
+    """To the last digit, but for what RGBA loses where colors are divided by their alpha."""
+    words = (f"--run_name={run_name}", *QUICK[1:], "--save_images=kept/here", "--seed=5")
+    result = run_tool(*words)
+    assert result.status == 0
+    assert "the images are in kept/here" in result.out
+    files = sorted(Path("kept/here").iterdir())
+    assert [path.name for path in files] == [f"sample_{n:04d}.png" for n in range(1, 21)]
+    with Image.open(files[3]) as picture:
+        assert (picture.text["run"], picture.text["seed"]) == (run_name, "8")
+        assert (picture.text.get("label") in ("cats", "dogs")) == (run_name == "sorted")
+    data = ddpm.load_run(run_name)["settings"]["dataset"]
+    result = run_tool("--images=kept/here", f"--dataset={data}", "--device=cpu")
+    assert (result.status, result.err) == (0, "")
+    assert "--n_img=2048 is lowered to 20" in result.out
+    assert f"images above their nearest of {data}" in result.out
+    [own] = rows(run_name)
+    [other] = rows(".")
+    assert (other["run"], other["dataset"], other["steps"]) == ("kept/here", data, "")
+    for name in (*evaluate.COMPARED, "copies", "red", "contrast_real", "distance_real"):
+        tolerance = {"rel": 1e-6} if run_name == "tiny" else {"rel": 0.05, "abs": 0.02}
+        assert float(other[name]) == pytest.approx(float(own[name]), **tolerance), name
+    with Image.open("results/evaluation.png") as picture:
+        assert picture.text["run"] == "kept/here"
+
+
+def test_by_default_no_image_is_kept_and_no_folder_written_over(run_tool, place):
+    before = files_below(place)
+    (place / "kept").symlink_to("nowhere")
+    result = run_tool(*QUICK, "--save_images=kept")
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "--save_images=kept exists" in result.err
+    assert files_below(place) - {"kept"} == before
+    assert run_tool(*QUICK).status == 0
+    assert not list(place.glob("**/sample_*.png"))
+
+
+def test_images_of_a_folder_are_the_first_ones_at_their_own_size(run_tool, place):
+    """Copies are of the data set that is named, whoever made them."""
+    paint(place / "made", count=30, size=(8, 8))
+    assert run_tool("--images=made", "--dataset=made", "--n_img=16", "--device=cpu").status == 2
+    paint(place / "made", count=40, size=(8, 8))
+    result = run_tool("--images=made", "--dataset=made", "--n_img=16", "--device=cpu")
+    assert result.status == 0
+    [row] = rows(".")
+    assert (row["n"], row["copies"]) == ("16", "1.0")
+    with Image.open("results/evaluation.png") as picture:
+        assert picture.size == (4 * 8, 4 * 16)
+    assert run_tool("--images=made", "--dataset=made", "--img_size=4x6").status == 0
+    with Image.open("results/evaluation.png") as picture:
+        assert picture.size == (5 * 6, 4 * 8)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--images=made",), "--images=made needs the real images to judge by: --dataset=..."),
+        (("--images=nowhere", "--dataset=pictures"), "--images=nowhere does not exist"),
+        (("--images=empty", "--dataset=pictures"), "--images=empty holds no images"),
+        (("--images=mixed", "--dataset=pictures"), "--images=mixed holds images of 2 sizes"),
+        (("--images=few", "--dataset=pictures"), "--images=few holds 15 images; at least 16"),
+        (
+            ("--images=made", "--dataset=pictures", "--run_name=tiny", "--steps=3"),
+            "judged as they are, without --run_name, --steps",
+        ),
+        (("--images=made", "--dataset=pictures", "--save_images=a"), "without --save_images"),
+        (("--images=made", "--dataset=pictures", "--img_size=3000"), "at most 2048"),
+        (("--run_name=tiny", "--img_size=8"), "--img_size is for --images"),
+    ],
+)
+def test_a_folder_that_cannot_be_judged_is_refused_in_one_line(run_tool, place, words, message):
+    (place / "empty").mkdir()
+    paint(place / "made", count=20)
+    paint(place / "few", count=15)
+    paint(paint(place / "mixed", count=20), count=1, size=(9, 9))
+    result = run_tool(*words, "--device=cpu")
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert message in result.err
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize(
@@ -758,6 +972,9 @@ def test_the_help_names_every_option(run_tool):
     assert result.out.startswith("usage: python -m tools.evaluate [--option=value ...]\n")
     options = (
         "run_name",
+        "images",
+        "img_size",
+        "save_images",
         "dataset",
         "n_img",
         "seed",

@@ -31,6 +31,7 @@ import ddpm
 import tools.exchange
 import utils
 from machinery import checkpoints, command_line, devices, runs, writing
+from tools import evaluate
 
 TRAIN = ("train", *TINY, "--dataset=pictures", "--noise_steps=20", "--epochs=8")
 
@@ -975,6 +976,8 @@ def test_the_card_tells_of_the_run_and_its_three_lines_make_images(exchange, her
     assert "| images seen | 80 |" in card.text
     assert "| Frechet distance: FD | 123.457 | 4.500 |" in card.text
     assert "| recall (variety) | 0.750 | 1.000 |" in card.text
+    assert "| precision (above that of real images: blur) | 0.500 | 0.250 |" in card.text
+    assert "| memorization (copies of training images) | 0.000 |" in card.text
     with Image.open("model/samples.png") as picture:
         assert picture.size == (32, 32)
     code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1]
@@ -982,6 +985,20 @@ def test_the_card_tells_of_the_run_and_its_three_lines_make_images(exchange, her
     names = {}
     exec(code, names)
     assert [image.size for image in names["images"]] == [(8, 8)] * 4
+
+
+def test_the_card_claims_no_copies_where_none_were_looked_for(exchange, here):
+    """As by other images than those of the training."""
+    figures = [1.0] * (len(evaluate.COLUMNS) - 10)
+    step = checkpoints.load("tiny")["step"]
+    facts = ["", "tiny", step, "dpm++", 25, "", 0, "others", "FD", 64]
+    row = dict(zip(evaluate.COLUMNS, [*facts, *figures], strict=True))
+    for copies in (0.0, ""):
+        evaluate.add_row(Path("results/tiny/evaluation.csv"), row | {"copies": copies})
+        assert exchange("export", "--run_name=tiny", f"--to=model{copies}").status == 0
+        card = Path(f"model{copies}/README.md").read_text()
+        assert "| Frechet distance: FD | 1.000 | 1.000 |" in card
+        assert ("memorization" in card) == (copies == 0.0)
 
 
 def test_the_cards_picture_is_the_newest_of_these_weights(exchange, run, here):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -222,6 +223,18 @@ def test_a_dry_run_learns_and_keeps_nothing(run, place, slow_steps):
     assert not checkpoints.exists("run")
 
 
+def test_a_dry_run_tells_how_much_fits_into_a_budget(run, place, slow_steps, monkeypatch):
+    """Ten minutes at 4 images in 6 seconds, of which two steps are gone."""
+    paint(place / "pictures")
+    monkeypatch.setattr(Progress, "PREVIEW_COST", 0)
+    result = run(*TRAIN, "--dry_run", "--max_minutes=10", "--epochs=100000")
+    fits = re.search(r"about (\S+) to go, (\d+) images or (\S+) epochs in all\n", result.out)
+    assert fits.groups() == ("0:09:48", "392", "39.2")
+    assert "only 392 images will be seen in training" in result.out
+    result = run(*TRAIN, "--dry_run", "--max_minutes=10", "--epochs=3")
+    assert "epochs in all" not in result.out, "they all fit"
+
+
 def test_a_dry_run_of_a_run_that_exists_leaves_it_alone(run, place):
     paint(place / "pictures")
     assert run(*TRAIN, "--epochs=2").status == 0
@@ -261,7 +274,7 @@ def test_the_summary_tells_what_will_happen(run, place):
     for words in (
         "10 images of 8x8 from pictures",
         "1 unreadable, left out: broken.jpg",
-        "million weights",
+        " thousand weights, ",
         "on cpu in ",
         "20 epochs, 50 steps of 4 images, or 7 minutes; 0 steps are done",
         "images per second: about 0:00:0",
@@ -304,7 +317,81 @@ def test_few_images_are_given_as_the_reason_for_noise(run, place):
     told = "only 80 images have been seen in training so far"
     assert told in run(*TRAIN, "--epochs=8").out
     assert told in run("sample", "--run_name=run", "--n_img=1", "--steps=2", "--device=cpu").out
-    assert journal.hint(journal.FEW_IMAGES - 1) and not journal.hint(journal.FEW_IMAGES)
+    assert journal.hint(journal.FEW_IMAGES - 1, "this") and not journal.hint(20_000, "this")
+
+
+SAMPLE = ("sample", "--run_name=run", "--n_img=1", "--steps=2", "--device=cpu")
+
+
+@pytest.mark.parametrize(
+    "words, larger, flags",
+    [
+        (("--epochs=8",), ("--epochs=9",), "--epochs"),
+        (("--max_minutes=1",), ("--max_minutes=2",), "--max_minutes"),
+        (("--max_minutes=60", "--epochs=2"), ("--max_minutes=60", "--epochs=3"), "--epochs"),
+        (
+            ("--max_minutes=0.5", "--epochs=2"),
+            ("--max_minutes=9", "--epochs=3"),
+            "--epochs and --max_minutes",
+        ),
+    ],
+)
+def test_the_flag_that_is_named_continues_the_training(
+    run, place, slow_steps, words, larger, flags
+):
+    """Said after the training, in sampling and by the same command; and tried."""
+    paint(place / "pictures")
+    advice = f"a larger {flags} continues it"
+    assert f"expect blurs and noise; {advice}" in run(*TRAIN, *words).out
+    step = checkpoints.load("run")["step"]
+    assert f"expect blurs and noise; {advice}" in run(*SAMPLE).out
+    assert f"nothing to do: this run is finished; {advice}" in run(*TRAIN, *words).out
+    result = run(*TRAIN, *larger)
+    assert (result.status, "nothing to do" in result.out) == (0, False)
+    assert checkpoints.load("run")["step"] > step
+
+
+def test_a_run_that_was_stopped_is_continued_by_its_own_command(run, place, monkeypatch):
+    paint(place / "pictures")
+    batch_indices = utils.batch_indices
+
+    def stop(*numbers: int) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return batch_indices(*numbers)
+
+    monkeypatch.setattr(utils, "batch_indices", stop)
+    assert run(*TRAIN, "--epochs=8").status == 143
+    assert "blurs and noise; the same `train` command continues it" in run(*SAMPLE).out
+
+
+def test_a_run_without_what_training_needs_is_continued_by_another(run, place):
+    paint(place / "pictures")
+    assert run(*TRAIN, "--epochs=8").status == 0
+    stored = torch.load("models/run/checkpoint.pt", weights_only=True)
+    published = {name: stored[name] for name in (*checkpoints.TO_SAMPLE, "format", "count")}
+    torch.save(published, "models/run/checkpoint.pt")
+    assert "a new run with --init_from=run continues it" in run(*SAMPLE).out
+
+
+def test_too_few_images_are_warned_of_before_the_training(run, place, slow_steps, monkeypatch):
+    """By the epochs, or once its speed is known by the budget; not where there are enough."""
+    paint(place / "pictures")
+    monkeypatch.setattr(journal, "FEW_IMAGES", 100)
+    monkeypatch.setattr(journal, "ROW_EVERY", 5)
+    monkeypatch.setattr(Progress, "PREVIEW_COST", 0)
+    advice = "images will be seen in training: expect blurs and noise; a larger"
+    nameless = [word for word in TRAIN if not word.startswith("--run_name")]
+    result = run(*nameless, "--epochs=8", "--run_name=a")
+    before, _, after = result.out.partition("files ")
+    assert f"only 80 {advice} --epochs shows it more" in before
+    assert "will be seen" not in after
+    told = run(*nameless, "--run_name=b", "--max_minutes=2")
+    # 20 steps of 4 images fit into two minutes
+    assert f"only 80 {advice} --max_minutes shows it more" in told.out + told.err
+    for words in ("--epochs=10", "--max_minutes=2.5"):  # 100 images
+        result = run(*nameless, f"--run_name=enough{words[-1]}", words)
+        assert result.status == 0
+        assert "will be seen" not in result.out + result.err
 
 
 def test_what_was_learned_is_told_by_the_step_not_by_the_last_row(run, place):
@@ -355,10 +442,93 @@ def test_the_last_row_of_a_training_is_taken_back_by_a_longer_one(run, place, mo
 def test_the_mean_loss_of_rows_counts_their_steps(monkeypatch):
     monkeypatch.setattr(journal, "ROW_EVERY", 5)
     rows = [[5, 0, 0, 1.0], [10, 0, 0, 2.0], [12, 0, 0, 7.0]]
-    assert journal.last_loss(rows) == (pytest.approx((5 * 1 + 5 * 2 + 2 * 7) / 12), 12)
+    assert journal.last_loss(rows) == (pytest.approx((5 * 2 + 2 * 7) / 7), 7)
+    assert journal.last_loss(rows[:2]) == (2.0, 5)
     assert journal.last_loss([[3, 0, 0, 4.0]]) == (4.0, 3)
-    many = [[5 * number, 0, 0, float(number)] for number in range(1, 61)]
-    assert journal.last_loss(many) == (pytest.approx(35.5), 250)  # the mean of 11 to 60
+    assert journal.last_loss([[5, 0, 0, 1.0], [7, 0, 0, 8.0]]) == (pytest.approx(3), 7)
+
+
+@pytest.mark.parametrize(
+    "number, taken", [(1, 1), (10, 1), (19, 1), (20, 2), (28, 2), (100, 10), (499, 49), (900, 50)]
+)
+def test_the_loss_that_is_told_is_that_of_the_last_tenth_at_most(number, taken):
+    """Of rows of 20 steps, whose losses are their numbers; and never of more than 50 rows."""
+    rows = [[20 * row, 0, 0, float(row)] for row in range(1, number + 1)]
+    mean = number - (taken - 1) / 2
+    assert journal.last_loss(rows) == (pytest.approx(mean), 20 * taken)
+    assert taken == 1 or taken <= number / 10
+
+
+def test_the_report_says_over_which_steps_the_loss_is(run, place, monkeypatch):
+    paint(place / "pictures")
+    monkeypatch.setattr(journal, "ROW_EVERY", 5)
+    assert " over all 3 steps" in run(*TRAIN, "--epochs=1").out
+    result = run(*TRAIN, "--epochs=40")
+    losses = [float(row["loss"]) for row in csv.DictReader(Path("results/run/log.csv").open())]
+    assert len(losses) == 20
+    assert f"loss {(losses[-1] + losses[-2]) / 2:.4f} over the last 10 steps" in result.out
+
+
+@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
+@pytest.mark.parametrize("min_snr", [0, 5])
+def test_zeros_cost_what_is_said_at_most(objective, min_snr):
+    """Exactly that where the target has a mean square of 1: of noise, of images of -1 and 1."""
+    diffusion = ddpm.Diffusion(100, "cosine", objective, min_snr)
+    every_step = torch.arange(1, 101)
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(0, 2, (100, 3, 16, 16), generator=generator) * 2.0 - 1
+    eps = torch.randn(100, 3, 16, 16, generator=generator)
+    zeros = lambda x_t, t, labels: torch.zeros_like(x_t)  # noqa: E731
+    said = diffusion.weight(every_step).mean().item()
+    assert diffusion.loss(zeros, x_0, every_step, eps).mean().item() == pytest.approx(
+        said, rel=0.02
+    )
+    assert diffusion.loss(zeros, x_0 / 2, every_step, eps).mean().item() < 1.02 * said
+    if not min_snr:
+        assert said == 1
+
+
+@pytest.mark.parametrize("lr, is_told", [("1", True), ("1e-3", False)])
+def test_a_loss_far_above_that_of_zeros_gets_a_word(run, place, lr, is_told):
+    """Adam with a rate of 1 leaves every scale."""
+    paint(place / "pictures")
+    words = [word for word in TRAIN if not word.startswith(("--lr", "--warmup"))]
+    options = ("--objective=eps", "--min_snr=0", "--epochs=20", "--warmup=0", "--lr_decay=none")
+    result = run(*words, *options, f"--lr={lr}")
+    assert result.status == 0
+    told = "this loss is far above 1.0000, which an output of nothing but zeros costs"
+    assert (told in result.out) == is_told
+    assert ("start another run with a lower --lr" in result.out) == is_told
+
+
+# ---- units ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0, "0"),
+        (812, "812"),
+        (999.94, "1000"),
+        (1000, "1.0 thousand"),
+        (45_230, "45.2 thousand"),
+        (999_940, "999.9 thousand"),
+        (999_960, "1.0 million"),
+        (26_600_000, "26.6 million"),
+        (5e12, "5000.0 billion"),
+    ],
+)
+def test_a_number_is_told_in_the_unit_that_suits_it(value, text):
+    assert journal.in_units(value, ("", " thousand", " million", " billion")) == text
+
+
+def test_a_small_network_has_neither_0_million_weights_nor_0_gflop(monkeypatch):
+    monkeypatch.setattr(journal, "gflop_per_image", lambda network, size: 0.01234)
+    network = UNet(8, width=4, multipliers=(1,), blocks=1, attention_size=0)
+    count = sum(weight.numel() for weight in network.parameters())
+    told = journal.describe_network(network, (8, 8), torch.device("cpu"))
+    assert told.startswith(f"{count / 1000:.1f} thousand weights, 12.3 MFLOP an image, on cpu")
+    assert 1000 < count < 100_000
 
 
 def test_one_row_is_drawn_as_a_point(tmp_path, monkeypatch):
@@ -520,6 +690,106 @@ def test_without_a_terminal_a_long_training_tells_itself_in_under_200_lines(
     words = capfd.readouterr().err.split()
     # times gone and left
     assert (1 if hours == 0.01 else 20) <= sum("<" in word for word in words) < 150
+
+
+@pytest.mark.parametrize("seconds_a_step", [1, 5, 40])
+def test_the_first_line_under_a_budget_tells_the_time_that_is_left(
+    tmp_path, monkeypatch, capfd, seconds_a_step
+):
+    """Not that of 500 epochs, which would take days; before the first row of the log, too."""
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+    for module in (journal, session):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(tqdm.std, "time", clock.monotonic)
+    training = ten_epochs(count=4000, epochs=500, max_minutes=10)
+    one = torch.ones(10)
+    with Log(tmp_path, training, noise_steps=8, device=torch.device("cpu")) as log:
+        for step in range(1, min(19, 600 // seconds_a_step)):
+            clock.seconds += seconds_a_step
+            log.add(step, one, one, torch.tensor(1.0), 1e-3)
+    lines = re.findall(r"\[([\d:]+)<([\d:]+)", capfd.readouterr().err)
+    assert lines
+    for times in lines:
+        gone, left = (
+            sum(60**place * int(part) for place, part in enumerate(reversed(text.split(":"))))
+            for text in times
+        )
+        assert gone + left == pytest.approx(600, abs=10)
+
+
+# ---- previews on the way -------------------------------------------------------------------------
+
+
+def previews_of(training: Progress, clock=None, seconds: float = 0) -> list[int]:
+    """The steps of a training after which a preview is due."""
+    found = []
+    step = training.first_step
+    while training.fraction_done(step) < 1:
+        step += 1
+        if clock:
+            clock.seconds += seconds
+        if training.fraction_done(step) < 1 and training.is_preview_due(step):
+            training.previewed(step)
+            found.append(step)
+    return found
+
+
+def test_long_epochs_have_previews_at_every_tenth_of_the_training():
+    """8 epochs of 10,000 images, previews every 10 epochs: 8,000 steps of 10."""
+    facts = {"count": 10_000, "epochs": 8, "sample_every": 10}
+    tenths = [800 * part for part in range(1, 10)]
+    assert previews_of(ten_epochs(**facts)) == tenths
+    # a sitting that begins in between goes on alike
+    assert previews_of(ten_epochs(**facts, step=3000)) == tenths[3:]
+    assert previews_of(ten_epochs(**facts | {"sample_every": 0})) == []
+
+
+def test_short_epochs_have_previews_after_every_so_many_only():
+    facts = {"count": 10_000, "epochs": 40, "sample_every": 2}
+    assert previews_of(ten_epochs(**facts)) == [2000 * part for part in range(1, 20)]
+    facts = {"count": 10_000, "epochs": 8, "sample_every": 1}
+    assert previews_of(ten_epochs(**facts)) == [1000 * part for part in range(1, 8)]
+    # two epochs end: so few
+    facts = {"count": 10_000, "epochs": 20, "sample_every": 8}
+    found = previews_of(ten_epochs(**facts))
+    assert {8000, 16_000} < set(found) and 9 <= len(found) <= 11
+
+
+@pytest.mark.parametrize("count, number", [(100, 0), (200, 1), (400, 2), (800, 4), (1e4, 9)])
+def test_previews_on_the_way_cost_little(count, number):
+    """At least 5 times 320 images lie between two: 20 for each of the 16, by a generous guess."""
+    found = previews_of(ten_epochs(count=int(count), epochs=10, sample_every=20))
+    assert len(found) == number
+    assert all(10 * step >= 1600 for step in np.diff(found, prepend=0))
+
+
+def test_a_budget_has_previews_at_every_tenth_of_its_time(clock):
+    training = ten_epochs(count=10**6, epochs=500, max_minutes=60, sample_every=10)
+    assert previews_of(training, clock, seconds=1) == [360 * part for part in range(1, 10)]
+
+
+def test_previews_on_the_way_change_nothing_that_is_learned(run, place, monkeypatch):
+    """They are named by their step, and lie in their order."""
+    paint(place / "pictures")
+    words = [word for word in TRAIN if not word.startswith(("--run_name", "--sample_every"))]
+    monkeypatch.setattr(Progress, "PREVIEW_COST", 0.1)
+    for name, sample_every in {"with": 10, "without": 0}.items():
+        options = ("--epochs=8", f"--run_name={name}", f"--sample_every={sample_every}")
+        assert run(*words, *options).status == 0
+    names = sorted(path.name for path in Path("results/with/training_progress").iterdir())
+    # 20 steps of 4 images, 10 an epoch: some tenths end an epoch
+    steps = [(2 * part, 8 * part // 10) for part in range(1, 11)]
+    assert names == [
+        f"epoch_{epoch:04d}" + (f"_step_{step:08d}.png" if 4 * step % 10 >= 4 else ".png")
+        for step, epoch in steps
+    ]
+    assert [path.name for path in Path("results/without/training_progress").iterdir()] == [
+        "epoch_0008.png"
+    ]
+    one, other = (checkpoints.load(name) for name in ("with", "without"))
+    assert checkpoints.fingerprint_of(one["network"]) == checkpoints.fingerprint_of(
+        other["network"]
+    )
 
 
 # ---- the table of runs ---------------------------------------------------------------------------

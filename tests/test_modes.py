@@ -273,6 +273,58 @@ def test_labels_choose_the_classes_and_their_rows(three_classes, run, place):
                 assert np.array_equal(tile[:, :, 0], np.asarray(Image.open(path)))
 
 
+@pytest.mark.parametrize(
+    "names, order",
+    [
+        (["1", "10", "2"], ["1", "2", "10"]),
+        (["10", "2", "1"], ["10", "2", "1"]),  # as typed
+        (["a10b2", "a10b10", "a9"], ["a10b2", "a10b10", "a9"]),
+        (["a10b10", "a10b2", "a9"], ["a9", "a10b2", "a10b10"]),
+        (["Dog", "cat", "dog"], ["Dog", "cat", "dog"]),
+        ([], []),
+    ],
+)
+def test_names_with_numbers_come_in_the_order_of_these_unless_somebody_chose_another(names, order):
+    assert [names[number] for number in writing.natural_order(names)] == order
+
+
+def test_rows_of_a_grid_are_in_natural_order_and_named(place, train, run):
+    """The classes 1, 10 and 2, at levels that tell them apart; which image is of which stays."""
+    for name, level in (("1", 5), ("2", 128), ("10", 250)):
+        folder = place / "pictures" / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), level + number).save(folder / f"{number}.png")
+    result = train("--conditional", "--epochs=1", "--lr=0.01", "--sample_every=1")
+    told = "rows from the top: 1, 2, 10"
+    assert f"in the previews: {told}" in result.out
+    with Image.open(place / "results/run/training_progress/epoch_0001.png") as preview:
+        assert preview.text["classes of the rows"] == "1,2,10"
+    result = run("sample", "--run_name=run", "--n_img=6", STEPS, "--gif")
+    assert f"samples.png; its {told}\n" in result.out
+    folder = place / "results/run/samples"
+    images = [Image.open(path) for path in sorted(folder.glob("sample_*.png"))]
+    assert [image.info["label"] for image in images] == ["1", "10", "2"] * 2, "as ever"
+    with Image.open(folder / "samples.png") as picture:
+        assert picture.text["classes of the rows"] == "1,2,10"
+        grid = np.asarray(picture)[:, :, 0]
+    for row, number in enumerate((0, 2, 1)):
+        for column in (0, 1):
+            tile = grid[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            assert np.array_equal(tile, np.asarray(images[number + 3 * column]))
+    with Image.open(folder / "samples.gif") as film:
+        film.seek(film.n_frames - 1)
+        assert np.abs(np.asarray(film.convert("L"), int)[:, :16] - grid).max() <= 2
+    result = run("sample", "--run_name=run", "--n_img=2", STEPS)
+    assert "; its images from the top: 1, 10\n" in result.out
+    # what the grid's own command makes looks the same
+    with Image.open(folder / "samples.png") as picture:
+        words = shlex.split(picture.text["command"])[2:]
+    assert run(*words, "--name=again").status == 0
+    with Image.open(place / "results/run/again/samples.png") as picture:
+        assert np.array_equal(np.asarray(picture)[:, :, 0], grid)
+
+
 def test_the_command_in_an_image_makes_it_again(three_classes, run, place):
     """Of a batch that begins with another class than the first, too."""
     assert (

@@ -329,13 +329,16 @@ def test_other_weights_have_another_fingerprint():
     assert checkpoints.fingerprint_of(strided) in known
 
 
+@pytest.mark.parametrize("batch_size", [1, 6, 16, 20])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_the_film_ends_with_the_images(sample, steps):
+def test_the_film_ends_with_the_images(sample, steps, batch_size):
     """Left what there is, right what it is taken for, of the first 16 images.
 
-    At last both are the image.
+    At last both are the image. They may come in several batches.
     """
-    assert sample("--n_img=20", f"--steps={steps}", "--gif").status == 0
+    result = sample("--n_img=20", f"--steps={steps}", "--gif", f"--batch_size={batch_size}")
+    assert result.status == 0
+    assert "the denoising of 16 as a GIF" in result.out
     with Image.open(RUN / "samples/samples.gif") as film:
         assert film.n_frames == steps
         assert film.size == (2 * 32, 32)
@@ -449,8 +452,12 @@ def test_with_a_wrong_run_those_there_are_get_listed(sample, run, place):
     assert not Path("results").exists()
 
 
-def test_without_any_run_none_is_listed(run):
-    assert run("sample", "--run_name=tiny").err.endswith("runs there are: none yet\n")
+def test_without_any_run_none_is_listed(run, place):
+    """But where it was looked for one."""
+    where = f"{place.resolve() / 'models'}"
+    told = run("sample", "--run_name=tiny").err
+    assert told.endswith(f"runs there are: none yet in {where}\n")
+    assert f"there is no run yet in {where}; " in run("sample").err
 
 
 @pytest.mark.parametrize(

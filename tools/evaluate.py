@@ -1,22 +1,27 @@
-"""How good are the images of a run, and are they new?
+"""How good are the images of a run, or of a folder, and are they new?
 
     python -m tools.evaluate --run_name=my_run
+    python -m tools.evaluate --images=FOLDER --dataset=datasets/landscapes
     torchrun --nproc_per_node=2 -m tools.evaluate --run_name=my_run
     python -m tools.evaluate --help
 
 Images of every mode are judged as they are seen: over white. A Frechet distance alone says
 little: beside every figure of the samples stands that of real images in their place.
 
-Reading order: features; figures; judge, which computes all figures of an array of images;
-evaluate, the command.
+Reading order: features; figures; judge, which computes all figures of an array of images; what
+they mean, in words; where images come from; evaluate, the command.
 """
 
+import contextlib
 import csv
 import datetime
 import hashlib
 import itertools
 import math
+import os
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,16 +29,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 
 import ddpm
 import utils
 from machinery import basics, command_line, devices, processes, reading, runs
-from machinery.basics import UserError
+from machinery.basics import BROKEN_FILE, UserError
 from machinery.listing import list_images
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
+FEW = 256  # samples; of fewer, figures are mostly chance
+SAME_LEVELS = 2  # of 255, root mean square: what differs by less is the same image, saved again
 CHUNK = 256  # images that are compared with as many others at a time
 SHOWN = 64  # samples in evaluation.png
 # figures that compare the samples with a set of real images, and what they mean
@@ -42,7 +50,7 @@ COMPARED = {
     "precision": "quality: share of images that could be real",
     "recall": "variety: share of real images that could be generated",
 }
-COPIES = "memorization: share that copies a training image"
+COPIES = "memorization: share that copies one of them"
 COLORS = ("red", "green", "blue", "contrast")  # in levels of 255
 
 # ---- features ------------------------------------------------------------------------------------
@@ -120,16 +128,23 @@ def extract_all(
 def extract_cached(
     images: Tensor, features: Features, device: torch.device, batch_size: int
 ) -> Tensor:
-    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the images."""
+    """`extract_all`, kept in datasets/.cache (safe to delete) under a check sum of the images.
+
+    What is kept has a check sum, too: damaged, it is computed again.
+    """
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
-    path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npy"
+    path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # a second process waits, and finds the work done
-        if not path.exists():
-            found = extract_all(images, features, device, batch_size).numpy()
-            basics.write_whole(path, lambda file: np.save(file, found))
-    return torch.from_numpy(np.load(path))
+        with contextlib.suppress(*BROKEN_FILE), np.load(path, allow_pickle=False) as kept:
+            found = kept["features"]
+            if kept["sum"] == zlib.crc32(found):
+                return torch.from_numpy(found)
+        found = np.ascontiguousarray(extract_all(images, features, device, batch_size).numpy())
+        kept = {"features": found, "sum": zlib.crc32(found)}
+        basics.write_whole(path, lambda file: np.savez(file, **kept))
+    return torch.from_numpy(found)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -170,7 +185,12 @@ def share_among(queries: Tensor, others: Tensor) -> float:
 
 
 def find_nearest(
-    queries: Tensor, images: np.ndarray, count: int, device: torch.device
+    queries: Tensor,
+    images: np.ndarray,
+    count: int,
+    device: torch.device,
+    among: np.ndarray | None = None,
+    beyond: float = -1.0,
 ) -> tuple[Tensor, Tensor]:
     """The `count` images nearest to each query by their pixels, mirrored or not; nearest first.
 
@@ -178,27 +198,49 @@ def find_nearest(
         queries: images (N, C, H, W) uint8.
         images: images (M, C, H, W) uint8; they are read in portions, so they may be a file mapped
             into memory.
+        among: indices of the images that count, rising; all of them if left out.
+        beyond: images no farther than this do not count: they are infinitely far.
 
     Returns:
-        their distances, and their indices in `images`, both (N, count).
+        their distances, and their indices in `images`, both (N, count); fewer than `count` where
+        fewer images count.
     """
+    among = np.arange(len(images)) if among is None else among
+    count = min(count, len(among))
     found = []
     with basics.progress_bar(len(queries), title="nearest images") as bar:
         for part in queries.split(CHUNK):
             wanted = utils.from_bytes(utils.over_white(part.to(device))).flatten(1)
             columns = []
-            for start in range(0, len(images), CHUNK):
-                portion = torch.from_numpy(images[start : start + CHUNK]).to(device)
+            for start in range(0, len(among), CHUNK):
+                portion = torch.from_numpy(images[among[start : start + CHUNK]]).to(device)
                 others = utils.from_bytes(utils.over_white(portion))  # (B, 3, H, W)
                 distances = [
                     torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))
                 ]
                 columns.append(torch.minimum(*distances))
-            found.append(torch.cat(columns, dim=1).topk(count, largest=False))
+            distances = torch.cat(columns, dim=1)
+            distances[distances <= beyond] = math.inf
+            found.append(distances.topk(count, largest=False))
             bar.update(len(part))
     distances = torch.cat([each.values for each in found])
     indices = torch.cat([each.indices for each in found])
-    return distances.cpu(), indices.cpu()
+    return distances.cpu(), torch.from_numpy(among)[indices.cpu()]
+
+
+def find_distinct(images: np.ndarray) -> np.ndarray:
+    """Which of `images` (M, C, H, W) uint8 equal no earlier one, mirrored or not: rising indices.
+
+    They are read in portions.
+    """
+    firsts = {}
+    for start in range(0, len(images), CHUNK):
+        portion = utils.over_white(torch.from_numpy(images[start : start + CHUNK]))
+        sides = zip(portion.numpy(), portion.flip(3).numpy(), strict=True)
+        for index, (image, mirrored) in enumerate(sides, start):
+            pixels = min(image.tobytes(), mirrored.tobytes())
+            firsts.setdefault(hashlib.sha256(pixels).digest(), index)
+    return np.array([*firsts.values()])
 
 
 def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
@@ -208,14 +250,22 @@ def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Te
     is. Pixels are compared, because features describe the kind of an image, not the very one; what
     is shifted by several pixels is not found. The yardstick is each image's own. By a common one,
     the first percentile of the distances between neighbors, one in six blurred landscapes that
-    nobody had trained on was a copy: what is blurred or plain is near to everything. It is the
-    third neighbor's distance, so that an image which is in the data set up to three times is
-    recognized.
+    nobody had trained on was a copy: what is blurred or plain is near to everything.
+
+    The same image, however often it is in the data set, is no neighbor of itself, and counts once
+    as a neighbor of others. Nor is one that differs by two levels of 255 at most, such as a JPEG
+    that was saved again. It is the third neighbor's distance, so that an image of which two more
+    versions are there, such as a brighter one, is recognized.
     """
-    distances, nearest = find_nearest(samples, images, 1, device)
+    same = SAME_LEVELS / 127.5 * math.sqrt(3 * math.prod(samples.shape[2:]))
+    distinct = find_distinct(images)
+    distances, nearest = find_nearest(samples, images, 1, device, distinct)
     originals = torch.from_numpy(images[nearest[:, 0].numpy()])
-    neighbors, _ = find_nearest(originals, images, NEIGHBORS + 1, device)
-    return distances[:, 0] < neighbors[:, NEIGHBORS] / 2  # the first one is the image itself
+    neighbors, _ = find_nearest(originals, images, NEIGHBORS, device, distinct, beyond=same)
+    # infinite where there are too few others: then only the same image is a copy
+    yardsticks = neighbors[:, -1]
+    yardsticks[yardsticks.isinf()] = 2 * same
+    return distances[:, 0] < yardsticks / 2
 
 
 def measure_colors(images: Tensor) -> dict[str, float]:
@@ -252,12 +302,14 @@ def judge(
     features: Features,
     device: torch.device,
     batch_size: int = 64,
+    copies: bool = True,
 ) -> dict[str, str | int | float]:
     """All figures of `n` samples and, as NAME_real, those of `n` real images in their place.
 
     Two disjoint sets of `n` images are drawn from the data set, always the same ones. Samples are
     compared with the first; so is the second, whose `distance_real` is the floor: what a perfect
-    model scores. Distances fall as n grows, so they can be compared for the same n only.
+    model scores. Distances, their excess over the floor and their ratio to it depend on n, so they
+    can be compared for the same n only.
 
     Args:
         samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real images at
@@ -266,6 +318,7 @@ def judge(
         features: what one of FEATURES returns for this device.
         device: where features and distances are computed.
         batch_size: images shown to the network at a time.
+        copies: whether to look for copies of the data set's images.
 
     Raises:
         UserError: the data set is too small.
@@ -281,7 +334,8 @@ def judge(
         figures[f"distance{end}"] = frechet_distance(judged, first)
         figures[f"precision{end}"] = share_among(judged, first)
         figures[f"recall{end}"] = share_among(first, judged)
-    figures["copies"] = find_copies(samples, images, device).float().mean().item()
+    if copies:
+        figures["copies"] = find_copies(samples, images, device).float().mean().item()
     figures |= measure_colors(samples)
     return figures | {f"{name}_real": value for name, value in measure_colors(real[n:]).items()}
 
@@ -299,13 +353,48 @@ def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor
     return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- in words ------------------------------------------------------------------------------------
 
-LIMITS = ddpm.LIMITS | {"features": FEATURES, "n_img": (FEWEST, 10**9)}
-# evaluation.csv
-COLUMNS = ("date", "run", "step", "sampler", "steps", "guidance", "seed", "dataset", "measure", "n")
-COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
-COLUMNS += (*COLORS, *(f"{name}_real" for name in COLORS))
+
+def report(figures: dict) -> str:
+    """The figures of `judge` as text, those of real images beside them, and what to mind."""
+    lines = [f"{figures['measure']} of {figures['n']:,} images"]
+    lines.append(f"{'':10}{'images':>10}{'real':>10}")
+    for name, meaning in (COMPARED | {"copies": COPIES} | dict.fromkeys(COLORS, "")).items():
+        if name in figures:
+            real = f"{figures[f'{name}_real']:.3f}" if f"{name}_real" in figures else ""
+            lines.append(f"{name:10}{figures[name]:10.3f}{real:>10}  {meaning}".rstrip())
+    return "\n".join([*lines, *remarks(figures)])
+
+
+def remarks(figures: dict) -> list[str]:
+    """What figures would be misread without: a sentence each."""
+    n = figures["n"]
+    precision, real = figures["precision"], figures["precision_real"]
+    chance = 2 * math.sqrt(2 * real * (1 - real) / n)  # two standard errors of a difference
+    found = []
+    if n < FEW:
+        found.append(f"{n} images are few: figures of fewer than {FEW} are mostly chance")
+    if figures["distance"] < figures["distance_real"]:
+        reasons = "too few images, little variety, or copies of the real ones"
+        found.append(f"the distance is below its floor, {figures['distance_real']:.3f}: {reasons}")
+    if precision > real + chance:
+        reasons = "blur or little variety, not better quality"
+        found.append(f"a precision above that of real images, {real:.3f}, means {reasons}")
+    return found
+
+
+# ---- where images come from ----------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """Images to judge, what they are judged by, and what is told of them."""
+
+    samples: Tensor  # (N, C, H, W) uint8
+    data: reading.Dataset
+    facts: dict  # columns of evaluation.csv
+    near: str  # what the images nearest to them are called
+    copies: bool  # whether copies are looked for
 
 
 def draw_labels(
@@ -370,14 +459,152 @@ def make_samples(
     return torch.cat(list(itertools.chain(*processes.gather(images))))
 
 
-def report(figures: dict) -> str:
-    """The figures of `judge` as text, those of real images beside them."""
-    lines = [f"{figures['measure']} of {figures['n']:,} images"]
-    lines.append(f"{'':10}{'images':>10}{'real':>10}")
-    for name, meaning in (COMPARED | {"copies": COPIES} | dict.fromkeys(COLORS, "")).items():
-        real = f"{figures[f'{name}_real']:.3f}" if f"{name}_real" in figures else ""
-        lines.append(f"{name:10}{figures[name]:10.3f}{real:>10}  {meaning}".rstrip())
-    return "\n".join(lines)
+def save_all(samples: Tensor, folder: Path, seed: int, labels: list[str], **facts) -> None:
+    """Write the samples (N, C, H, W) to a new folder, a PNG each, with its seed, class and `facts`.
+
+    Eight at a time: they wait for the disk.
+    """
+    folder.mkdir(parents=True)
+    digits = max(4, len(str(len(samples))))
+    with ThreadPoolExecutor(8) as writers:
+        pending = []
+        for number, image in enumerate(samples):
+            path = folder / f"sample_{number + 1:0{digits}d}.png"
+            own = {"seed": seed + number} | ({"label": labels[number]} if labels else {})
+            pending.append(writers.submit(utils.save_png, image[None], path, **facts | own))
+        for each in pending:
+            each.result()  # raises what the thread met with
+
+
+def say_lowered(n_img: int, n: int, held: str) -> None:
+    if n < n_img:
+        print(f"--n_img={n_img} is lowered to {n}: {held}")
+
+
+def from_run(
+    stored: dict,
+    run_name: str,
+    dataset: str,
+    n_img: int,
+    save_images: str,
+    seed: int,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    device: torch.device,
+) -> Subject | None:
+    """What a run makes, beside its own data set or another; None in all processes but the first."""
+    settings = stored["settings"]
+    classes = settings["classes"]
+    wanted = None
+    if processes.is_first():
+        dataset = dataset or settings["dataset"]
+        listing = list_images(Path(dataset))
+        data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
+        n = comparable(n_img, len(data.images))
+        wanted = n, draw_labels(classes, data, listing.classes, n)
+        held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
+        say_lowered(n_img, n, held)
+        is_known = listing.is_known_as(stored["data"])
+        if not is_known:
+            missed = "copies of its training images (memorization) are not looked for"
+            print(f"{dataset} is not what {run_name} was trained on: {missed}")
+    n, labels = processes.from_first(wanted)
+    samples = make_samples(
+        stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
+    )
+    if not processes.is_first():
+        return None
+    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
+    if save_images:
+        names = [classes[label] for label in labels] if classes else []
+        save_all(samples, Path(save_images), seed, names, **facts)
+        print(f"the images are in {save_images}")
+    facts |= {"seed": seed, "guidance": guidance if classes else "", "dataset": dataset}
+    return Subject(samples, data, facts, "the training images" if is_known else dataset, is_known)
+
+
+def from_folder(images: str, dataset: str, img_size: tuple[int, ...], n_img: int) -> Subject:
+    """The first images of a folder, by their names, beside a data set; both as they are seen.
+
+    Raises:
+        UserError: there is no such folder, or it holds too few images, or images of several sizes.
+    """
+    try:
+        listing = list_images(Path(images))
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--images", 1)) from error
+    size = runs.full_size(img_size) if img_size else size_of(listing)
+    samples = reading.read_dataset(listing, size, "RGB")
+    data = reading.read_dataset(list_images(Path(dataset)), size, "RGB")
+    for folder, read in ((images, samples), (dataset, data)):
+        for remark in read.remarks:
+            print(f"{folder}: {remark}")
+    n = comparable(min(n_img, len(samples.images)), len(data.images))
+    if n < FEWEST:
+        raise UserError(f"--images={images} holds {n} images; at least {FEWEST} are needed")
+    is_short = len(samples.images) < len(data.images) // 2
+    few = f"{images} holds {len(samples.images):,} images"
+    held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
+    say_lowered(n_img, n, few if is_short else held)
+    facts = dict.fromkeys(("step", "sampler", "steps", "guidance", "seed"), "")
+    facts |= {"run": images, "dataset": dataset}
+    return Subject(torch.from_numpy(samples.images[:n]), data, facts, dataset, copies=True)
+
+
+def size_of(listing: reading.Listing) -> tuple[int, int]:
+    """(height, width) of a folder's images.
+
+    Raises:
+        UserError: they differ.
+    """
+    sizes = set()
+    for path in listing.paths:
+        with contextlib.suppress(*BROKEN_FILE), Image.open(path) as picture:
+            sizes.add((picture.height, picture.width))
+    if len(sizes) != 1:
+        fault = f"--images={listing.folder} holds images of {len(sizes)} sizes"
+        raise UserError(f"{fault}; --img_size=64 would bring all to that one")
+    [size] = sizes
+    runs.check_size(size, (1,))
+    return size
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+LIMITS = ddpm.LIMITS | {"features": FEATURES, "n_img": (FEWEST, 10**9)}
+# evaluation.csv; of a folder that no run of ours made, `run` is its path
+COLUMNS = ("date", "run", "step", "sampler", "steps", "guidance", "seed", "dataset", "measure", "n")
+COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
+COLUMNS += (*COLORS, *(f"{name}_real" for name in COLORS))
+
+
+def check_subject(
+    run_name: str, images: str, dataset: str, for_runs: dict, img_size: tuple
+) -> None:
+    """Refuse flags that do not go together.
+
+    Args:
+        for_runs: flags that only a run can follow, and whether they are given.
+    """
+    if not run_name and not images:
+        ways = "`python ddpm.py sample` lists the runs there are; --images=FOLDER judges a folder"
+        raise UserError(f"--run_name is missing; {ways}")
+    if run_name:
+        command_line.check_name("run_name", run_name)
+    if not images and img_size:
+        raise UserError("--img_size is for --images; a run is judged at its own size")
+    if not images:
+        return
+    given = [f"--{flag}" for flag, is_given in for_runs.items() if is_given]
+    if given:
+        rule = "its images are judged as they are"
+        raise UserError(f"--images={images} is a folder: {rule}, without {', '.join(given)}")
+    if not dataset:
+        raise UserError(f"--images={images} needs the real images to judge by: --dataset=...")
+    if img_size:
+        runs.check_size(img_size, (1,))
 
 
 def add_row(table: Path, row: dict) -> None:
@@ -388,22 +615,25 @@ def add_row(table: Path, row: dict) -> None:
 
 
 def evaluate(
-    # data
+    # what
     run_name: str = "",
-    dataset: str = "",
+    images: str = "",
+    img_size: tuple = (),
     # judging
+    dataset: str = "",
     n_img: int = 2048,
-    seed: int = 0,
     features: str = "efficientnet",
-    # sampler
+    # how a run makes its images
+    seed: int = 0,
     sampler: str = "dpm++",
     steps: int = ddpm.STEPS,
     guidance: float = ddpm.GUIDANCE,
+    save_images: str = "",
     # running
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Judge the images of a run: Frechet distance (FD, FID), precision, recall, memorization.
+    """Judge images: Frechet distance (FD, FID), precision, recall, memorization.
 
         python -m tools.evaluate --run_name=my_run
 
@@ -418,21 +648,25 @@ def evaluate(
     Classes are generated in the proportions of the data set and judged all together.
 
     Adds a row to results/RUN/evaluation.csv. Writes results/RUN/evaluation.png: images, each above
-    the training image nearest to it.
+    the real image nearest to it. With --images, both are in results/.
 
     Args:
         run_name: the run to judge, a folder in models/.
-        dataset: the images to judge by; if left out, those the run was trained on.
-        n_img: how many images to generate; fewer are quicker, but you can compare distances for the
+        images: judge the images in this folder, whoever made them, instead of those of a run;
+            give --dataset too.
+        img_size: the size to judge --images at, such as 64 or 48x96; their own if left out.
+        dataset: the real images to judge by; if left out, those the run was trained on.
+        n_img: how many images to judge; fewer are quicker, but you can compare distances for the
             same number only. Lowered to half the number of real images, with a message.
-        seed: image number i depends on seed + i, and on its class, alone.
         features: the network that describes images; only inception gives FID. It downloads 91 MB
             the first time.
+        seed: image number i depends on seed + i, and on its class, alone.
         sampler: as in `ddpm.py sample`.
         steps: how many of the noising steps are visited, as in `ddpm.py sample`.
         guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
             trained with --conditional. 1 samples what was learned; more gives clearer and less
             varied images, which recall shows.
+        save_images: also write the images that are judged to this new folder, a PNG each.
         batch_size: images per batch, in sampling and in the network that describes them.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -440,46 +674,38 @@ def evaluate(
         UserError: a flag, package, checkpoint, table or data set that does not fit.
     """
     command_line.check_limits(locals(), LIMITS)
-    if not run_name:
-        raise UserError("--run_name is missing; `python ddpm.py sample` lists the runs there are")
-    command_line.check_name("run_name", run_name)
+    for_runs = {"run_name": run_name, "save_images": save_images, "seed": seed}
+    for_runs |= {"sampler": sampler != "dpm++", "steps": steps != ddpm.STEPS}
+    for_runs |= {"guidance": guidance != ddpm.GUIDANCE}
+    check_subject(run_name, images, dataset, for_runs, img_size)
     device = processes.join(devices.pick_device(device))
     is_first = processes.is_first()
-    stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
-    settings = stored["settings"]
-    classes = settings["classes"]
+    stored = None
+    if run_name:
+        stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
+        runs.check_sampling(stored["settings"], steps, guidance, ddpm.GUIDANCE)
     table = Path("results", run_name, "evaluation.csv")
-    runs.check_sampling(settings, steps, guidance, ddpm.GUIDANCE)
-    wanted = None
     if is_first:
+        if os.path.lexists(save_images):
+            raise UserError(f"--save_images={save_images} exists; it takes a folder that does not")
         command_line.check_table(table, COLUMNS)
         extractor = FEATURES[features](device)
-        dataset = dataset or settings["dataset"]
-        listing = list_images(Path(dataset))
-        data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
-        n = comparable(n_img, len(data.images))
-        wanted = n, draw_labels(classes, data, listing.classes, n)
-        if n < n_img:
-            held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
-            print(f"--n_img={n_img} is lowered to {n}: {held}")
-        if not listing.is_known_as(stored["data"]):
-            missed = "copies of its training images (memorization) are not found"
-            print(f"{dataset} is not what {run_name} was trained on: {missed}")
-    n, labels = processes.from_first(wanted)
-    samples = make_samples(
-        stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
-    )
+    if stored:
+        how = (seed, sampler, steps, guidance, batch_size, device)
+        subject = from_run(stored, run_name, dataset, n_img, save_images, *how)
+    elif is_first:
+        subject = from_folder(images, dataset, img_size, n_img)
     if not is_first:
         return
-    figures = judge(samples, data.images, extractor, device, batch_size)
+    samples, data, facts, near, copies = subject
+    figures = judge(samples, data.images, extractor, device, batch_size, copies)
     print(report(figures))
-    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
-    facts |= {"seed": seed, "guidance": guidance if classes else ""}
     pairs = table.with_suffix(".png")
-    utils.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **facts)
+    shown = {name: value for name, value in facts.items() if name != "dataset"}
+    utils.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **shown)
     now = datetime.datetime.now().isoformat(" ", "seconds")
-    add_row(table, {"date": now, **facts, "dataset": dataset, **figures})
-    print(f"added to {table}; images above their nearest training images: {pairs}")
+    add_row(table, {"date": now, "copies": "", **facts, **figures})
+    print(f"added to {table}; images above their nearest of {near}: {pairs}")
 
 
 def main() -> None:

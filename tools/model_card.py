@@ -91,12 +91,12 @@ def write_samples(stored: dict, run_name: str, path: Path) -> None:
                 shutil.copyfile(grid, path)
                 return
     steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
-    rows = min(16, len(classes))
-    count = 4 * rows or 16
-    labels = ddpm.labels_in_turn(range(rows), range(count))
+    shown = classes[:16]
+    count = 4 * len(shown) or 16
+    labels = ddpm.labels_in_turn(range(len(shown)), range(count))
     device = devices.pick_device("auto")
     samples = make_samples(stored, range(count), "dpm++", steps, 4, device, labels)
-    utils.save_png(samples, path, rows)
+    utils.save_png(samples, path, shown)
 
 
 def table(*rows: tuple) -> str:
@@ -125,13 +125,17 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
         if row.get("guidance"):  # earlier versions have no such column
             about += f", guidance {row['guidance']}"
         titles = {"distance": f"Frechet distance: {row['measure']}"}
-        titles |= {"precision": "precision (quality)", "recall": "recall (variety)"}
+        titles |= {
+            "precision": "precision (above that of real images: blur)",
+            "recall": "recall (variety)",
+        }
         lines = [
             (title, f"{float(row[name]):.3f}", f"{float(row[f'{name}_real']):.3f}")
             for name, title in titles.items()
         ]
-        copies = f"{float(row['copies']):.3f}"
-        lines.append(("memorization (copies of training images)", copies, ""))
+        if row["copies"]:  # other images than those of the training cannot tell
+            copies = f"{float(row['copies']):.3f}"
+            lines.append(("memorization (copies of training images)", copies, ""))
         tables.append(table((about, "generated", "real images"), *lines))
     return tables
 
