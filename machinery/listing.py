@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from machinery.basics import BROKEN_FILE, UserError, progress_bar, write_whole
 from machinery.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES, MachineFault
 
 CACHE = Path("datasets", ".cache")
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 OWN_FOLDERS = ("models", "results", "runs")  # what training writes is no data set to learn from
 WHOLE_FILE = 2**20  # bytes; larger files are told apart by three samples
 SAMPLE = 2**18
@@ -153,8 +155,9 @@ def list_images(folder: Path) -> Listing:
     pairs = repr(list(zip(names, sizes, strict=True))).encode("utf-8", "surrogateescape")
     facts = np.array([sizes, *times], np.int64).T
     digests = digests_of(folder, names, facts)
-    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(composed("\0".join(names)).encode("utf-8", "surrogateescape"))
     digest.update(digests.tobytes())
+    tops = [composed(top) for top in tops]
     classes = tuple(sorted({*tops} - {""}))
     numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
     return Listing(
@@ -174,11 +177,19 @@ def list_images(folder: Path) -> Listing:
 # ---- classes -------------------------------------------------------------------------------------
 
 
+def composed(name: str) -> str:
+    """A name with its accents in one letter: macOS keeps them as two, which look the same."""
+    return unicodedata.normalize("NFC", name)
+
+
 def tell_classes(listing: Listing, conditional: bool) -> list[str]:
     """A sentence on the classes there are, whether they are to be learned or not."""
     if len(listing.classes) < 2:
         return []
     known = f"{len(listing.classes):,} classes, such as {', '.join(listing.classes[:3])}"
+    if {name.lower() for name in listing.classes} <= PARTS:
+        looks = "these look like the parts of a data set, not like classes"
+        return [f"{known}; {looks}"] if conditional else []
     return [known if conditional else f"{known}; --conditional would tell them apart"]
 
 

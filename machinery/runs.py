@@ -24,7 +24,7 @@ from machinery.command_line import (
     in_short,
 )
 from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, longer
-from machinery.listing import Listing, tell_classes
+from machinery.listing import Listing, composed, tell_classes
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -191,11 +191,12 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     if not classes:
         rule = "for class-conditional runs, trained with --conditional"
         raise UserError(f"--label={label} is {rule}")
-    for name in label.split(","):
+    names = [composed(name) for name in label.split(",")]
+    for name in names:
         if name not in classes:
             known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
             raise UserError(f"--label={name} is not a class of this run{known}")
-    return [classes.index(name) for name in label.split(",")]
+    return [classes.index(name) for name in names]
 
 
 # ---- a run while it is trained -------------------------------------------------------------------

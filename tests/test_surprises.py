@@ -324,6 +324,27 @@ def test_a_class_without_a_readable_image_is_refused(run, place):
     assert "no image of the class dogs can be read" in result.err
 
 
+def test_an_accent_is_one_whatever_a_system_makes_of_it(place):
+    """macOS keeps é as two characters: the same folders are the same classes everywhere."""
+    for root, names in {"x": ("caf\u00e9", "bar"), "y": ("cafe\u0301", "bar")}.items():
+        for number, name in enumerate(names):
+            paint(place / root / name, count=2, first_seed=2 * number)
+    one, other = list_images(place / "x"), list_images(place / "y")
+    assert one.classes == other.classes == ("bar", "caf\u00e9")
+    assert one.fingerprint == other.fingerprint
+    assert runs.check_labels("cafe\u0301", one.classes) == [1]
+
+
+@pytest.mark.parametrize("names, are_parts", [(("train", "Test"), True), (("cats", "test"), False)])
+def test_the_parts_of_a_data_set_are_not_taken_for_classes_in_silence(names, are_parts, place):
+    for name in names:
+        paint(place / "x" / name, count=1)
+    words = "look like the parts of a data set"
+    assert (words in "".join(listing.tell_classes(list_images(place / "x"), True))) == are_parts
+    advice = "".join(listing.tell_classes(list_images(place / "x"), False))
+    assert ("--conditional" in advice) != are_parts
+
+
 # ---- depth ---------------------------------------------------------------------------------------
 
 
