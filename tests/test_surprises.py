@@ -16,7 +16,7 @@ from conftest import TINY, paint
 from PIL import Image, ImageCms, ImageDraw
 
 import utils
-from machinery import checkpoints, listing, pixels, reading
+from machinery import checkpoints, listing, pixels, reading, runs
 from machinery.basics import UserError
 from machinery.listing import list_images
 from machinery.pixels import FileFault, MachineFault, NeedsScale, Scale, common_scale, read_image
