@@ -6,6 +6,7 @@ Reading order: Log, what is said once, plot_curves.
 import copy
 import csv
 import datetime
+import io
 import math
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from machinery import checkpoints, devices, processes
-from machinery.basics import UserError, progress_bar, write_whole
+from machinery.basics import UserError, append_rows, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
 ROW_EVERY = 20  # steps between two rows of the log: reading the sums makes a GPU wait
@@ -60,7 +61,7 @@ class Log:
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
         self.step = progress.first_step
         self.lr = None  # of the last step; unknown before the first
-        self.lines_written = 0
+        self.rows_written = None  # log.csv is to be written anew
         self.has_news = True
 
     def state(self) -> dict:
@@ -71,7 +72,7 @@ class Log:
     def __enter__(self) -> "Log":
         if self.rows and self.rows[-1][0] % ROW_EVERY:
             self.rows.pop()  # its steps are part of the next row, and still in the sums
-            self.lines_written = 0
+            self.rows_written = None
         progress = self.progress
         total = progress.last_step * progress.batch_size
         budget = 60 * progress.max_minutes or math.inf
@@ -185,18 +186,16 @@ class Log:
         """Bring log.csv up to date: written anew when a sitting starts, then appended to."""
         if not self.has_news:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [COLUMNS, *self.rows]
-        first = self.lines_written
-        self.lines_written = 0  # what fails is written anew with the next row
+        written = self.rows_written
+        self.rows_written = None  # what fails is written anew with the next row
         self.has_news = False
-        try:
-            with open(self.path, "a" if first else "w", newline="") as file:
-                csv.writer(file).writerows(lines[first:])
-        except OSError as error:
-            error.filename = error.filename or str(self.path)  # a write that fails leaves it out
-            raise
-        self.lines_written = len(lines)
+        if written is None:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([COLUMNS, *self.rows])
+            write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
+        else:
+            append_rows(self.path, COLUMNS, self.rows[written:])
+        self.rows_written = len(self.rows)
 
     def report(self, run_name: str, sample_flags: str) -> str:
         """What came out, and what to do with it."""

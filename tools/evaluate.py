@@ -11,7 +11,6 @@ Reading order: features; figures; judge, which computes all figures of an array 
 evaluate, the command.
 """
 
-import csv
 import datetime
 import hashlib
 import itertools
@@ -380,10 +379,8 @@ def report(figures: dict) -> str:
 
 
 def add_row(table: Path, row: dict) -> None:
-    """Add a row to evaluation.csv; a new file begins with the names of its columns."""
-    header = [] if table.exists() else [COLUMNS]
-    with open(table, "a", newline="") as file:
-        csv.writer(file).writerows([*header, [row[name] for name in COLUMNS]])
+    """Add a row to evaluation.csv."""
+    basics.append_rows(table, COLUMNS, [[row[name] for name in COLUMNS]])
 
 
 def evaluate(
