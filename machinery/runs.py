@@ -6,6 +6,7 @@ Reading order: checks of settings; Run, while it is trained; reading a run; the 
 import contextlib
 import datetime
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from machinery import checkpoints, processes, reading
-from machinery.basics import BROKEN_FILE, UserError
+from machinery.basics import BROKEN_FILE, UNSUPPORTED, UserError, folder_while_used
 from machinery.command_line import (
     as_typed,
     check_limits,
@@ -58,6 +59,7 @@ RANGES = {
 # The flags that may have other values when a run is resumed.
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
+MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
@@ -222,8 +224,9 @@ class Run:
         self.checkpoint = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
         self.init_checkpoint = {}
 
-    def find(self, load: Callable[[str], dict]) -> FileLock:
-        """Read what there is of the run and of `--init_from`: the run's lock.
+    @contextlib.contextmanager
+    def found(self, load: Callable[[str], dict]) -> Iterator[None]:
+        """What there is of the run and of `--init_from`, read; within this block it is locked.
 
         Raises:
             UserError: somebody else trains this run, or it is another one than the settings say.
@@ -236,17 +239,33 @@ class Run:
         if init_from and is_new:
             self.init_checkpoint = load(init_from)
             check_same_network(init_from, self.init_checkpoint["settings"], self.settings)
-        lock = lock_run(self.path.parent)
-        if is_new and checkpoints.exists(self.name):
-            way_on = "the same command resumes it"
-            raise UserError(f"another process has just trained models/{self.name}; {way_on}")
-        if not is_new:
-            self.checkpoint = load(self.name)
-            if "network" not in self.checkpoint:
-                way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
-                raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
-            check_same_run(self.checkpoint, self.settings, self.fingerprint)
-        return lock
+        with lock_run(self.path.parent):
+            if is_new and checkpoints.exists(self.name):
+                way_on = "the same command resumes it"
+                raise UserError(f"another process has just trained models/{self.name}; {way_on}")
+            if not is_new:
+                self.check_place()
+                self.resume_from(load(self.name))
+            yield
+
+    def check_place(self) -> None:
+        """Refuse a folder, pipe or device where the checkpoints of this run are to be written."""
+        for path in checkpoints.paths_of(self.name):
+            if path.exists() and not path.is_file():
+                reason = "it is no regular file"
+                raise UserError(f"{path} cannot be read as a checkpoint ({reason}); move it away")
+
+    def resume_from(self, checkpoint: dict) -> None:
+        """Take up the run where its checkpoint is."""
+        if "network" not in checkpoint:
+            way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
+            raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
+        check_same_run(checkpoint, self.settings, self.fingerprint)
+        began_from = checkpoint["settings"]["init_from"]
+        if self.settings["init_from"] not in ("", began_from):
+            print(f"--init_from={self.settings['init_from']} is passed over: the run has begun")
+        self.settings["init_from"] = began_from
+        self.checkpoint = checkpoint
 
     def share(self) -> None:
         """Give all processes what the first one has read; settings without a flag are adopted."""
@@ -298,25 +317,56 @@ def open_run(settings: dict, fingerprint: str, load: Callable[[str], dict]) -> I
         UserError: see `Run.find`.
     """
     run = Run(settings, fingerprint)
-    lock = run.find(load) if processes.is_first() else None
-    try:
+    with run.found(load) if processes.is_first() else contextlib.nullcontext():
         run.share()
         yield run
-    finally:
-        if lock:
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep other writers out of a run's folder within this block, or as long as its process lives.
+
+    If nothing was saved, neither the lock's file nor the folder stays, unless it was there before.
+    """
+    with folder_while_used(folder):
+        before = set(os.listdir(folder))
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            way_out = "choose another name for yours"
+            raise UserError(f"{folder}: another process is training this run; {way_out}") from error
+        except (OSError, NotImplementedError) as error:  # the latter is filelock's for ENOSYS
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+                raise
+            follows = "nothing keeps a second process from writing this run: start none"
+            print(f"{folder}: files cannot be locked here; {follows}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes it with the release
+                if ".lock" not in before and set(os.listdir(folder)) <= before | {".lock"}:
+                    os.unlink(folder / ".lock")
             lock.release()
 
 
-def lock_run(folder: Path) -> FileLock:
-    """Keep other trainers out of a run's folder; the lock ends with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        way_out = "choose another --run_name"
-        raise UserError(f"{folder}: another process is training this run; {way_out}") from error
-    return lock
+@contextlib.contextmanager
+def new_run(flag: str, run_name: str) -> Iterator[None]:
+    """Within this block, `--flag=RUN_NAME` is no run yet, and nobody else can make it one.
+
+    Raises:
+        UserError: there is such a run, or somebody else is making it.
+    """
+    with lock_run(checkpoints.paths_of(run_name)[0].parent):
+        check_free(flag, run_name)
+        yield
+
+
+def check_free(flag: str, run_name: str) -> None:
+    """Refuse the name of a run that there is."""
+    if checkpoints.exists(run_name):
+        ways_out = "delete it, or choose another name"
+        raise UserError(f"--{flag}={run_name}: models/{run_name} holds a run; {ways_out}")
 
 
 # ---- reading a run -------------------------------------------------------------------------------

@@ -48,8 +48,7 @@ def publish(run_name: str = "", to: str = "") -> None:
             raise UserError(f"--{flag} is missing")
         command_line.check_name(flag, name)
     stored = ddpm.load_run(run_name)
-    if checkpoints.exists(to):
-        raise UserError(f"--to={to}: models/{to} holds a run; delete it, or choose another name")
+    runs.check_free("to", to)
     average = {name: weight.half().contiguous() for name, weight in stored["average"].items()}
     if not all(weight.isfinite().all() for weight in average.values()):
         raise UserError(
@@ -59,7 +58,8 @@ def publish(run_name: str = "", to: str = "") -> None:
     published = {name: stored[name] for name in checkpoints.TO_SAMPLE}
     published |= {"settings": settings, "average": average}
     published |= {"count": stored["count"]} if "count" in stored else {}
-    checkpoints.save(to, **published)
+    with runs.new_run("to", to):
+        checkpoints.save(to, **published)
     path = checkpoints.paths_of(to)[0]
     number = sum(weight.numel() for weight in average.values())
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {number:,} weights")
@@ -451,9 +451,7 @@ def import_(source: str = "", run_name: str = "") -> None:
     """
     folder = Path(source)
     command_line.check_name("run_name", run_name)
-    if checkpoints.exists(run_name):
-        advice = f"models/{run_name} holds a run; delete it, or choose another name"
-        raise UserError(f"--run_name={run_name}: {advice}")
+    runs.check_free("run_name", run_name)
     if not source or not folder.is_dir():
         advice = "`hf download NAME --local-dir=FOLDER` fetches one"
         raise UserError(f"--source={source} is not a folder; {advice}")
@@ -474,7 +472,8 @@ def import_(source: str = "", run_name: str = "") -> None:
         message = f"--source={source} cannot be read as a model of diffusers ({reason})"
         raise UserError(message) from error
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}
-    checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
+    with runs.new_run("run_name", run_name):
+        checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
     number = sum(weight.numel() for weight in weights.values())
     message = f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights"
     if is_bare:
