@@ -26,6 +26,27 @@ COLUMNS += (*(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), "img_pe
 SUMS = 3 + 2 * QUARTERS  # loss, norm, clipped gradients; loss and number of images per quarter
 
 
+def is_log(rows: list[list], last_step: int) -> bool:
+    """Whether a stranger's rows are such as `Log` keeps: finite numbers, one step after another.
+
+    Only a quarter that met no image has None.
+    """
+    before = 0
+    for row in rows:
+        if type(row) is not list or len(row) != len(COLUMNS):
+            return False
+        for name, cell in zip(COLUMNS, row, strict=True):
+            kinds = (int,) if name in ("step", "images", "clipped") else (int, float)
+            is_number = type(cell) in kinds and 0 <= cell < math.inf
+            if not is_number and not (cell is None and name.startswith("loss_q")):
+                return False
+        cells = dict(zip(COLUMNS, row, strict=True))
+        if not before < cells["step"] <= last_step or not cells["images"] * cells["epoch"]:
+            return False
+        before = cells["step"]
+    return True
+
+
 class Log:
     """What a training tells while it runs.
 

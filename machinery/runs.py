@@ -7,7 +7,8 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,28 +24,29 @@ from machinery.command_line import (
     did_you_mean,
     in_short,
 )
-from machinery.journal import COLUMNS, SUMS, check_tensorboard
+from machinery.journal import COLUMNS, SUMS, check_tensorboard, is_log
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
 NOT_NEGATIVE = (0, math.inf)
+WHOLE = (0, 10**9)
 # The smallest and the largest value of a flag, and of a setting that has no flag.
 RANGES = {
     "epochs": COUNT,
     "max_minutes": NOT_NEGATIVE,
-    "seed": NOT_NEGATIVE,
+    "seed": (0, 2**63 - 1),
     "width": (4, 4096),
     "blocks": (1, 16),
-    "attention_size": NOT_NEGATIVE,
+    "attention_size": WHOLE,
     "dropout": (0, 0.99),
     "noise_steps": (2, 100_000),
-    "min_snr": NOT_NEGATIVE,
+    "min_snr": (0, 10**6),
     "batch_size": COUNT,
     "micro_batch": COUNT,
     "lr": (1e-9, 1),
-    "warmup": NOT_NEGATIVE,
+    "warmup": WHOLE,
     "ema_decay": (0, 0.999999),
-    "sample_every": NOT_NEGATIVE,
+    "sample_every": WHOLE,
     "save_every": NOT_NEGATIVE,
     "n_img": COUNT,
     "guidance": (0, 1000),
@@ -244,16 +246,10 @@ class Run:
                 way_on = "the same command resumes it"
                 raise UserError(f"another process has just trained models/{self.name}; {way_on}")
             if not is_new:
-                self.check_place()
+                for path in checkpoints.paths_of(self.name):  # saves must be able to replace both
+                    checkpoints.check_place(path)
                 self.resume_from(load(self.name))
             yield
-
-    def check_place(self) -> None:
-        """Refuse a folder, pipe or device where the checkpoints of this run are to be written."""
-        for path in checkpoints.paths_of(self.name):
-            if path.exists() and not path.is_file():
-                reason = "it is no regular file"
-                raise UserError(f"{path} cannot be read as a checkpoint ({reason}); move it away")
 
     def resume_from(self, checkpoint: dict) -> None:
         """Take up the run where its checkpoint is."""
@@ -387,37 +383,96 @@ def choose(run_name: str) -> str:
     return run_name
 
 
-def load(run_name: str, defaults: dict, limits: dict, build: Callable) -> dict:
+# what a checkpoint tells beside its settings, its log and its tensors: a type, and a range
+FACTS = {
+    "step": (int, (1, 10**15)),
+    "count": (int, (1, 10**15)),
+    "minutes": (float, (0, 10**9)),  # 1,900 years
+    "data": (str, None),
+}
+
+
+def is_of(kind: type, value) -> bool:
+    """Whether a stored value is of a flag's type; True is no number, 16.0 no whole one."""
+    if kind is float:
+        return type(value) in (int, float)
+    if kind == int | str:
+        return type(value) is int or value == "auto"
+    if kind is tuple:
+        return type(value) is tuple and all(type(part) is int for part in value)
+    return type(value) is (kind if kind in (bool, int) else str)
+
+
+def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
+    """The entry of a checkpoint, beside its tensors, that is of another type or out of range."""
+    settings = stored["settings"]
+    for name, value in settings.items():
+        is_right = isinstance(value, int | float | str | tuple)  # a newer version may have more
+        if name == "classes":
+            is_right = type(value) is tuple and all(type(part) is str for part in value)
+        elif name in kinds:
+            is_right = is_of(kinds[name], value)
+        if type(name) is not str or not is_right:
+            return f"--{name}" if name in kinds else f"{name!r}"
+    for name, (kind, limit) in FACTS.items():
+        value = stored.get(name)
+        if name in stored and not (
+            is_of(kind, value) and (limit is None or limit[0] <= value <= limit[1])
+        ):
+            return name
+    if type(stored["log"]) is not list or not is_log(stored["log"], stored["step"]):
+        return "the log"
+    check_limits(settings, limits)
+    check_network(settings)
+    return ""
+
+
+def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Callable) -> dict:
     """A run's checkpoint. Its weights fit its settings: checked without allocating any.
 
     Args:
         run_name: a folder in models/.
-        defaults: of settings that are newer than the run.
+        flags: of `train`; settings that are newer than the run get their default.
         limits: see `check_limits`.
         build: makes a network, and more, of settings and a device.
 
     Raises:
-        UserError: there is no such run, it cannot be read, or another program made it.
+        UserError: there is no such run, it cannot be read, another program made it, or its weights
+            are infinite or NaN.
     """
     stored = checkpoints.load(run_name)
+    kinds = {name: flag.annotation for name, flag in flags.items()} | IMPORTED
+    wrong = "weights that do not fit its settings"
     try:
-        settings = stored["settings"] = defaults | stored["settings"]
-        check_limits(settings, limits)
-        check_network(settings)
-        with torch.device("meta"):
-            network, *_ = build(settings, torch.device("meta"))
-        imported = ((settings.get(name, kind()), kind) for name, kind in IMPORTED.items())
-        fits = (
-            checkpoints.fits(stored, network, len(COLUMNS), SUMS)
-            and all(isinstance(value, kind) for value, kind in imported)
-            and all(isinstance(name, str) for name in settings["classes"])
-        )
+        defaults = {name: flag.default for name, flag in flags.items()}
+        stored["settings"] = defaults | {"mode": "RGB", "classes": ()} | stored["settings"]
+        if entry := what_is_wrong(stored, kinds, limits):
+            wrong = f"entries that do not fit its settings ({entry})"
+        else:
+            with torch.device("meta"):
+                network, *_ = build(stored["settings"], torch.device("meta"))
+            if checkpoints.fits(stored, network, SUMS):
+                wrong = ""
     except (*BROKEN_FILE, UserError):
-        fits = False
-    if not fits:
+        pass
+    if wrong:
         reason = "another program made it, or it is damaged"
-        raise UserError(f"models/{run_name} holds weights that do not fit its settings: {reason}")
+        raise UserError(f"models/{run_name} holds {wrong}: {reason}")
+    check_finite(run_name, stored)
     return stored
+
+
+def check_finite(run_name: str, stored: dict) -> None:
+    """Refuse a checkpoint whose numbers are infinite or NaN: nothing can be made of these."""
+    tensors = {f"{name} (EMA)": weight for name, weight in stored["average"].items()}
+    if "network" in stored:
+        tensors |= stored["network"] | {"sums": stored["sums"]}
+        for number, moments in stored["optimizer"]["state"].items():
+            tensors |= {f"{name} of weight {number}": each for name, each in moments.items()}
+    if names := checkpoints.not_finite(tensors):
+        fault = f"{names[0]} has values that are infinite or NaN"
+        advice = "its training has failed, or the file was altered"
+        raise UserError(f"models/{run_name} cannot be used: {fault}; {advice}")
 
 
 class Learned(NamedTuple):

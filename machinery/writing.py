@@ -3,6 +3,7 @@
 Reading order: grids and files; Album.
 """
 
+import contextlib
 import itertools
 import math
 import shlex
@@ -15,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from machinery import processes
-from machinery.basics import write_whole
+from machinery.basics import claimed_folder, write_whole
 
 # ---- grids and files -----------------------------------------------------------------------------
 
@@ -89,9 +90,13 @@ class Album:
 
     Each file carries the command that makes it again. Of several processes each writes the images
     it made; the first one adds the grid and the GIF.
+
+        with album:
+            album.add(numbers, images)
+        print(album.close())
     """
 
-    folder: Path
+    folder: Path  # with _2, _3, ... where there is one of that name
     flags: dict  # those of `sample` that decide what the images look like, in their order
     labels: list[str]  # the classes that take turns; none for an unconditional run
     facts: dict  # what else every file tells
@@ -100,6 +105,17 @@ class Album:
     moves: int  # steps from noise to image
     grid: list[Tensor] = field(default_factory=list)
     frames: list[Tensor] = field(default_factory=list)
+
+    def __enter__(self) -> "Album":
+        """Make the folder; if no image comes to lie in it, it goes again."""
+        self.exits = contextlib.ExitStack()
+        if processes.is_first():
+            self.folder = self.exits.enter_context(claimed_folder(self.folder))
+        self.folder = processes.from_first(self.folder)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.exits.close()
 
     def command(self, numbers: range) -> str:
         """What makes these images again, to the bit: as the batch they were made in."""

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import filelock
@@ -19,6 +20,7 @@ from conftest import ROOT, TINY, files_below, paint
 import ddpm
 import tools.exchange
 from machinery import basics, checkpoints, command_line, runs
+from machinery.basics import UserError
 from tools import evaluate
 
 TRAIN = ["train", "--dataset=pictures", "--noise_steps=8", *TINY]
@@ -319,3 +321,113 @@ def test_the_tables_of_evaluations_are_whole(place):
     table.write_bytes(table.read_bytes()[:-3])
     evaluate.add_row(table, row)
     assert [len(row) for row in rows_of(table)] == [len(evaluate.COLUMNS)] * 2
+
+
+# ---- found before work ---------------------------------------------------------------------------
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+KINDS = {"a folder": Path.mkdir, "a pipe": make_pipe}
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt"])
+def test_what_is_no_file_in_the_place_of_a_checkpoint_is_found_before_training(
+    here, run, monkeypatch, kind, name
+):
+    """Not by the save at the end. A pipe would be waited for."""
+    monkeypatch.setattr(ddpm.Training, "advance", lambda *_: pytest.fail("it trains"))
+    path = Path("models/run", name)
+    if path.exists():
+        path.rename("models/run/checkpoint.previous.pt")  # a good one to fall back on
+    kind(path)
+    before = files_below(here)
+    line = refused(run(*TRAIN, "--run_name=run", "--epochs=2"))
+    assert f"{path} cannot be read as a checkpoint (it is no regular file)" in line
+    assert files_below(here) == before
+
+
+@posix
+@pytest.mark.parametrize("words", [["sample"], ["sample", "--run_name=run"]])
+def test_no_reader_waits_for_a_pipe(here, run, words):
+    CHECKPOINT.unlink()
+    os.mkfifo(CHECKPOINT)
+    refused(run(*words))
+
+
+@posix
+@pytest.mark.parametrize("name", ["evaluation.csv", "evaluation.png"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_is_no_file_in_the_place_of_an_evaluation_is_found_before_it(
+    here, run_main, monkeypatch, kind, name
+):
+    monkeypatch.setattr(evaluate, "make_samples", lambda *_: pytest.fail("it samples"))
+    kind(Path("results/run", name))
+    line = refused(run_main(evaluate.main, "--run_name=run", "--n_img=16", "--steps=2"))
+    assert f"{name} is no regular file" in line
+
+
+@posix
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_no_import_waits_for_a_pipe(exchange, here, name):
+    assert exchange("export", "--run_name=run", "--to=model").status == 0
+    Path("model", name).unlink()
+    os.mkfifo(Path("model", name))
+    assert "no regular file" in refused(exchange("import", "--source=model", "--run_name=new"))
+
+
+@pytest.mark.parametrize("n_img, batch_size", [(10**9, 10**9), (10**8, 10**8)])
+def test_a_batch_beyond_all_memory_is_refused_at_once(here, run, n_img, batch_size):
+    before = files_below(here)
+    began = time.monotonic()
+    numbers = [f"--n_img={n_img}", f"--batch_size={batch_size}", "--img_size=1024"]
+    line = refused(run("sample", "--run_name=run", *numbers, "--steps=2", "--device=cpu"))
+    assert "out of memory; a smaller --batch_size" in line
+    assert time.monotonic() - began < 5
+    assert files_below(here) == before
+
+
+def test_many_images_take_no_list(here, run, monkeypatch):
+    def stop(*_, **__):
+        raise UserError("so far")
+
+    monkeypatch.setattr(ddpm, "generate", stop)
+    began = time.monotonic()
+    words = ["sample", "--run_name=run", "--n_img=1e9", "--steps=2", "--batch_size=1"]
+    assert "so far" in refused(run(*words))
+    assert time.monotonic() - began < 3
+
+
+REFUSALS = [
+    ["--seed=5", "--epochs=2"],
+    ["--resume=no"],
+    ["--dataset=broken"],
+    ["--run_name=new", "--dataset=broken"],
+    ["--run_name=new", "--init_from=run", "--width=32"],
+]
+
+
+@pytest.mark.parametrize("words", REFUSALS, ids=" ".join)
+def test_a_refused_training_leaves_nothing_behind(here, run, words):
+    """No lock, no folder."""
+    Path("models/run/.lock").unlink()
+    shutil.rmtree("results")
+    Path("broken").mkdir()
+    for name in ("a.png", "b.png"):
+        Path("broken", name).write_text("no picture")
+    flags = {word.partition("=")[0]: word for word in [*TRAIN[1:], "--run_name=run", *words]}
+    before = files_below(Path("models"))
+    refused(run("train", *flags.values()))
+    assert files_below(Path("models")) == before
+    assert not Path("results").exists()
+
+
+def test_a_lock_beside_which_something_was_saved_stays(here):
+    """So the next one to lock it waits for the same file."""
+    with runs.lock_run(Path("models/new")):
+        Path("models/new/checkpoint.pt").write_text("saved")
+    assert files_below(Path("models/new")) == {".lock", "checkpoint.pt"}

@@ -449,6 +449,7 @@ def evaluate(
     wanted = None
     if is_first:
         command_line.check_table(table, COLUMNS)
+        basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
         dataset = dataset or settings["dataset"]
         listing = reading.list_images(Path(dataset))

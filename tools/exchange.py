@@ -249,6 +249,12 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
 # ---- import --------------------------------------------------------------------------------------
 
 
+def read_json(path: Path):
+    """What a JSON file says."""
+    basics.check_file(path)  # a pipe would be waited for
+    return json.loads(path.read_text())
+
+
 def noising_of(config: dict) -> dict:
     """The settings of a scheduler's noising process.
 
@@ -289,7 +295,7 @@ def classes_of(config: dict, path: Path) -> tuple[str, ...]:
     count = config.get("num_class_embeds")
     if count is None:
         return ()
-    names = json.loads(path.read_text()) if path.exists() else None
+    names = read_json(path) if path.exists() else None
     are_names = isinstance(names, list) and all(
         isinstance(name, str) and "," not in name for name in names
     )
@@ -461,8 +467,8 @@ def import_(source: str = "", run_name: str = "") -> None:
     process = scheduler / "scheduler_config.json"
     is_bare = not process.exists()
     try:
-        config = json.loads((unet / "config.json").read_text())
-        noising = noising_of({} if is_bare else json.loads(process.read_text()))
+        config = read_json(unet / "config.json")
+        noising = noising_of({} if is_bare else read_json(process))
         network, settings = network_of(config, noising, classes_of(config, folder / CLASSES))
         weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
     except UserError as error:
