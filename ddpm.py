@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import utils
 from machinery import checkpoints, command_line, devices, processes, reading, runs
-from machinery.basics import UserError, claim_folder, progress_bar, seed_of
+from machinery.basics import UserError, progress_bar, seed_of
 from machinery.listing import check_classes, list_images
 from machinery.session import Session
 from modules import UNet, update_ema
@@ -275,10 +275,7 @@ def load_run(run_name: str) -> dict:
     Flags that are missing from an older checkpoint get today's default: the default of a new flag
     must mean what older versions did.
     """
-    parameters = inspect.signature(train).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    defaults |= {"mode": "RGB", "classes": ()}
-    return runs.load(run_name, defaults, LIMITS, build)
+    return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -734,14 +731,14 @@ def sample(
         flags |= {"mask": mask}
     moves = max(1, len(visited_steps) - 1)
     labels = [classes[number] for number in chosen]
-    path = Path("results", run_name, name)
-    folder = processes.from_first(claim_folder(path) if processes.is_first() else None)
+    folder = Path("results", run_name, name)
     album = utils.Album(folder, flags, labels, facts, save_grid=save_grid, gif=gif, moves=moves)
-
-    batches = [range(n_img)[first : first + batch_size] for first in range(0, n_img, batch_size)]
-    batches = processes.share_of(batches)
-    with progress_bar(moves * len(batches), unit="step") as bar:
-        for numbers in batches:
+    starts = processes.share_of(range(0, n_img, batch_size))
+    # what is beyond all memory ends here, before there is a list as long
+    torch.empty(min(n_img, batch_size), network.channels, *size, device=device)
+    with album, progress_bar(moves * len(starts), unit="step") as bar:
+        for first in starts:
+            numbers = range(first, min(first + batch_size, n_img))
             denoising = generate(
                 network,
                 diffusion,

@@ -31,7 +31,13 @@ def from_bytes(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, uint8, rounded to the nearest level."""
+    """[-1, 1] to 0..255, uint8, rounded to the nearest level.
+
+    Raises:
+        UserError: a value is infinite or NaN, which would become black or white.
+    """
+    if not images.isfinite().all():
+        raise UserError("the network makes images that are infinite or NaN; none is written")
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

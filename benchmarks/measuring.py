@@ -4,7 +4,6 @@ Reading order: turns, floating-point operations, the machine, tables and files.
 """
 
 import copy
-import csv
 import datetime
 import math
 import os
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from machinery.basics import append_rows
 from machinery.devices import has_bfloat16
 
 # calls that are not measured: kernels are chosen, moments allocated, networks compiled in them
@@ -300,14 +300,8 @@ def add_rows(path: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
     def rounded(cell):
         return f"{cell:.6g}" if isinstance(cell, float) else cell
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({name: rounded(cell) for name, cell in row.items()})
+    cells = [[rounded(row.get(name)) for name in columns] for row in rows]
+    append_rows(path, columns, cells)
 
 
 def publish(

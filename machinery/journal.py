@@ -6,6 +6,7 @@ Reading order: Log, what is said once, plot_curves.
 import copy
 import csv
 import datetime
+import io
 import math
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from machinery import checkpoints, devices, processes
-from machinery.basics import UserError, progress_bar, write_whole
+from machinery.basics import UserError, append_rows, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
 SENSELESS = 1.5  # a loss of so many times what an output of zeros costs is no training at all
@@ -24,6 +25,27 @@ QUARTERS = 4  # of the noising steps: the early ones (t small) are details, the 
 COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
 COLUMNS += (*(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), "img_per_s")
 SUMS = 3 + 2 * QUARTERS  # loss, norm, clipped gradients; loss and number of images per quarter
+
+
+def is_log(rows: list[list], last_step: int) -> bool:
+    """Whether a stranger's rows are such as `Log` keeps: finite numbers, one step after another.
+
+    Only a quarter that met no image has None.
+    """
+    before = 0
+    for row in rows:
+        if type(row) is not list or len(row) != len(COLUMNS):
+            return False
+        for name, cell in zip(COLUMNS, row, strict=True):
+            kinds = (int,) if name in ("step", "images", "clipped") else (int, float)
+            is_number = type(cell) in kinds and 0 <= cell < math.inf
+            if not is_number and not (cell is None and name.startswith("loss_q")):
+                return False
+        cells = dict(zip(COLUMNS, row, strict=True))
+        if not before < cells["step"] <= last_step or not cells["images"] * cells["epoch"]:
+            return False
+        before = cells["step"]
+    return True
 
 
 class Log:
@@ -61,7 +83,7 @@ class Log:
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
         self.step = progress.first_step
         self.lr = None  # of the last step; unknown before the first
-        self.lines_written = 0
+        self.rows_written = None  # log.csv is to be written anew
         self.has_news = True
 
     def state(self) -> dict:
@@ -72,7 +94,7 @@ class Log:
     def __enter__(self) -> "Log":
         if self.rows and self.rows[-1][0] % ROW_EVERY:
             self.rows.pop()  # its steps are part of the next row, and still in the sums
-            self.lines_written = 0
+            self.rows_written = None
         progress = self.progress
         total = progress.last_step * progress.batch_size
         budget = 60 * progress.max_minutes or math.inf
@@ -194,18 +216,16 @@ class Log:
         """Bring log.csv up to date: written anew when a sitting starts, then appended to."""
         if not self.has_news:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [COLUMNS, *self.rows]
-        first = self.lines_written
-        self.lines_written = 0  # what fails is written anew with the next row
+        written = self.rows_written
+        self.rows_written = None  # what fails is written anew with the next row
         self.has_news = False
-        try:
-            with open(self.path, "a" if first else "w", newline="") as file:
-                csv.writer(file).writerows(lines[first:])
-        except OSError as error:
-            error.filename = error.filename or str(self.path)  # a write that fails leaves it out
-            raise
-        self.lines_written = len(lines)
+        if written is None:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([COLUMNS, *self.rows])
+            write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
+        else:
+            append_rows(self.path, COLUMNS, self.rows[written:])
+        self.rows_written = len(self.rows)
 
     def report(self, run_name: str, sample_flags: str, blank_loss: float) -> str:
         """What came out, and what to do with it.

@@ -6,7 +6,9 @@ Reading order: checks of settings; Run, while it is trained; reading a run; the 
 import contextlib
 import datetime
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from machinery import checkpoints, processes, reading
-from machinery.basics import BROKEN_FILE, UserError
+from machinery.basics import BROKEN_FILE, UNSUPPORTED, UserError, folder_while_used
 from machinery.command_line import (
     as_typed,
     check_limits,
@@ -23,29 +25,30 @@ from machinery.command_line import (
     did_you_mean,
     in_short,
 )
-from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, longer
+from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
 NOT_NEGATIVE = (0, math.inf)
+WHOLE = (0, 10**9)
 # The smallest and the largest value of a flag, and of a setting that has no flag.
 RANGES = {
     "epochs": COUNT,
     "max_minutes": NOT_NEGATIVE,
-    "seed": NOT_NEGATIVE,
+    "seed": (0, 2**63 - 1),
     "width": (4, 4096),
     "blocks": (1, 16),
-    "attention_size": NOT_NEGATIVE,
+    "attention_size": WHOLE,
     "dropout": (0, 0.99),
     "noise_steps": (2, 100_000),
-    "min_snr": NOT_NEGATIVE,
+    "min_snr": (0, 10**6),
     "batch_size": COUNT,
     "micro_batch": COUNT,
     "lr": (1e-9, 1),
-    "warmup": NOT_NEGATIVE,
+    "warmup": WHOLE,
     "ema_decay": (0, 0.999999),
-    "sample_every": NOT_NEGATIVE,
+    "sample_every": WHOLE,
     "save_every": NOT_NEGATIVE,
     "n_img": COUNT,
     "guidance": (0, 1000),
@@ -60,6 +63,7 @@ RANGES = {
 # The flags that may have other values when a run is resumed.
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
+MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
@@ -225,8 +229,9 @@ class Run:
         self.checkpoint = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
         self.init_checkpoint = {}
 
-    def find(self, load: Callable[[str], dict]) -> FileLock:
-        """Read what there is of the run and of `--init_from`: the run's lock.
+    @contextlib.contextmanager
+    def found(self, load: Callable[[str], dict]) -> Iterator[None]:
+        """What there is of the run and of `--init_from`, read; within this block it is locked.
 
         Raises:
             UserError: somebody else trains this run, or it is another one than the settings say.
@@ -239,17 +244,27 @@ class Run:
         if init_from and is_new:
             self.init_checkpoint = load(init_from)
             check_same_network(init_from, self.init_checkpoint["settings"], self.settings)
-        lock = lock_run(self.path.parent)
-        if is_new and checkpoints.exists(self.name):
-            way_on = "the same command resumes it"
-            raise UserError(f"another process has just trained models/{self.name}; {way_on}")
-        if not is_new:
-            self.checkpoint = load(self.name)
-            if "network" not in self.checkpoint:
-                way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
-                raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
-            check_same_run(self.checkpoint, self.settings, self.listing)
-        return lock
+        with lock_run(self.path.parent):
+            if is_new and checkpoints.exists(self.name):
+                way_on = "the same command resumes it"
+                raise UserError(f"another process has just trained models/{self.name}; {way_on}")
+            if not is_new:
+                for path in checkpoints.paths_of(self.name):  # saves must be able to replace both
+                    checkpoints.check_place(path)
+                self.resume_from(load(self.name))
+            yield
+
+    def resume_from(self, checkpoint: dict) -> None:
+        """Take up the run where its checkpoint is."""
+        if "network" not in checkpoint:
+            way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
+            raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
+        check_same_run(checkpoint, self.settings, self.listing)
+        began_from = checkpoint["settings"]["init_from"]
+        if self.settings["init_from"] not in ("", began_from):
+            print(f"--init_from={self.settings['init_from']} is passed over: the run has begun")
+        self.settings["init_from"] = began_from
+        self.checkpoint = checkpoint
 
     def share(self) -> None:
         """Give all processes what the first one has read; settings without a flag are adopted."""
@@ -316,25 +331,56 @@ def open_run(settings: dict, listing: Listing, load: Callable[[str], dict]) -> I
         UserError: see `Run.find`.
     """
     run = Run(settings, listing)
-    lock = run.find(load) if processes.is_first() else None
-    try:
+    with run.found(load) if processes.is_first() else contextlib.nullcontext():
         run.share()
         yield run
-    finally:
-        if lock:
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep other writers out of a run's folder within this block, or as long as its process lives.
+
+    If nothing was saved, neither the lock's file nor the folder stays, unless it was there before.
+    """
+    with folder_while_used(folder):
+        before = set(os.listdir(folder))
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            way_out = "choose another name for yours"
+            raise UserError(f"{folder}: another process is training this run; {way_out}") from error
+        except (OSError, NotImplementedError) as error:  # the latter is filelock's for ENOSYS
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+                raise
+            follows = "nothing keeps a second process from writing this run: start none"
+            print(f"{folder}: files cannot be locked here; {follows}")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes it with the release
+                if ".lock" not in before and set(os.listdir(folder)) <= before | {".lock"}:
+                    os.unlink(folder / ".lock")
             lock.release()
 
 
-def lock_run(folder: Path) -> FileLock:
-    """Keep other trainers out of a run's folder; the lock ends with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        way_out = "choose another --run_name"
-        raise UserError(f"{folder}: another process is training this run; {way_out}") from error
-    return lock
+@contextlib.contextmanager
+def new_run(flag: str, run_name: str) -> Iterator[None]:
+    """Within this block, `--flag=RUN_NAME` is no run yet, and nobody else can make it one.
+
+    Raises:
+        UserError: there is such a run, or somebody else is making it.
+    """
+    with lock_run(checkpoints.paths_of(run_name)[0].parent):
+        check_free(flag, run_name)
+        yield
+
+
+def check_free(flag: str, run_name: str) -> None:
+    """Refuse the name of a run that there is."""
+    if checkpoints.exists(run_name):
+        ways_out = "delete it, or choose another name"
+        raise UserError(f"--{flag}={run_name}: models/{run_name} holds a run; {ways_out}")
 
 
 # ---- reading a run -------------------------------------------------------------------------------
@@ -355,37 +401,96 @@ def choose(run_name: str) -> str:
     return run_name
 
 
-def load(run_name: str, defaults: dict, limits: dict, build: Callable) -> dict:
+# what a checkpoint tells beside its settings, its log and its tensors: a type, and a range
+FACTS = {
+    "step": (int, (1, 10**15)),
+    "count": (int, (1, 10**15)),
+    "minutes": (float, (0, 10**9)),  # 1,900 years
+    "data": (str, None),
+}
+
+
+def is_of(kind: type, value) -> bool:
+    """Whether a stored value is of a flag's type; True is no number, 16.0 no whole one."""
+    if kind is float:
+        return type(value) in (int, float)
+    if kind == int | str:
+        return type(value) is int or value == "auto"
+    if kind is tuple:
+        return type(value) is tuple and all(type(part) is int for part in value)
+    return type(value) is (kind if kind in (bool, int) else str)
+
+
+def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
+    """The entry of a checkpoint, beside its tensors, that is of another type or out of range."""
+    settings = stored["settings"]
+    for name, value in settings.items():
+        is_right = isinstance(value, int | float | str | tuple)  # a newer version may have more
+        if name == "classes":
+            is_right = type(value) is tuple and all(type(part) is str for part in value)
+        elif name in kinds:
+            is_right = is_of(kinds[name], value)
+        if type(name) is not str or not is_right:
+            return f"--{name}" if name in kinds else f"{name!r}"
+    for name, (kind, limit) in FACTS.items():
+        value = stored.get(name)
+        if name in stored and not (
+            is_of(kind, value) and (limit is None or limit[0] <= value <= limit[1])
+        ):
+            return name
+    if type(stored["log"]) is not list or not is_log(stored["log"], stored["step"]):
+        return "the log"
+    check_limits(settings, limits)
+    check_network(settings)
+    return ""
+
+
+def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Callable) -> dict:
     """A run's checkpoint. Its weights fit its settings: checked without allocating any.
 
     Args:
         run_name: a folder in models/.
-        defaults: of settings that are newer than the run.
+        flags: of `train`; settings that are newer than the run get their default.
         limits: see `check_limits`.
         build: makes a network, and more, of settings and a device.
 
     Raises:
-        UserError: there is no such run, it cannot be read, or another program made it.
+        UserError: there is no such run, it cannot be read, another program made it, or its weights
+            are infinite or NaN.
     """
     stored = checkpoints.load(run_name)
+    kinds = {name: flag.annotation for name, flag in flags.items()} | IMPORTED
+    wrong = "weights that do not fit its settings"
     try:
-        settings = stored["settings"] = defaults | stored["settings"]
-        check_limits(settings, limits)
-        check_network(settings)
-        with torch.device("meta"):
-            network, *_ = build(settings, torch.device("meta"))
-        imported = ((settings.get(name, kind()), kind) for name, kind in IMPORTED.items())
-        fits = (
-            checkpoints.fits(stored, network, len(COLUMNS), SUMS)
-            and all(isinstance(value, kind) for value, kind in imported)
-            and all(isinstance(name, str) for name in settings["classes"])
-        )
+        defaults = {name: flag.default for name, flag in flags.items()}
+        stored["settings"] = defaults | {"mode": "RGB", "classes": ()} | stored["settings"]
+        if entry := what_is_wrong(stored, kinds, limits):
+            wrong = f"entries that do not fit its settings ({entry})"
+        else:
+            with torch.device("meta"):
+                network, *_ = build(stored["settings"], torch.device("meta"))
+            if checkpoints.fits(stored, network, SUMS):
+                wrong = ""
     except (*BROKEN_FILE, UserError):
-        fits = False
-    if not fits:
+        pass
+    if wrong:
         reason = "another program made it, or it is damaged"
-        raise UserError(f"models/{run_name} holds weights that do not fit its settings: {reason}")
+        raise UserError(f"models/{run_name} holds {wrong}: {reason}")
+    check_finite(run_name, stored)
     return stored
+
+
+def check_finite(run_name: str, stored: dict) -> None:
+    """Refuse a checkpoint whose numbers are infinite or NaN: nothing can be made of these."""
+    tensors = {f"{name} (EMA)": weight for name, weight in stored["average"].items()}
+    if "network" in stored:
+        tensors |= stored["network"] | {"sums": stored["sums"]}
+        for number, moments in stored["optimizer"]["state"].items():
+            tensors |= {f"{name} of weight {number}": each for name, each in moments.items()}
+    if names := checkpoints.not_finite(tensors):
+        fault = f"{names[0]} has values that are infinite or NaN"
+        advice = "its training has failed, or the file was altered"
+        raise UserError(f"models/{run_name} cannot be used: {fault}; {advice}")
 
 
 class Learned(NamedTuple):

@@ -3,6 +3,7 @@
 Reading order: grids and files; Album.
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -17,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from machinery import processes
-from machinery.basics import write_whole
+from machinery.basics import claimed_folder, write_whole
 from machinery.command_line import in_short
 
 # ---- grids and files -----------------------------------------------------------------------------
@@ -126,9 +127,13 @@ class Album:
 
     Each file carries the command that makes it again. Of several processes each writes the images
     it made; the first one adds the grid and the GIF.
+
+        with album:
+            album.add(numbers, images)
+        print(album.close())
     """
 
-    folder: Path
+    folder: Path  # with _2, _3, ... where there is one of that name
     flags: dict  # those of `sample` that decide what the images look like, in their order
     labels: list[str]  # the classes that take turns; none for an unconditional run
     facts: dict  # what else every file tells
@@ -138,6 +143,17 @@ class Album:
     grid: list[Tensor] = field(default_factory=list)
     # by the first number of a batch, its frames (2, B, C, H, W): x_t and the guess of x_0
     film: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __enter__(self) -> "Album":
+        """Make the folder; if no image comes to lie in it, it goes again."""
+        self.exits = contextlib.ExitStack()
+        if processes.is_first():
+            self.folder = self.exits.enter_context(claimed_folder(self.folder))
+        self.folder = processes.from_first(self.folder)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.exits.close()
 
     def command(self, numbers: range) -> str:
         """What makes these images again, to the bit: as the batch they were made in."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import random
+import re
 import shutil
 import stat
 import sys
@@ -66,7 +67,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(place, monkeypatch, keep)
         )
 
     def replace_and_note(old: Path, new: Path) -> None:
-        calls.append(f"{Path(old).name} becomes {Path(new).name}")
+        calls.append(f"{re.sub('_[0-9a-f]{8}$', '', Path(old).name)} becomes {Path(new).name}")
         replace(old, new)
 
     monkeypatch.setattr(os, "fsync", fsync)

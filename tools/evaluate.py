@@ -13,7 +13,6 @@ they mean, in words; where images come from; evaluate, the command.
 """
 
 import contextlib
-import csv
 import datetime
 import hashlib
 import itertools
@@ -608,10 +607,8 @@ def check_subject(
 
 
 def add_row(table: Path, row: dict) -> None:
-    """Add a row to evaluation.csv; a new file begins with the names of its columns."""
-    header = [] if table.exists() else [COLUMNS]
-    with open(table, "a", newline="") as file:
-        csv.writer(file).writerows([*header, [row[name] for name in COLUMNS]])
+    """Add a row to evaluation.csv."""
+    basics.append_rows(table, COLUMNS, [[row[name] for name in COLUMNS]])
 
 
 def evaluate(
@@ -689,6 +686,7 @@ def evaluate(
         if os.path.lexists(save_images):
             raise UserError(f"--save_images={save_images} exists; it takes a folder that does not")
         command_line.check_table(table, COLUMNS)
+        basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
     if stored:
         how = (seed, sampler, steps, guidance, batch_size, device)

@@ -48,8 +48,7 @@ def publish(run_name: str = "", to: str = "") -> None:
             raise UserError(f"--{flag} is missing")
         command_line.check_name(flag, name)
     stored = ddpm.load_run(run_name)
-    if checkpoints.exists(to):
-        raise UserError(f"--to={to}: models/{to} holds a run; delete it, or choose another name")
+    runs.check_free("to", to)
     average = {name: weight.half().contiguous() for name, weight in stored["average"].items()}
     if not all(weight.isfinite().all() for weight in average.values()):
         raise UserError(
@@ -59,7 +58,8 @@ def publish(run_name: str = "", to: str = "") -> None:
     published = {name: stored[name] for name in checkpoints.TO_SAMPLE}
     published |= {"settings": settings, "average": average}
     published |= {"count": stored["count"]} if "count" in stored else {}
-    checkpoints.save(to, **published)
+    with runs.new_run("to", to):
+        checkpoints.save(to, **published)
     path = checkpoints.paths_of(to)[0]
     number = sum(weight.numel() for weight in average.values())
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {number:,} weights")
@@ -249,6 +249,12 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
 # ---- import --------------------------------------------------------------------------------------
 
 
+def read_json(path: Path):
+    """What a JSON file says."""
+    basics.check_file(path)  # a pipe would be waited for
+    return json.loads(path.read_text())
+
+
 def noising_of(config: dict) -> dict:
     """The settings of a scheduler's noising process.
 
@@ -289,7 +295,7 @@ def classes_of(config: dict, path: Path) -> tuple[str, ...]:
     count = config.get("num_class_embeds")
     if count is None:
         return ()
-    names = json.loads(path.read_text()) if path.exists() else None
+    names = read_json(path) if path.exists() else None
     are_names = isinstance(names, list) and all(
         isinstance(name, str) and "," not in name for name in names
     )
@@ -451,9 +457,7 @@ def import_(source: str = "", run_name: str = "") -> None:
     """
     folder = Path(source)
     command_line.check_name("run_name", run_name)
-    if checkpoints.exists(run_name):
-        advice = f"models/{run_name} holds a run; delete it, or choose another name"
-        raise UserError(f"--run_name={run_name}: {advice}")
+    runs.check_free("run_name", run_name)
     if not source or not folder.is_dir():
         advice = "`hf download NAME --local-dir=FOLDER` fetches one"
         raise UserError(f"--source={source} is not a folder; {advice}")
@@ -463,8 +467,8 @@ def import_(source: str = "", run_name: str = "") -> None:
     process = scheduler / "scheduler_config.json"
     is_bare = not process.exists()
     try:
-        config = json.loads((unet / "config.json").read_text())
-        noising = noising_of({} if is_bare else json.loads(process.read_text()))
+        config = read_json(unet / "config.json")
+        noising = noising_of({} if is_bare else read_json(process))
         network, settings = network_of(config, noising, classes_of(config, folder / CLASSES))
         weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
     except UserError as error:
@@ -474,7 +478,8 @@ def import_(source: str = "", run_name: str = "") -> None:
         message = f"--source={source} cannot be read as a model of diffusers ({reason})"
         raise UserError(message) from error
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}
-    checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
+    with runs.new_run("run_name", run_name):
+        checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
     number = sum(weight.numel() for weight in weights.values())
     message = f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights"
     if is_bare:
