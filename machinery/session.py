@@ -134,10 +134,8 @@ class Progress:
         left = datetime.timedelta(seconds=round(self.seconds_left(step, speed)))
         time_left = f"time     {speed:.1f} images per second: about {left} to go"
         images = self.images_in_all(step, speed)
-        if (
-            round(images) >= self.last_step * self.batch_size
-        ):  # all epochs fit: their number is known
-            return time_left
+        if round(images) >= self.last_step * self.batch_size:
+            return time_left  # all epochs fit, and their number is known
         fits = f"{time_left}, {images:,.0f} images or {images / self.count:.1f} epochs in all"
         return fits + warning(images, "--max_minutes")
 

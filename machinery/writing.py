@@ -42,8 +42,8 @@ def natural_order(names: Sequence[str]) -> list[int]:
     """
 
     def key(index: int) -> list:
-        parts = re.split("([0-9]+)", names[index])  # every second one is a number
-        return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+        parts = re.split("0*([0-9]+)", names[index])  # every second one is a number
+        return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
 
     places = range(len(names))
     return sorted(places, key=key) if list(names) == sorted(names) else list(places)

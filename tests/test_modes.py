@@ -280,6 +280,7 @@ def test_labels_choose_the_classes_and_their_rows(three_classes, run, place):
         (["10", "2", "1"], ["10", "2", "1"]),  # as typed
         (["a10b2", "a10b10", "a9"], ["a10b2", "a10b10", "a9"]),
         (["a10b10", "a10b2", "a9"], ["a9", "a10b2", "a10b10"]),
+        (["010", "02", "1", "9" * 5000], ["1", "02", "010", "9" * 5000]),
         (["Dog", "cat", "dog"], ["Dog", "cat", "dog"]),
         ([], []),
     ],
