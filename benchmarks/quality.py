@@ -19,6 +19,7 @@ import utils
 from benchmarks import measuring
 from machinery import command_line, devices, reading
 from machinery.basics import UserError
+from machinery.command_line import FilePath
 from tools import evaluate
 
 # A small network that learns something within minutes on a CPU; every variant changes a bit of it.
@@ -120,8 +121,8 @@ def quality(
     images: int = 40_000,
     seeds: int = 1,
     n_img: int = 2048,
-    dataset: str = "datasets/landscapes",
-    held_out: str = "datasets/held_out",
+    dataset: FilePath = "datasets/landscapes",
+    held_out: FilePath = "datasets/held_out",
     device: str = "auto",
 ) -> None:
     """Train the variants of an experiment on as many images, and judge them by held-out images.

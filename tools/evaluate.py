@@ -29,6 +29,7 @@ import ddpm
 import utils
 from machinery import basics, command_line, devices, processes, reading, runs
 from machinery.basics import UserError
+from machinery.command_line import FilePath
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -386,7 +387,7 @@ def add_row(table: Path, row: dict) -> None:
 def evaluate(
     # data
     run_name: str = "",
-    dataset: str = "",
+    dataset: FilePath = "",
     # judging
     n_img: int = 2048,
     seed: int = 0,
@@ -456,12 +457,13 @@ def evaluate(
         data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
         n = comparable(n_img, len(data.images))
         wanted = n, draw_labels(classes, data, listing.classes, n)
+        shown = basics.printable(dataset)
         if n < n_img:
-            held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
+            held = f"{shown} holds {len(data.images):,} images; two are needed for each"
             print(f"--n_img={n_img} is lowered to {n}: {held}")
         if data.fingerprint != stored["data"]:
             missed = "copies of its training images (memorization) are not found"
-            print(f"{dataset} is not what {run_name} was trained on: {missed}")
+            print(f"{shown} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)
     samples = make_samples(
         stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
