@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from machinery import processes
+from machinery.basics import printable
 from machinery.command_line import StopSignals
 from machinery.journal import Log, describe_network
 from machinery.reading import MODES, Dataset
@@ -292,6 +293,7 @@ class Session:
         height, width = settings["img_size"]
         kind = f"{height}x{width} from {settings['dataset']}, in {MODES[data.mode]}"
         remarks = [*data.remarks, f"a look at them: {examples}"]
+        kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
         network = describe_network(self.training.network, (height, width), self.training.device)
         print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")
