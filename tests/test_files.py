@@ -451,6 +451,7 @@ def test_a_home_folder_is_meant_wherever_a_path_is_read(here, run, run_main, exc
     picture = "~/pictures/picture_0000.png"
     flags = [f"--init_image={picture}", f"--mask={picture}", "--steps=2", "--device=cpu"]
     assert run("sample", "--run_name=run", "--n_img=1", *flags).status == 0
+    monkeypatch.setitem(evaluate.FEATURES, "efficientnet", lambda device: None)
     words = ["--run_name=run", "--n_img=16", "--steps=2", "--dataset=~/pictures"]
     assert "the data set holds 10 images" in refused(run_main(evaluate.main, *words))
     assert not list(here.glob("~*"))

@@ -446,7 +446,7 @@ def test_it_trains_and_samples_where_asserts_and_docstrings_are_left_out(here):
         assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize("flag", ["min_snr=1e39", "min_snr=inf", "seed=1e30", "warmup=1e30"])
+@pytest.mark.parametrize("flag", ["min_snr=1e39", "min_snr=inf", "seed=1e30"])
 def test_numbers_beyond_their_type_are_out_of_range(run, here, flag):
     name = flag.partition("=")[0]
     assert f"--{name}=" in (line := refused(run(*TRAIN, f"--{flag}")))
