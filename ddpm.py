@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import utils
 from machinery import checkpoints, command_line, devices, processes, reading, runs
 from machinery.basics import UserError, progress_bar, seed_of
+from machinery.command_line import FilePath
 from machinery.listing import check_classes, list_images
 from machinery.session import Session
 from modules import UNet, update_ema
@@ -514,7 +515,7 @@ def generate(
 
 def train(
     # data
-    dataset: str = "datasets/landscapes",
+    dataset: FilePath = "datasets/landscapes",
     run_name: str = runs.UNTITLED,
     init_from: str = "",
     conditional: bool = False,
@@ -652,9 +653,9 @@ def sample(
     label: str = "all",
     guidance: float = GUIDANCE,
     # image-to-image and inpainting
-    init_image: str = "",
+    init_image: FilePath = "",
     strength: float = STRENGTH,
-    mask: str = "",
+    mask: FilePath = "",
     # sampler
     sampler: str = "dpm++",
     steps: int = STEPS,

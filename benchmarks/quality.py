@@ -19,6 +19,7 @@ import utils
 from benchmarks import measuring
 from machinery import command_line, devices
 from machinery.basics import UserError
+from machinery.command_line import FilePath
 from machinery.listing import list_images
 from tools import evaluate
 
@@ -121,8 +122,8 @@ def quality(
     images: int = 40_000,
     seeds: int = 1,
     n_img: int = 2048,
-    dataset: str = "datasets/landscapes",
-    held_out: str = "datasets/held_out",
+    dataset: FilePath = "datasets/landscapes",
+    held_out: FilePath = "datasets/held_out",
     device: str = "auto",
 ) -> None:
     """Train the variants of an experiment on as many images, and judge them by held-out images.

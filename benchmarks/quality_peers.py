@@ -47,6 +47,7 @@ import utils
 from benchmarks import measuring, peers, quality
 from machinery import basics, command_line, devices, reading
 from machinery.basics import UserError
+from machinery.command_line import FilePath
 from machinery.listing import list_images
 from tools import evaluate
 
@@ -329,8 +330,8 @@ def quality_peers(
     n_img: int = 512,
     img_size: int = 32,
     seeds: int = 1,
-    dataset: str = "datasets/landscapes",
-    held_out: str = "datasets/held_out",
+    dataset: FilePath = "datasets/landscapes",
+    held_out: FilePath = "datasets/held_out",
     device: str = "auto",
 ) -> None:
     """Train ours, diffusers' and lucidrains' for the same minutes, and judge their images.

@@ -17,13 +17,19 @@ import torch
 from filelock import FileLock, Timeout
 
 from machinery import checkpoints, processes, reading
-from machinery.basics import BROKEN_FILE, UNSUPPORTED, UserError, folder_while_used
+from machinery.basics import (
+    BROKEN_FILE,
+    UNSUPPORTED,
+    UserError,
+    folder_while_used,
+    in_short,
+    printable,
+)
 from machinery.command_line import (
     as_typed,
     check_limits,
     check_name,
     did_you_mean,
-    in_short,
 )
 from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
@@ -549,7 +555,7 @@ def table_row(name: str) -> tuple[str, ...]:
     try:
         stored = checkpoints.load(name, peek=True)
         settings = stored["settings"]
-        images = "".join(letter for letter in str(settings["dataset"]) if letter.isprintable())
+        images = printable(str(settings["dataset"]), limit=60)
         facts = [images, "x".join(map(str, settings["img_size"])), "", ""]
         count, _, epochs = learned(stored)
         if count < math.inf:
@@ -560,4 +566,5 @@ def table_row(name: str) -> tuple[str, ...]:
     except (UserError, *BROKEN_FILE):
         facts = ["cannot be read", "", "", ""]
     saved = max(path.stat().st_mtime for path in checkpoints.paths_of(name) if path.exists())
-    return name, *facts, f"{datetime.datetime.fromtimestamp(saved):%Y-%m-%d %H:%M}"
+    date = f"{datetime.datetime.fromtimestamp(saved):%Y-%m-%d %H:%M}"
+    return *map(printable, (name, *facts)), date

@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from machinery import processes
+from machinery.basics import printable
 from machinery.command_line import StopSignals
 from machinery.journal import Log, describe_network, longer, warning
 from machinery.reading import MODES, Dataset
@@ -331,6 +332,7 @@ class Session:
         if settings["classes"]:
             where = describe_grid(settings["classes"], len(self.training.preview_seeds))
             remarks.append(f"in the previews: {where}")
+        kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
         network = describe_network(self.training.network, (height, width), self.training.device)
         print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")

@@ -18,8 +18,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from machinery import processes
-from machinery.basics import claimed_folder, write_whole
-from machinery.command_line import in_short
+from machinery.basics import claimed_folder, in_short, write_whole
 
 # ---- grids and files -----------------------------------------------------------------------------
 

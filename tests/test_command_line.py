@@ -503,7 +503,7 @@ def test_a_value_is_read_as_it_is_meant(line, flag, value):
 @example("\udcff")
 @settings(deadline=None)
 def test_text_stays_exactly_as_typed(text):
-    assert settings_of("train", f"--dataset={text}")["dataset"] == text
+    assert settings_of("sample", f"--label={text}")["label"] == text
 
 
 @given(st.integers(-(10**300), 10**300))

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import json
 import os
 import shutil
 import signal
@@ -431,3 +432,65 @@ def test_a_lock_beside_which_something_was_saved_stays(here):
     with runs.lock_run(Path("models/new")):
         Path("models/new/checkpoint.pt").write_text("saved")
     assert files_below(Path("models/new")) == {".lock", "checkpoint.pt"}
+
+
+# ---- ~ and .. ------------------------------------------------------------------------------------
+
+
+@posix
+def test_a_home_folder_is_meant_wherever_a_path_is_read(here, run, run_main, exchange, monkeypatch):
+    """Behind an equals sign no shell expands it."""
+    home = here / "home"
+    paint(home / "pictures")
+    monkeypatch.setenv("HOME", str(home))
+    words = [word for word in TRAIN if not word.startswith("--dataset")]
+    assert run(*words, "--dataset=~/pictures", "--run_name=new", "--epochs=1").status == 0
+    assert checkpoints.load("new")["settings"]["dataset"] == str(home / "pictures")
+    assert exchange("export", "--run_name=run", "--to=~/deep/model").status == 0
+    assert exchange("import", "--source=~/deep/model", "--run_name=again").status == 0
+    picture = "~/pictures/picture_0000.png"
+    flags = [f"--init_image={picture}", f"--mask={picture}", "--steps=2", "--device=cpu"]
+    assert run("sample", "--run_name=run", "--n_img=1", *flags).status == 0
+    monkeypatch.setitem(evaluate.FEATURES, "efficientnet", lambda device: None)
+    words = ["--run_name=run", "--n_img=16", "--steps=2", "--dataset=~/pictures"]
+    assert "the data set holds 10 images" in refused(run_main(evaluate.main, *words))
+    assert not list(here.glob("~*"))
+
+
+@posix
+def test_nobodys_home_is_no_path(exchange, here):
+    assert "is not a path" in refused(exchange("export", "--run_name=run", "--to=~no-one/model"))
+    assert not list(here.glob("~*"))
+
+
+@pytest.mark.parametrize("to", ["a/..", ".", "models/..", "a/../models", "results/run/."])
+def test_what_exists_by_another_name_exists(exchange, here, to):
+    before = files_below(here)
+    assert f"--to={to} exists" in refused(exchange("export", "--run_name=run", f"--to={to}"))
+    assert files_below(here) == before
+
+
+def test_what_does_not_exist_by_another_name_is_written(exchange, here):
+    assert exchange("export", "--run_name=run", "--to=new/../model").status == 0
+    assert Path("model/README.md").exists()
+    assert not Path("new").exists()
+
+
+@posix
+def test_what_a_killed_export_left_is_removed_by_the_next(exchange, here):
+    """And what a living one writes is not."""
+    Path("out/.unfinished_k1ll3d__/model").mkdir(parents=True)
+    with basics.unfinished_folder(Path("out")) as living:
+        assert exchange("export", "--run_name=run", "--to=out/model").status == 0
+        assert {path.name for path in Path("out").iterdir()} == {"model", living.name}
+    assert {path.name for path in Path("out").iterdir()} == {"model"}
+    assert json.loads(Path("out/model/unet/config.json").read_text())
+
+
+def test_an_export_that_fails_leaves_no_folders(exchange, here, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tools.exchange, "write_card", fail)
+    assert "No space left" in refused(exchange("export", "--run_name=run", "--to=deep/er/model"))
+    assert not Path("deep").exists()

@@ -35,6 +35,7 @@ import ddpm
 import utils
 from machinery import basics, command_line, devices, processes, reading, runs
 from machinery.basics import BROKEN_FILE, UserError
+from machinery.command_line import FilePath
 from machinery.listing import list_images
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
@@ -503,12 +504,13 @@ def from_run(
         data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
         n = comparable(n_img, len(data.images))
         wanted = n, draw_labels(classes, data, listing.classes, n)
-        held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
+        folder = basics.printable(dataset)
+        held = f"{folder} holds {len(data.images):,} images; two are needed for each"
         say_lowered(n_img, n, held)
         is_known = listing.is_known_as(stored["data"])
         if not is_known:
             missed = "copies of its training images (memorization) are not looked for"
-            print(f"{dataset} is not what {run_name} was trained on: {missed}")
+            print(f"{basics.printable(dataset)} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)
     samples = make_samples(
         stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
@@ -545,7 +547,7 @@ def from_folder(images: str, dataset: str, img_size: tuple[int, ...], n_img: int
         raise UserError(f"--images={images} holds {n} images; at least {FEWEST} are needed")
     is_short = len(samples.images) < len(data.images) // 2
     few = f"{images} holds {len(samples.images):,} images"
-    held = f"{dataset} holds {len(data.images):,} images; two are needed for each"
+    held = f"{basics.printable(dataset)} holds {len(data.images):,} images; two are needed for each"
     say_lowered(n_img, n, few if is_short else held)
     facts = dict.fromkeys(("step", "sampler", "steps", "guidance", "seed"), "")
     facts |= {"run": images, "dataset": dataset}
@@ -614,10 +616,10 @@ def add_row(table: Path, row: dict) -> None:
 def evaluate(
     # what
     run_name: str = "",
-    images: str = "",
+    images: FilePath = "",
     img_size: tuple = (),
     # judging
-    dataset: str = "",
+    dataset: FilePath = "",
     n_img: int = 2048,
     features: str = "efficientnet",
     # how a run makes its images
@@ -625,7 +627,7 @@ def evaluate(
     sampler: str = "dpm++",
     steps: int = ddpm.STEPS,
     guidance: float = ddpm.GUIDANCE,
-    save_images: str = "",
+    save_images: FilePath = "",
     # running
     batch_size: int = 64,
     device: str = "auto",

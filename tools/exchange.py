@@ -13,8 +13,8 @@ The card that goes with an export is in model_card.py.
 
 import json
 import math
+import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 import ddpm
 from machinery import basics, checkpoints, command_line, reading, runs
 from machinery.basics import UserError
+from machinery.command_line import FilePath
 from modules import SelfAttention, UNet
 from tools.model_card import write_card
 
@@ -113,6 +114,9 @@ NOISING = {
     "rescale_betas_zero_snr": False,
     "clip_sample_range": 1.0,
 }
+# what diffusers' EMAModel adds to the description of its network
+EMA_KEYS = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"}
+EMA_KEYS |= {"inv_gamma", "power", "min_value", "max_value", "foreach"}
 CLASSES = "classes.json"  # names, in the order of their numbers; diffusers has no place for them
 
 
@@ -186,7 +190,7 @@ def import_safetensors():
 # ---- export --------------------------------------------------------------------------------------
 
 
-def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
+def export(run_name: str = "", to: FilePath = "", license: str = "unknown") -> None:
     """Write a run as a folder of Hugging Face's diffusers, ready for their hub.
 
         python -m tools.exchange export --run_name=my_run --to=my_model
@@ -205,12 +209,12 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         UserError: there is no such run, the folder exists, or diffusers cannot express the run
             exactly.
     """
-    folder = Path(to)
     safetensors = import_safetensors()
     command_line.check_name("run_name", run_name)
     if not to:
         raise UserError("--to is missing: the folder to write")
-    if not folder.name or folder.exists():
+    folder = Path(os.path.realpath(to))  # a/.. is a folder that exists
+    if os.path.lexists(folder):
         raise UserError(f"--to={to} exists; nothing is overwritten")
     if not re.fullmatch("[a-z0-9][a-z0-9.-]*", license):
         examples = "mit, cc-by-4.0, other"
@@ -234,16 +238,19 @@ def export(run_name: str = "", to: str = "", license: str = "unknown") -> None:
         for name, weight in stored["average"].items()
     }
     weights = safetensors.torch.save(copies, {"format": "pt"})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished_") as place:
-        draft = Path(place, folder.name)
+    with (
+        basics.folder_while_used(folder.parent),
+        basics.unfinished_folder(folder.parent) as place,
+    ):
+        draft = place / folder.name
         for name, config in configs.items():
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_text(json.dumps(config, indent=2))
         (draft / "unet/diffusion_pytorch_model.safetensors").write_bytes(weights)
         write_card(draft, stored, run_name, license)
         draft.rename(folder)  # the folder is there whole or not at all
-    print(f"{folder}: a model of diffusers; README.md is its card, with Python code that samples")
+    card = "README.md is its card, with Python code that samples"
+    print(f"{basics.printable(to)}: a model of diffusers; {card}")
 
 
 # ---- import --------------------------------------------------------------------------------------
@@ -359,6 +366,7 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
         UserError: no settings describe it.
     """
     # the first entry is unused, the second is left to `weights_of`
+    config = {key: value for key, value in config.items() if key not in EMA_KEYS}
     wanted = UNET | config | {"num_train_timesteps": None, "flip_sin_to_cos": True}
     widths = wanted["block_out_channels"]
     head_width = wanted["attention_head_dim"]
@@ -394,6 +402,7 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
     return network, settings
 
 
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # attention's weights: their names in 2022, and today's
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -424,21 +433,31 @@ def weights_of(folder: Path, network: UNet, flip_sin_to_cos: bool) -> dict[str, 
         if expected.get(name) != found.get(name):
             shapes = f"{found.get(name)}, its network takes {expected.get(name)}"
             raise UserError(f"{name} has the shape {shapes}")
-    for weight in weights.values():
-        if weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes():
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if weight.dtype not in WEIGHT_TYPES:
+            raise UserError(f"{name} is of {weight.dtype}; weights are floating-point numbers")
+        if not checkpoints.is_plain(weight):
             raise UserError("a tensor claims to be larger than the file")
     if not flip_sin_to_cos:  # sines come first there: swap the weights that multiply them, too
         name = "time_embedding.linear_1.weight"
         weights[name] = torch.cat(weights[name].chunk(2, dim=1)[::-1], dim=1)
-    return {name: weights[name].float().contiguous() for name in expected}
+    weights = {name: weights[name].float().contiguous() for name in expected}
+    if names := checkpoints.not_finite(weights):
+        raise UserError(f"{names[0]} has values that are infinite or NaN")
+    return weights
 
 
-def import_(source: str = "", run_name: str = "") -> None:
+UNETS = ("unet_ema", "unet")  # folders of a pipeline's network; the first there is
+
+
+def import_(source: FilePath = "", run_name: str = "") -> None:
     """Make a run of a model of Hugging Face's diffusers.
 
         python -m tools.exchange import --source=my_folder --run_name=my_run
 
-    The model is a folder: a UNet2DModel, or a pipeline that has one. `hf download
+    The model is a folder: a UNet2DModel, or a pipeline that has one; of both, the EMA weights
+    (unet_ema) are taken rather than those of training (unet). `hf download
     google/ddpm-cifar10-32 --local-dir=my_folder` fetches one of the DDPM paper's own models.
 
     Writes models/RUN/checkpoint.pt: a run to sample from, or to fine-tune with --init_from.
@@ -461,10 +480,9 @@ def import_(source: str = "", run_name: str = "") -> None:
     if not source or not folder.is_dir():
         advice = "`hf download NAME --local-dir=FOLDER` fetches one"
         raise UserError(f"--source={source} is not a folder; {advice}")
-    unet, scheduler = (
-        folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")
-    )
-    process = scheduler / "scheduler_config.json"
+    unet, *others = [folder / part for part in UNETS if (folder / part).is_dir()] or [folder]
+    scheduler = folder / "scheduler"
+    process = (scheduler if scheduler.is_dir() else folder) / "scheduler_config.json"
     is_bare = not process.exists()
     try:
         config = read_json(unet / "config.json")
@@ -482,6 +500,8 @@ def import_(source: str = "", run_name: str = "") -> None:
         checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
     number = sum(weight.numel() for weight in weights.values())
     message = f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights"
+    if others:
+        message += f"; these are the EMA weights, of {unet.name}, not those of {others[0].name}"
     if is_bare:
         message += f"; there is no {process.name}: the noise of the DDPM paper is assumed"
     if settings["mode"] == "RGBA":
