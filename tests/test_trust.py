@@ -450,7 +450,7 @@ def test_it_trains_and_samples_where_asserts_and_docstrings_are_left_out(here):
 def test_numbers_beyond_their_type_are_out_of_range(run, here, flag):
     name = flag.partition("=")[0]
     assert f"--{name}=" in (line := refused(run(*TRAIN, f"--{flag}")))
-    assert "is out of range, which is 0 to " in line
+    assert "is out of range, which is at most " in line
 
 
 def test_the_largest_min_snr_is_trained_with(run, here):
