@@ -329,7 +329,7 @@ class Cache:
         with contextlib.suppress(*BROKEN_FILE):
             noted = json.loads(self.note.read_text())
             facts = noted["facts"]
-            if noted["sum"] == sum_of(facts) and facts.keys() == self.blank().keys():
+            if noted["sum"] == sum_of(facts) and are_facts(facts, count):
                 path = self.path if facts["seen"] == count else self.unfinished
                 length = facts["count"] * self.image_bytes
                 sums = sums_of(path, length)
@@ -350,6 +350,23 @@ class Cache:
     def remove(self) -> None:
         for path in (self.note, self.path, self.unfinished):
             path.unlink(missing_ok=True)
+
+
+def are_facts(facts: dict, count: int) -> bool:
+    """Whether all of a note's facts on `count` images have their types and ranges."""
+    numbers = [facts["seen"], facts["count"], *facts["skipped"], *facts["sums"]]
+    noticed = facts["noticed"].items()
+    return (
+        len(facts) == 8
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and facts["seen"] == facts["count"] + len(facts["skipped"]) <= count
+        and facts["skipped"] == sorted({*facts["skipped"]})
+        and all(place < facts["seen"] for place in facts["skipped"])
+        and all(isinstance(example, str) for example in facts["examples"])
+        and all(type(number) is int and isinstance(name, str) for _, (number, name) in noticed)
+        and isinstance(facts["is_gray"], bool)
+        and (facts["scale"] is None or all(map(math.isfinite, Scale(*facts["scale"]))))
+    )
 
 
 def sum_of(facts: dict) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import struct
 import subprocess
@@ -164,6 +165,22 @@ def test_a_damaged_cache_is_decoded_again_and_it_is_said_once(damage, place, cap
     assert capsys.readouterr().out.count("damaged; they are decoded again") == 1
     utils.load_dataset(place / "x", (8, 8))
     assert "damaged" not in capsys.readouterr().out
+
+
+FORGED = {"seen": 9, "count": True, "skipped": [7], "examples": [1], "noticed": {"x": "y"}}
+FORGED |= {"is_gray": 0, "scale": [None, 1], "sums": None}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_note_of_other_types_is_not_believed_even_under_its_sum(name, place):
+    paint(place / "x", count=6)
+    expected = utils.load_dataset(place / "x", (8, 8))
+    [note] = Path("datasets/.cache").glob("*.json")
+    facts = json.loads(note.read_text())["facts"] | {name: FORGED[name]}
+    note.write_text(json.dumps({"facts": facts, "sum": reading.sum_of(facts)}))
+    data = utils.load_dataset(place / "x", (8, 8))
+    assert np.array_equal(data.images, expected.images)
+    assert (data.remarks, data.mode) == (expected.remarks, expected.mode)
 
 
 def test_check_sums_are_of_blocks_however_the_data_arrives(monkeypatch):
