@@ -26,12 +26,11 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from machinery import pixels
-from machinery.basics import BROKEN_FILE, UserError, progress_bar, write_whole
+from machinery.basics import BROKEN_FILE, UserError, progress_bar, waiting_lock, write_whole
 from machinery.command_line import SteadyStream
 from machinery.listing import CACHE, Listing, keep_digests
 from machinery.pixels import (
@@ -520,7 +519,7 @@ def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") ->
     cache = Cache(key, CHANNELS[stored] * math.prod(size))
     CACHE.mkdir(parents=True, exist_ok=True)
     keep_digests(listing)
-    with FileLock(cache.path.with_suffix(".lock")):  # a second process finds the work done
+    with waiting_lock(cache.path.with_suffix(".lock")):  # a second process finds the work done
         facts = decode(listing.paths, size, stored, cache)
     skipped = facts["skipped"]
     count = len(listing.names)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, paint
+from filelock import FileLock
 from PIL import Image, ImageCms, ImageDraw
 
 import utils
@@ -192,6 +193,15 @@ def test_check_sums_are_of_blocks_however_the_data_arrives(monkeypatch):
         for start in range(0, 35, length):
             sums.update(data[start : start + length])
         assert sums.values() == expected
+
+
+def test_a_cache_is_made_where_files_cannot_be_locked(place, monkeypatch):
+    def refuse(lock) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    paint(place / "x", count=3)
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    assert len(utils.load_dataset(place / "x", (8, 8)).images) == 3
 
 
 def test_a_mapped_cache_is_never_written_to_again(place):

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -136,7 +135,7 @@ def extract_cached(
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
     path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # a second process waits, and finds the work done
+    with basics.waiting_lock(path.with_suffix(".lock")):  # a second process finds the work done
         with contextlib.suppress(*BROKEN_FILE), np.load(path, allow_pickle=False) as kept:
             found = kept["features"]
             if kept["sum"] == zlib.crc32(found):
