@@ -492,7 +492,8 @@ def find_extremes(path: str) -> Scale | None:
     with pixels.faults_of(Path(path).name), pixels.open_image(data) as picture:
         if picture.mode[0] not in "IF" or pixels.scale_of(picture):
             return None
-        return pixels.extremes(np.asarray(picture))
+        with pixels.memory.hold(picture.width * picture.height):
+            return pixels.extremes(np.asarray(picture))
 
 
 def survey(paths: list[str], terminal: TextIO) -> Scale:
