@@ -240,7 +240,8 @@ class Log:
             loss, steps = last_loss(self.rows)
             which = f"the last {steps:,}" if steps < self.step else f"all {steps:,}"
             mean = f"; loss {loss:.4f} over {which} steps"
-            if loss > SENSELESS * blank_loss:
+            # of fewer steps, the draws of t alone may do it
+            if steps >= ROW_EVERY and loss > SENSELESS * blank_loss:
                 nothing = f"far above {blank_loss:.4f}, which an output of nothing but zeros costs"
                 mean += f"\nthis loss is {nothing}: start another run with a lower --lr"
         way_on = self.progress.way_on(self.step)

@@ -114,8 +114,8 @@ def read_flag(flag: str, path: str, *how) -> Tensor:
     except MachineFault as error:
         raise UserError(f"--{flag}: {error}") from error
     except FileFault as error:
-        fault = f"--{flag}={path} is not an image that can be read ({error})"
-        raise UserError(f"{fault}; it takes any other") from error
+        reason = str(error).removeprefix(Path(path).name)
+        raise UserError(f"--{flag}={path} is not an image that can be read{reason}") from error
     if flag == "init_image" and pixels.CONVERTED in remarks:
         print(f"{path} is converted to sRGB from another color profile")
     return torch.from_numpy(found)

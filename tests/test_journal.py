@@ -501,6 +501,14 @@ def test_a_loss_far_above_that_of_zeros_gets_a_word(run, place, lr, is_told):
     assert ("start another run with a lower --lr" in result.out) == is_told
 
 
+def test_three_steps_say_nothing_about_the_learning_rate(run, place, monkeypatch):
+    """Of so few steps the drawn t alone may cost more than zeros do on average."""
+    paint(place / "pictures")
+    monkeypatch.setattr(journal, "SENSELESS", 0.0)
+    result = run(*TRAIN, "--epochs=1")
+    assert (result.status, "far above" in result.out) == (0, False)
+
+
 # ---- units ---------------------------------------------------------------------------------------
 
 
