@@ -357,6 +357,8 @@ def are_facts(facts: dict, count: int) -> bool:
     noticed = facts["noticed"].items()
     return (
         len(facts) == 8
+        and all(isinstance(facts[name], list) for name in ("skipped", "examples", "sums"))
+        and len(facts["examples"]) == min(3, len(facts["skipped"]))
         and all(type(number) is int and number >= 0 for number in numbers)
         and facts["seen"] == facts["count"] + len(facts["skipped"]) <= count
         and facts["skipped"] == sorted({*facts["skipped"]})

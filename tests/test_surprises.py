@@ -172,12 +172,13 @@ FORGED = {"seen": 9, "count": True, "skipped": [7], "examples": [1], "noticed": 
 FORGED |= {"is_gray": 0, "scale": [None, 1], "sums": None}
 
 
-@pytest.mark.parametrize("name", FORGED)
-def test_a_note_of_other_types_is_not_believed_even_under_its_sum(name, place):
+@pytest.mark.parametrize("name, value", [*FORGED.items(), ("examples", {"a": 1}), ("examples", "")])
+def test_a_note_of_other_types_is_not_believed_even_under_its_sum(name, value, place):
     paint(place / "x", count=6)
+    (place / "x/bad.png").write_text("no image")
     expected = utils.load_dataset(place / "x", (8, 8))
     [note] = Path("datasets/.cache").glob("*.json")
-    facts = json.loads(note.read_text())["facts"] | {name: FORGED[name]}
+    facts = json.loads(note.read_text())["facts"] | {name: value}
     note.write_text(json.dumps({"facts": facts, "sum": reading.sum_of(facts)}))
     data = utils.load_dataset(place / "x", (8, 8))
     assert np.array_equal(data.images, expected.images)
