@@ -24,8 +24,6 @@ from machinery.journal import Log, gflop_per_image, plot_curves
 from machinery.session import Progress
 from modules import UNet
 
-pytestmark = pytest.mark.quick
-
 TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
 
 
