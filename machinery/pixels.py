@@ -4,6 +4,7 @@ Reading order: the two kinds of faults; opening; depth; color and alpha; read_im
 """
 
 import contextlib
+import functools
 import io
 import threading
 from pathlib import Path
@@ -94,10 +95,16 @@ def faults_of(name: str):
         raise FileFault(f"{name} ({reason})") from error
 
 
+@functools.cache
+def known_formats() -> list[str]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
+
+
 def open_image(data: bytes) -> Image.Image:
     """An image that is not decoded yet; no other program is started, whatever the content says."""
-    known = [kind for kind in FORMATS if kind in Image.OPEN or Image.init()]
-    return Image.open(io.BytesIO(data), formats=[kind for kind in known if kind in Image.OPEN])
+    return Image.open(io.BytesIO(data), formats=known_formats())
 
 
 class Memory:

@@ -94,7 +94,7 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         image = read_flag("init_image", init_image, size, mode)
         if not mask:
             return Start(image, torch.ones(1, *size))
-        read_flag("mask", mask, size, "L")
+        read_flag("mask", mask, size, "L")  # or refuse it in its own words
         sizes = [measure(path) for path in (mask, init_image)]
         if sizes[0] != sizes[1]:
             differ = f"--mask={mask} is {sizes[0]}, --init_image={init_image} {sizes[1]}"

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from machinery import checkpoints, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
-    UNSUPPORTED,
     UserError,
+    acquire,
     folder_while_used,
     in_short,
     printable,
@@ -60,8 +60,8 @@ RANGES = {
     "guidance": (0, 1000),
     "strength": (0, 1),
     "steps": COUNT,
-    "head_width": (0, 10**9),
-    "norm_groups": (0, 10**9),
+    "head_width": WHOLE,
+    "norm_groups": WHOLE,
     "norm_eps": (0, 1),
     "frequency_shift": (0, 1),
     "downsample_padding": (0, 1),
@@ -327,14 +327,14 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(settings: dict, listing: Listing, load: Callable[[str], dict]) -> Iterator[Run]:
-    """The run that `settings` name, new or as it was saved; within this block nobody else does.
+    """The run that `settings` name, new or as it was saved; in this block nobody else trains it.
 
     Args:
         settings, listing: see `Run`.
         load: reads a run by its name, and checks it.
 
     Raises:
-        UserError: see `Run.find`.
+        UserError: see `Run.found`.
     """
     run = Run(settings, listing)
     with run.found(load) if processes.is_first() else contextlib.nullcontext():
@@ -352,15 +352,11 @@ def lock_run(folder: Path) -> Iterator[None]:
         before = set(os.listdir(folder))
         lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            follows = "nothing keeps a second process from writing this run: start none"
+            acquire(lock, follows, wait=False)
         except Timeout as error:
             way_out = "choose another name for yours"
             raise UserError(f"{folder}: another process is training this run; {way_out}") from error
-        except (OSError, NotImplementedError) as error:  # the latter is filelock's for ENOSYS
-            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
-                raise
-            follows = "nothing keeps a second process from writing this run: start none"
-            print(f"{folder}: files cannot be locked here; {follows}")
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """What the tests share: a place to work in, small pictures, a tiny network, the command line."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import ddpm
+import tools.exchange
 from machinery import checkpoints, devices, journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +115,25 @@ def run_main(place, monkeypatch, capfd):
 def run(run_main):
     """Run `ddpm.py WORDS...` within this process, in the test's own place."""
     return lambda *words: run_main(ddpm.main, *words)
+
+
+@pytest.fixture
+def here(trained, place) -> Path:
+    """The test's own place, with a copy of what the module's `trained` has made."""
+    shutil.copytree(trained, place, dirs_exist_ok=True)
+    return place
+
+
+@pytest.fixture
+def exchange(here, run_main):
+    """Run `python -m tools.exchange WORDS...` within this process."""
+    return lambda *words: run_main(tools.exchange.main, *words)
+
+
+def refused(result: Result) -> str:
+    """The one line of a refusal."""
+    assert (result.status, result.err.count("\n")) == (2, 1), result.err
+    return result.err
 
 
 def start(*words: str, cwd: Path, **options) -> subprocess.Popen:

@@ -47,19 +47,6 @@ def trained(tmp_path_factory) -> Path:
     return place
 
 
-@pytest.fixture
-def here(trained, place) -> Path:
-    """The test's own place, with that run and its pictures."""
-    shutil.copytree(trained, place, dirs_exist_ok=True)
-    return place
-
-
-@pytest.fixture
-def exchange(here, run_main):
-    """Run `python -m tools.exchange WORDS...` within this process."""
-    return lambda *words: run_main(tools.exchange.main, *words)
-
-
 # ---- publish -------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """Files are whole or not there at all, and what is written has one owner."""
 
-import contextlib
 import csv
 import errno
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import ROOT, TINY, files_below, paint
+from conftest import ROOT, TINY, files_below, paint, refused
 
 import ddpm
 import tools.exchange
@@ -39,23 +38,6 @@ def trained(tmp_path_factory) -> Path:
         words = [*TRAIN, "--run_name=run", "--epochs=1"]
         command_line.plan("ddpm.py", {"train": ddpm.train}, words)()
     return place
-
-
-@pytest.fixture
-def here(trained, place) -> Path:
-    shutil.copytree(trained, place, dirs_exist_ok=True)
-    return place
-
-
-@pytest.fixture
-def exchange(here, run_main):
-    return lambda *words: run_main(tools.exchange.main, *words)
-
-
-def refused(result) -> str:
-    """The one line of a refusal."""
-    assert (result.status, result.err.count("\n")) == (2, 1), result.err
-    return result.err
 
 
 # ---- two writers ---------------------------------------------------------------------------------
@@ -212,11 +194,11 @@ def test_a_lock_that_cannot_be_had_says_what_follows(here, run, monkeypatch, nam
 
     (here / "datasets").rename("cached")
     monkeypatch.setattr(runs.FileLock, "acquire", fail)
-    monkeypatch.setattr(runs.reading, "FileLock", contextlib.nullcontext, raising=False)
     result = run(*TRAIN, "--run_name=other", "--epochs=1")
     assert result.status == 0, result.err
-    assert result.out.count("files cannot be locked here") == 1
-    assert "start none" in result.out
+    for folder in (Path("models/other"), Path("datasets/.cache")):
+        assert result.out.count(f"{folder}: files cannot be locked here; nothing keeps") == 1
+    assert result.out.count("files cannot be locked here") == result.out.count("start none") == 2
 
 
 def test_a_folder_that_may_not_be_locked_is_an_error(place, monkeypatch):

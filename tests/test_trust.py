@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, files_below, paint, start
+from conftest import TINY, files_below, paint, refused, start
 from torch import Tensor
 
 import ddpm
@@ -36,25 +36,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(trained, place) -> Path:
-    shutil.copytree(trained, place, dirs_exist_ok=True)
-    return place
-
-
-@pytest.fixture
 def state(here) -> dict:
     return checkpoints.read(CHECKPOINT)
-
-
-@pytest.fixture
-def exchange(here, run_main):
-    return lambda *words: run_main(tools.exchange.main, *words)
-
-
-def refused(result) -> str:
-    """The one line of a refusal."""
-    assert (result.status, result.err.count("\n")) == (2, 1), result.err
-    return result.err
 
 
 # ---- types and ranges of what a checkpoint holds -------------------------------------------------
