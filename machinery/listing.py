@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery.basics import BROKEN_FILE, UserError, progress_bar, write_whole
+from machinery.basics import BROKEN_FILE, UserError, counted, progress_bar, write_whole
 from machinery.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES, MachineFault
 
 CACHE = Path("datasets", ".cache")
@@ -66,16 +66,15 @@ class Found:
         """What was passed over, with its number and an example."""
         sentences = []
         if self.unreadable:
-            number = f"{len(self.unreadable):,} folders" if self.unreadable[1:] else "a folder"
+            number = counted(len(self.unreadable), "folder")
             sentences.append(f"{number} may not be opened, left out: {self.unreadable[0]}")
         if self.dead_links:
-            sentences.append(
-                f"{len(self.dead_links):,} links lead nowhere, such as {self.dead_links[0]}"
-            )
+            number = counted(len(self.dead_links), "dead link")
+            sentences.append(f"{number}, such as {self.dead_links[0]}")
         if self.others:
             kinds = ", ".join(suffix for suffix, _ in self.others.most_common(5))
-            number = self.others.total()
-            sentences.append(f"{number:,} images of kinds that are not read, left out: {kinds}")
+            number = counted(self.others.total(), "image")
+            sentences.append(f"{number} of kinds that are not read, left out: {kinds}")
         if self.own_folders:
             sentences.append(f"left out, since training writes there: {self.own_folders[0]}")
         return sentences
@@ -211,7 +210,7 @@ def check_classes(listing: Listing) -> tuple[str, ...]:
         raise UserError(f"{fault}; it needs two")
     if len(outside):
         example = listing.paths[outside[0]]
-        fault = f"{len(outside):,} images are in no class, for instance {example}"
+        fault = f"{counted(len(outside), 'image')} in no class, for instance {example}"
         way_out = f"move them into one of the folders in {folder}"
         raise UserError(f"--conditional: {fault}; {way_out}")
     for name in classes:

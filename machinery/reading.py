@@ -30,7 +30,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from machinery import pixels
-from machinery.basics import BROKEN_FILE, UserError, progress_bar, waiting_lock, write_whole
+from machinery.basics import (
+    BROKEN_FILE,
+    UserError,
+    counted,
+    make_folder,
+    progress_bar,
+    waiting_lock,
+    write_whole,
+)
 from machinery.command_line import SteadyStream
 from machinery.listing import CACHE, Listing, keep_digests
 from machinery.pixels import (
@@ -520,7 +528,7 @@ def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") ->
     stored = "RGB" if mode == "auto" else mode
     key = hashlib.sha256(repr((3, stored, size, listing.fingerprint)).encode()).hexdigest()[:16]
     cache = Cache(key, CHANNELS[stored] * math.prod(size))
-    CACHE.mkdir(parents=True, exist_ok=True)
+    make_folder(CACHE)
     keep_digests(listing)
     with waiting_lock(cache.path.with_suffix(".lock")):  # a second process finds the work done
         facts = decode(listing.paths, size, stored, cache)
@@ -529,7 +537,8 @@ def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") ->
     if 2 * len(skipped) > count:
         cache.remove()
         example = facts["examples"][0]
-        raise UserError(f"{len(skipped)} of {count} images cannot be read, for instance {example}")
+        unread = f"{len(skipped):,} of {counted(count, 'image')}"
+        raise UserError(f"{unread} cannot be read, for instance {example}")
     shape = (facts["count"], CHANNELS[stored], *size)
     images = np.memmap(cache.path, np.uint8, mode="c", shape=shape)
     if mode == "auto" and facts["is_gray"]:

@@ -143,7 +143,10 @@ def check_same_run(stored: dict, settings: dict, listing: Listing) -> None:
             differences.append(f"--{name} was {then}, is now {now}")
     if not listing.is_known_as(stored["data"]):
         there = f"the images in {settings['dataset']} ({len(listing.names):,})"
-        differences.append(f"{there} are not those it was trained on ({before['dataset']})")
+        count = learned(stored).count
+        number = "" if count == math.inf else f"{count:,} of "
+        trained_on = f"those it was trained on ({number}{before['dataset']})"
+        differences.append(f"{there} are not {trained_on}")
     if differences:
         run = f"--run_name={settings['run_name']} is another run: {'; '.join(differences)}"
         ways_out = "repeat its settings to resume it, or start a new run with another --run_name"
@@ -202,6 +205,8 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
         rule = "for class-conditional runs, trained with --conditional"
         raise UserError(f"--label={label} is {rule}")
     names = [composed(name) for name in label.split(",")]
+    if "" in names:
+        raise UserError(f"--label={label} has an empty name between or after its commas")
     for name in names:
         if name not in classes:
             known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from machinery import processes
-from machinery.basics import printable
+from machinery.basics import counted, printable
 from machinery.command_line import StopSignals
 from machinery.journal import Log, describe_network, longer, warning
 from machinery.reading import MODES, Dataset
@@ -334,7 +334,7 @@ class Session:
             remarks.append(f"in the previews: {where}")
         kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
         network = describe_network(self.training.network, (height, width), self.training.device)
-        print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
+        print(f"data     {counted(loader.count, 'image')} of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")
         print(f"length   {self.progress.summary(self.training.step)}")
         print(f"files    {self.run.path}, {self.run.results}{os.sep}", flush=True)

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from machinery import processes
-from machinery.basics import claimed_folder, in_short, write_whole
+from machinery.basics import claimed_folder, counted, in_short, write_whole
 
 # ---- grids and files -----------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class Album:
             return ""
         n_img = self.flags["n_img"]
         command = self.command(range(n_img))
-        sentences = [f"{n_img:,} images: {self.folder / 'sample_*.png'}"]
+        sentences = [f"{counted(n_img, 'image')}: {self.folder / 'sample_*.png'}"]
         if self.save_grid:
             path = self.folder / "samples.png"
             facts = self.facts | {"seed": self.flags["seed"], "command": command}

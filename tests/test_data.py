@@ -224,7 +224,7 @@ def test_folders_of_pictures_are_good_classes(names, tmp_path):
         (["a/x.png", "a/b/y.png"], ["only a holds images", "it needs two"]),
         (
             ["a/x.png", "b/y.png", "c.png", "d.png"],
-            ["2 images are in no class", "c.png", "move them"],
+            ["2 images in no class", "c.png", "move them"],
         ),
         (["a,b/x.png", "c/y.png"], ["a,b", "--label=a,b", "rename it"]),
         (["all/x.png", "c/y.png"], ["--label=all", "rename it"]),

@@ -476,3 +476,20 @@ def test_an_export_that_fails_leaves_no_folders(exchange, here, monkeypatch):
     monkeypatch.setattr(tools.exchange, "write_card", fail)
     assert "No space left" in refused(exchange("export", "--run_name=run", "--to=deep/er/model"))
     assert not Path("deep").exists()
+
+
+@pytest.mark.parametrize("name", ["models", "results", "datasets"])
+def test_a_file_where_a_folder_must_be_is_named_itself(here, run, name):
+    paint(Path("pictures"))
+    shutil.rmtree(name, ignore_errors=True)
+    Path(name).write_text("x")
+    line = refused(run(*TRAIN, "--run_name=run", "--epochs=1"))
+    assert f"{name} must be a folder, but is a file; move it away" in line
+    assert Path(name).read_text() == "x"
+
+
+def test_a_folder_without_a_model_is_refused_by_what_is_missing(here, exchange):
+    Path("bare").mkdir()
+    line = refused(exchange("import", "--source=bare", "--run_name=new"))
+    assert "--source=bare holds no model of diffusers: no bare" in line
+    assert "Errno" not in line

@@ -356,6 +356,7 @@ def test_the_command_in_an_image_makes_it_again(three_classes, run, place):
             ["--label=bright,drak"],
             "--label=drak is not a class of this run; did you mean dark? (there are: bright, dark",
         ),
+        (["--label=bright,"], "--label=bright, has an empty name"),
         (["--guidance=-1"], "--guidance=-1.0 is out of range"),
         (["--strength=0.5"], "--strength=0.5 needs an image to change"),
         (["--mask=pictures/dark/0.png"], "--mask=pictures/dark/0.png needs an image to inpaint"),

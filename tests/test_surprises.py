@@ -312,7 +312,7 @@ def test_no_other_program_is_started_whatever_a_file_says(place, monkeypatch):
 def test_dead_links_are_counted(place):
     folder = paint(place / "x", count=2)
     (folder / "dead.png").symlink_to(place / "nowhere.png")
-    assert "1 links lead nowhere, such as" in remarks_of(folder)
+    assert "1 dead link, such as" in remarks_of(folder)
 
 
 def test_a_folder_that_may_not_be_opened_is_named_and_is_no_class(place, monkeypatch):
@@ -327,7 +327,7 @@ def test_a_folder_that_may_not_be_opened_is_named_and_is_no_class(place, monkeyp
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert "a folder may not be opened, left out" in remarks_of(place / "x")
+    assert "1 folder may not be opened, left out" in remarks_of(place / "x")
     with pytest.raises(UserError, match=r"--conditional: a folder may not be opened.*owls"):
         listing.check_classes(list_images(place / "x"))
 

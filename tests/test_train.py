@@ -432,7 +432,8 @@ def test_a_run_does_not_go_on_with_other_images(train, finished, change):
     change(Path("pictures"))
     result = train(epochs=2)
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "are not those it was trained on" in result.err
+    assert "are not those it was trained on (" in result.err
+    assert "(10 of pictures)" in result.err  # the number it was trained on, not that of today
     assert files("models", "results") == before
 
 

@@ -134,7 +134,7 @@ def extract_cached(
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
     path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    basics.make_folder(path.parent)
     with basics.waiting_lock(path.with_suffix(".lock")):  # a second process finds the work done
         with contextlib.suppress(*BROKEN_FILE), np.load(path, allow_pickle=False) as kept:
             found = kept["features"]

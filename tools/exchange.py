@@ -481,6 +481,8 @@ def import_(source: FilePath = "", run_name: str = "") -> None:
         advice = "`hf download NAME --local-dir=FOLDER` fetches one"
         raise UserError(f"--source={source} is not a folder; {advice}")
     unet, *others = [folder / part for part in UNETS if (folder / part).is_dir()] or [folder]
+    if not (unet / "config.json").exists():
+        raise UserError(f"--source={source} holds no model of diffusers: no {unet / 'config.json'}")
     scheduler = folder / "scheduler"
     process = (scheduler if scheduler.is_dir() else folder) / "scheduler_config.json"
     is_bare = not process.exists()
