@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,17 +251,33 @@ def to_mode(picture: Image.Image, mode: str) -> tuple[Image.Image, set[str]]:
     remarks = set()
     if picture.has_transparency_data:
         has_channel = picture.mode in ("LA", "RGBA")
-        picture = picture.convert("RGBA")
+        if picture.mode != "RGBA":
+            picture = picture.convert("RGBA")
         lowest, highest = picture.getchannel("A").getextrema()
         if highest == 0 and has_channel:
             picture.putalpha(255)
         elif lowest < 255 and mode != "RGBA":
-            remarks = {TRANSPARENT}
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
+            return in_bands(picture, lambda band: over_white(band).convert(mode)), {TRANSPARENT}
     if mode == "RGBA":
-        return picture.convert("RGBA").convert("RGBa"), remarks
+        return in_bands(picture, lambda band: band.convert("RGBA").convert("RGBa")), remarks
     return picture if picture.mode == mode else picture.convert(mode), remarks
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """An image of mode "RGBA" before white."""
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
+def in_bands(picture: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`change(picture)`, some rows at a time: a large image is in memory twice, not four times."""
+    rows = max(1, Memory.UNIT // picture.width)
+    changed = None
+    for top in range(0, picture.height, rows):
+        bottom = min(picture.height, top + rows)
+        band = change(picture.crop((0, top, picture.width, bottom)))
+        changed = changed or Image.new(band.mode, picture.size)
+        changed.paste(band, (0, top))
+    return changed
 
 
 # ---- one image -----------------------------------------------------------------------------------

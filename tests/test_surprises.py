@@ -695,3 +695,24 @@ def test_c_libraries_have_no_say_while_images_are_read(place, monkeypatch, capfd
     assert "TIFFReadDirectory" not in capfd.readouterr().err
     os.write(2, b"heard again")
     assert "heard again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mode", pixels.CHANNELS)
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA"])
+def test_an_image_changed_in_bands_of_rows_is_the_same(tmp_path, monkeypatch, kind, mode):
+    """Large images are changed some rows at a time, to hold two copies of them and not four."""
+    levels = np.random.default_rng(0).integers(0, 256, (23, 17, 4), dtype=np.uint8)
+    picture = Image.fromarray(levels)
+    if kind == "PA":
+        picture.convert("RGB").quantize(8).save(tmp_path / "a.png", transparency=3)
+    else:
+        picture.convert(kind).save(tmp_path / "a.png")
+    whole = pixels.read_image(tmp_path / "a.png", (12, 12), mode)
+    bands = []
+    monkeypatch.setattr(pixels.Memory, "UNIT", 17 * 5)
+    changed = pixels.in_bands
+    count = lambda picture, change: changed(picture, lambda band: bands.append(1) or change(band))  # noqa: E731
+    monkeypatch.setattr(pixels, "in_bands", count)
+    again = pixels.read_image(tmp_path / "a.png", (12, 12), mode)
+    assert np.array_equal(whole[0], again[0]) and whole[1] == again[1]
+    assert len(bands) == 5
