@@ -242,9 +242,17 @@ LR_DECAYS = {
     "cosine": lambda fraction_done: (1 + math.cos(math.pi * fraction_done)) / 2,
     "none": lambda fraction_done: 1.0,
 }
+# sets of flags for those who have no GPU; one that is given beside a preset wins
+SMALL = {"width": 32, "attention_size": 8, "batch_size": 16}
+PRESETS = {
+    "none": {},
+    "laptop": SMALL
+    | {"img_size": (64,), "multipliers": (1, 2, 4, 6), "lr": 6e-4, "max_minutes": 60},
+    "tiny": SMALL | {"img_size": (32,), "multipliers": (1, 2, 4), "lr": 2e-3, "max_minutes": 8},
+}
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
-LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS}
+LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "preset": PRESETS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -408,8 +416,12 @@ class Training:
         return self.settings["lr"] * warm_up * decay(fraction_done)
 
     def compile(self) -> None:
-        """Compile the network in place (the weights keep their names), by a gradient not used."""
+        """Compile the network in place: the weights keep their names."""
         self.network.compile(dynamic=False)
+        self.rehearse()
+
+    def rehearse(self) -> None:
+        """Compute a gradient that is not used: to compile, or to see how long it takes."""
         self.compute_gradient()
         self.optimizer.zero_grad()
 
@@ -521,7 +533,8 @@ def train(
     conditional: bool = False,
     mode: str = "auto",
     flip: bool = True,
-    # length
+    # size and length
+    preset: str = "none",
     epochs: int = 500,
     max_minutes: float = 0.0,
     resume: bool = True,
@@ -569,6 +582,8 @@ def train(
         conditional: class-conditional: the folders directly in the data set are the classes.
         mode: colors of the images; auto is gray if every image is, else RGB.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
+        preset: a set of flags for a computer without a GPU; laptop: 64x64 pixels in an hour, tiny:
+            32x32 in eight minutes.
         epochs: how often the network sees every image, in all.
         max_minutes: a time budget for the whole run, reading the images, compiling and the last
             preview included; the learning rate reaches 0 at its end; 0 for none.

@@ -30,6 +30,7 @@ from machinery.command_line import (
     check_limits,
     check_name,
     did_you_mean,
+    in_flags,
 )
 from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
@@ -91,6 +92,10 @@ def check_training(settings: dict, limits: dict) -> None:
         check_name("init_from", settings["init_from"])
     if not settings["dataset"]:
         raise UserError("--dataset= is empty; it takes any folder of images")
+    if settings["preset"] != "none":
+        values = {name: settings[name] for name in limits["preset"][settings["preset"]]}
+        print(f"preset   {settings['preset']}: {in_flags(values)}")
+    del settings["preset"]  # a run is described by its numbers
     if settings["tensorboard"]:
         check_tensorboard()
     check_network(settings)

@@ -19,10 +19,14 @@ from torch import Tensor
 from machinery import processes
 from machinery.basics import counted, printable
 from machinery.command_line import StopSignals
-from machinery.journal import Log, describe_network, longer, warning
+from machinery.journal import Log, describe_network, gflop_per_image, longer, warning
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
 from machinery.writing import describe_grid
+
+MANY_HOURS = 3  # of a CPU, which are told before a training begins
+SLOWEST_CPU = 10  # GFLOP per second
+QUICKER = "--preset=laptop takes one hour, with a smaller network"
 
 
 class Progress:
@@ -256,6 +260,7 @@ class Session:
         if processes.is_first():
             self.catch_up()
         if self.goes_on():
+            self.warn_if_slow()
             self.signals = self.exits.enter_context(StopSignals())
             if processes.is_first():
                 self.exits.enter_context(self.log)
@@ -346,6 +351,26 @@ class Session:
         began = time.monotonic()
         self.training.compile()
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+    def warn_if_slow(self) -> None:
+        """On a CPU, tell before it begins that a training takes many hours, by two trial steps.
+
+        There are none where it is short on any CPU.
+        """
+        progress, training = self.progress, self.training
+        if training.device.type != "cpu" or processes.count() > 1:
+            return
+        images = (progress.last_step - training.step) * progress.batch_size
+        # forward and backward: three times the operations of an answer
+        gflop = 3 * gflop_per_image(training.network, self.run.settings["img_size"])
+        if images * gflop / SLOWEST_CPU / 3600 < MANY_HOURS:
+            return
+        for _ in range(2):  # the first one is slow
+            began = time.monotonic()
+            training.rehearse()
+            speed = progress.batch_size / (time.monotonic() - began)
+        if progress.seconds_left(training.step, speed) / 3600 > MANY_HOURS:
+            print(f"{progress.forecast(training.step, speed)} on this CPU; {QUICKER}", flush=True)
 
     def dry_run(self) -> None:
         """Print how long the training would take, by the second of two steps: the first is slow."""

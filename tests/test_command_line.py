@@ -43,7 +43,10 @@ def settings_of(*words: str) -> dict:
         return tell
 
     return command_line.plan(
-        "ddpm.py", {name: echo(command) for name, command in COMMANDS.items()}, list(words)
+        "ddpm.py",
+        {name: echo(command) for name, command in COMMANDS.items()},
+        list(words),
+        ddpm.PRESETS,
     )()
 
 
@@ -194,6 +197,7 @@ MISREAD = [  # a command line, and what the answer names
 ]
 
 IMPOSSIBLE = [
+    ("train --preset=laptob", "--preset=laptob is not one of: none, laptop, tiny"),
     # numbers
     ("train --lr=0", "--lr=0.0"),
     ("train --lr=-0.001", "--lr=-0.001"),
@@ -766,3 +770,19 @@ def test_the_program_itself_refuses_in_one_line(place):
         "ddpm.py: --epcohs is not an option of train; did you mean --epochs?\n",
     )
     assert files_below(place) == set()
+
+
+@pytest.mark.parametrize("preset", ddpm.PRESETS)
+def test_a_preset_stands_for_its_flags_and_one_beside_it_wins(preset):
+    defaults = settings_of("train")
+    chosen = settings_of("train", f"--preset={preset}")
+    assert chosen == defaults | ddpm.PRESETS[preset] | {"preset": preset}
+    for words in ([f"--preset={preset}", "--width=64"], ["--width=64", f"--preset={preset}"]):
+        assert settings_of("train", *words) == chosen | {"width": 64}  # the default, but given
+
+
+def test_the_help_lists_the_flags_of_every_preset(capsys):
+    assert command_line.try_command("ddpm.py", COMMANDS, ddpm.LIMITS, ["train", "--help"])[1] == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for preset, flags in ddpm.PRESETS.items():
+        assert f"{preset}: {command_line.in_flags(flags)}" in text

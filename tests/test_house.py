@@ -83,9 +83,20 @@ def test_no_imports_go_round_in_a_circle():
 # ---- size ----------------------------------------------------------------------------------------
 
 
+def flag_lines(command: ast.FunctionDef) -> int:
+    """How long the signature and the docstring of a command are: its flags and their help."""
+    return command.end_lineno - command.lineno + 1 - code_lines(command)
+
+
 def test_the_story_is_read_in_an_evening():
+    """The flags and their help are looked up, not read."""
     lines = {name: len(FILES[name].read_text().splitlines()) for name in STORY}
-    assert sum(lines.values()) <= 1200, lines
+    commands = [
+        node
+        for node in ast.parse(FILES["ddpm"].read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name in ("train", "sample")
+    ]
+    assert sum(lines.values()) - sum(map(flag_lines, commands)) <= 1100, lines
 
 
 @pytest.mark.parametrize("name", FILES)

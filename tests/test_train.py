@@ -1063,3 +1063,28 @@ def test_fewer_images_than_a_batch_are_used_as_they_are(train, place, count):
     assert result.status == 0
     assert f"4 epochs, 4 steps of {count} images" in result.out
     assert stored()["step"] == 4
+
+
+def test_a_run_keeps_the_numbers_of_its_preset_not_the_name(train, monkeypatch):
+    tiny = {"seed": 7, "lr_decay": "none"}
+    monkeypatch.setitem(ddpm.PRESETS, "tiny", tiny)
+    result = train(preset="tiny")
+    assert result.status == 0
+    assert "preset   tiny: --seed=7 --lr_decay=none\n" in result.out
+    settings = checkpoints.load("run")["settings"]
+    assert (settings["seed"], settings["lr_decay"]) == (7, "none")
+    assert "preset" not in settings
+    assert "nothing to do" in train(**tiny).out  # the same run, written out
+
+
+@pytest.mark.parametrize("hours", [0, 1e9])
+def test_a_training_of_many_hours_is_told_before_it_begins(
+    train, monkeypatch, uninterrupted, hours
+):
+    """The trial steps it takes to know change nothing."""
+    monkeypatch.setattr(session, "MANY_HOURS", hours)
+    monkeypatch.setattr(session, "SLOWEST_CPU", 1e-9)
+    result = train()
+    told = [line for line in result.out.splitlines() if "--preset=laptop takes" in line]
+    assert [line.startswith("time ") for line in told] == ([True] if hours == 0 else [])
+    assert differences(outcome(), uninterrupted) == []
