@@ -287,6 +287,16 @@ def load_run(run_name: str) -> dict:
     return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build)
 
 
+def load_guide(name: str, settings: dict, device: torch.device) -> UNet | None:
+    """The network of the run `name`, for autoguidance of one with these settings; None for ""."""
+    if not name:
+        return None
+    checkpoint = processes.from_first(load_run(name) if processes.is_first() else None)
+    alike = (*NOISING, "mode", "classes")
+    runs.check_guide(name, checkpoint["settings"], {flag: settings[flag] for flag in alike})
+    return build_trained(checkpoint, device)[0]
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -450,21 +460,33 @@ def labels_in_turn(classes: Sequence[int], numbers: Sequence[int]) -> Tensor | N
     return torch.tensor([classes[number % len(classes)] for number in numbers])
 
 
-def guided(network: UNet, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): a network's output, led towards the classes.
+def guided(
+    network: UNet,
+    x_t: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
+    guidance: float,
+    guide: UNet | None = None,
+) -> Tensor:
+    """A network's output, led away from a worse one.
 
-        output = without + guidance * (with_class - without)
+        output = worse + guidance * (better - worse)
 
+    Classifier-free guidance (Ho & Salimans 2022): the worse output is that for no class.
+    Autoguidance (Karras et al. 2024): it is that of `guide`, a weaker network.
     Whatever the objective, the guess of x_0 changes in the same way: it is linear in the output.
     """
-    if labels is None or guidance == 1:
+    if guidance == 1 or (labels is None and guide is None):
         return network(x_t, t, labels)
+    if guide:
+        better, worse = network(x_t, t, labels).float(), guide(x_t, t, labels).float()
+        return worse + guidance * (better - worse)
     none = torch.full_like(labels, network.null_class)
     if guidance == 0:
         return network(x_t, t, none)
     both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none])).float()
-    with_class, without = both.chunk(2)
-    return without + guidance * (with_class - without)
+    better, worse = both.chunk(2)
+    return worse + guidance * (better - worse)
 
 
 def generate(
@@ -477,6 +499,7 @@ def generate(
     sampler: str = "dpm++",
     labels: Tensor | None = None,
     guidance: float = GUIDANCE,
+    guide: UNet | None = None,
     start: reading.Start | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.denoise` with a network: (x_t, guess of x_0) after every step.
@@ -490,7 +513,7 @@ def generate(
         visited_steps: of `diffusion`; with less than T as the first, `start` is noised to that.
         sampler: one of SAMPLERS.
         labels: classes (B,), or None.
-        guidance: see `guided`.
+        guidance, guide: see `guided`.
         start: an image to start from, and a mask of what to repaint (1) and to keep (0).
     """
     device = diffusion.signal.device
@@ -508,7 +531,7 @@ def generate(
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
         with devices.autocast(device, devices.best_precision(device)):
-            output = guided(network, x_t, times, labels, guidance)
+            output = guided(network, x_t, times, labels, guidance, guide)
         x_0 = diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
         return torch.lerp(image, x_0, mask) if start else x_0
 
@@ -664,9 +687,10 @@ def sample(
     gif: bool = False,
     seed: int = 0,
     img_size: tuple = (),
-    # class-conditional
+    # classes and guidance
     label: str = "all",
     guidance: float = GUIDANCE,
+    guide: str = "",
     # image-to-image and inpainting
     init_image: FilePath = "",
     strength: float = STRENGTH,
@@ -699,6 +723,8 @@ def sample(
             with --conditional.
         guidance: classifier-free guidance (CFG), how strictly an image keeps to its class: 0 not
             at all, 1 as learned, more for clearer and less varied images.
+        guide: autoguidance, for runs without classes too: a weaker run of the same data, such as a
+            shorter one, from which --guidance leads away.
         init_image: image-to-image (SDEdit): an image to start from, instead of noise.
         strength: how much of init_image changes: 0 nothing, 1 everything.
         mask: inpainting: an image of the same size, white where to repaint, black where every
@@ -720,7 +746,7 @@ def sample(
     settings = checkpoint["settings"]
     classes = settings["classes"]
     chosen = runs.check_labels(label, classes)
-    runs.check_sampling(settings, steps, guidance, GUIDANCE)
+    runs.check_sampling(settings, steps, GUIDANCE if guide else guidance, GUIDANCE)
     if strength != STRENGTH and not init_image:
         raise UserError(f"--strength={strength:g} needs an image to change: --init_image=...")
     size = runs.full_size(img_size or settings["img_size"])
@@ -733,6 +759,7 @@ def sample(
         batch_size = devices.images_at_once(device, size, settings["width"])
 
     network, diffusion = build_trained(checkpoint, device)
+    weaker = load_guide(guide, settings, device)
     visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
     flags = {"run_name": run_name, "n_img": n_img, "seed": seed, "img_size": f"{size[0]}x{size[1]}"}
     flags |= {"sampler": sampler, "steps": steps, "batch_size": batch_size}
@@ -741,6 +768,8 @@ def sample(
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
     if classes:
         flags |= {"label": label, "guidance": guidance}
+    if guide:
+        flags |= {"guidance": guidance, "guide": guide}
     if init_image:
         flags |= {"init_image": init_image, "strength": strength}
     if mask:
@@ -764,6 +793,7 @@ def sample(
                 sampler=sampler,
                 labels=labels_in_turn(chosen, numbers),
                 guidance=guidance,
+                guide=weaker,
                 start=start,
             )
             for move, (x_t, x_0) in enumerate(denoising, 1):

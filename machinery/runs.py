@@ -21,6 +21,7 @@ from machinery.basics import (
     BROKEN_FILE,
     UserError,
     acquire,
+    counted,
     folder_while_used,
     in_short,
     printable,
@@ -192,13 +193,29 @@ def check_same_network(name: str, source: dict, settings: dict) -> None:
         raise UserError(f"--init_from={name} was trained on other classes; {rule}")
 
 
+def check_guide(name: str, source: dict, needed: dict) -> None:
+    """Refuse the run `name`, of settings `source`, as a guide where it lacks what is needed.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    differs = [flag for flag, value in needed.items() if source[flag] != value]
+    if differs:
+        flag = differs[0]
+        has = f"it has --{flag}={as_typed(flag, source[flag])}"
+        if flag == "classes":
+            has = f"it has {counted(len(source[flag]), 'class')}"
+        rule = "a guide shares the classes, the colors and the noise of the run that it guides"
+        raise UserError(f"--guide={name} does not fit: {has}; {rule}")
+
+
 def check_sampling(settings: dict, steps: int, guidance: float, default_guidance: float) -> None:
     """Refuse more steps than a run has, and guidance that is not the default without classes."""
     if steps > settings["noise_steps"]:
         limit = f"the {settings['noise_steps']} noising steps of this run"
         raise UserError(f"--steps={steps} is more than {limit}")
     if guidance != default_guidance and not settings["classes"]:
-        rule = "for class-conditional runs, trained with --conditional"
+        rule = "for class-conditional runs, trained with --conditional; others need a --guide"
         raise UserError(f"--guidance={guidance:g} is {rule}")
 
 

@@ -427,6 +427,7 @@ def make_samples(
     device: torch.device,
     labels: Tensor | None = None,
     guidance: float = ddpm.GUIDANCE,
+    guide: str = "",
 ) -> Tensor:
     """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
@@ -435,6 +436,7 @@ def make_samples(
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
+    weaker = ddpm.load_guide(guide, settings, device)
     images = []
     if labels is None:
         labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
@@ -451,6 +453,7 @@ def make_samples(
                 sampler=sampler,
                 labels=None if labels is None else labels[part],
                 guidance=guidance,
+                guide=weaker,
             )
             for x_t, _ in denoising:
                 bar.update()
@@ -490,6 +493,7 @@ def from_run(
     sampler: str,
     steps: int,
     guidance: float,
+    guide: str,
     batch_size: int,
     device: torch.device,
 ) -> Subject | None:
@@ -512,7 +516,7 @@ def from_run(
             print(f"{basics.printable(dataset)} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)
     samples = make_samples(
-        stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance
+        stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance, guide
     )
     if not processes.is_first():
         return None
@@ -521,7 +525,8 @@ def from_run(
         names = [classes[label] for label in labels] if classes else []
         save_all(samples, Path(save_images), seed, names, **facts)
         print(f"the images are in {save_images}")
-    facts |= {"seed": seed, "guidance": guidance if classes else "", "dataset": dataset}
+    led = f"{guidance:g} from {guide}" if guide else guidance if classes else ""
+    facts |= {"seed": seed, "guidance": led, "dataset": dataset}
     return Subject(samples, data, facts, "the training images" if is_known else dataset, is_known)
 
 
@@ -626,6 +631,7 @@ def evaluate(
     sampler: str = "dpm++",
     steps: int = ddpm.STEPS,
     guidance: float = ddpm.GUIDANCE,
+    guide: str = "",
     save_images: FilePath = "",
     # running
     batch_size: int = 64,
@@ -664,6 +670,7 @@ def evaluate(
         guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
             trained with --conditional. 1 samples what was learned; more gives clearer and less
             varied images, which recall shows.
+        guide: autoguidance: a weaker run of the same data, from which --guidance leads away.
         save_images: also write the images that are judged to this new folder, a PNG each.
         batch_size: images per batch, in sampling and in the network that describes them.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -674,14 +681,15 @@ def evaluate(
     command_line.check_limits(locals(), LIMITS)
     for_runs = {"run_name": run_name, "save_images": save_images, "seed": seed}
     for_runs |= {"sampler": sampler != "dpm++", "steps": steps != ddpm.STEPS}
-    for_runs |= {"guidance": guidance != ddpm.GUIDANCE}
+    for_runs |= {"guidance": guidance != ddpm.GUIDANCE, "guide": guide}
     check_subject(run_name, images, dataset, for_runs, img_size)
     device = processes.join(devices.pick_device(device))
     is_first = processes.is_first()
     stored = None
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
-        runs.check_sampling(stored["settings"], steps, guidance, ddpm.GUIDANCE)
+        asked = ddpm.GUIDANCE if guide else guidance
+        runs.check_sampling(stored["settings"], steps, asked, ddpm.GUIDANCE)
     table = Path("results", run_name, "evaluation.csv")
     if is_first:
         if os.path.lexists(save_images):
@@ -690,7 +698,7 @@ def evaluate(
         basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
     if stored:
-        how = (seed, sampler, steps, guidance, batch_size, device)
+        how = (seed, sampler, steps, guidance, guide, batch_size, device)
         subject = from_run(stored, run_name, dataset, n_img, save_images, *how)
     elif is_first:
         subject = from_folder(images, dataset, img_size, n_img)
