@@ -738,7 +738,8 @@ def sample(
     Raises:
         UserError: a flag or checkpoint that does not fit.
     """
-    command_line.check_limits(locals(), LIMITS)
+    flags = dict(locals())
+    command_line.check_limits(flags, LIMITS)
     command_line.check_name("name", name)
     run_name = runs.choose(run_name)
     device = processes.join(devices.pick_device(device))
@@ -761,19 +762,11 @@ def sample(
     network, diffusion = build_trained(checkpoint, device)
     weaker = load_guide(guide, settings, device)
     visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
-    flags = {"run_name": run_name, "n_img": n_img, "seed": seed, "img_size": f"{size[0]}x{size[1]}"}
-    flags |= {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     weights = checkpoints.fingerprint_of(checkpoint["average"])
     facts = {"run": run_name, "step": checkpoint["step"], "weights": weights}
     facts |= {"sampler": sampler, "steps": steps, "device": device.type}
-    if classes:
-        flags |= {"label": label, "guidance": guidance}
-    if guide:
-        flags |= {"guidance": guidance, "guide": guide}
-    if init_image:
-        flags |= {"init_image": init_image, "strength": strength}
-    if mask:
-        flags |= {"mask": mask}
+    flags |= {"run_name": run_name, "img_size": size, "batch_size": batch_size}
+    flags = runs.deciding_flags(flags, classes)
     moves = max(1, len(visited_steps) - 1)
     labels = [classes[number] for number in chosen]
     folder = Path("results", run_name, name)

@@ -219,6 +219,19 @@ def check_sampling(settings: dict, steps: int, guidance: float, default_guidance
         raise UserError(f"--guidance={guidance:g} is {rule}")
 
 
+def deciding_flags(flags: dict, classes: tuple[str, ...]) -> dict:
+    """The flags of a sampling that decide what its images look like, as its PNG files tell them."""
+    idle = {"name", "save_grid", "gif", "device"}
+    if not classes:
+        idle |= {"label"}
+    if not classes and not flags["guide"]:
+        idle |= {"guidance"}
+    if not flags["init_image"]:
+        idle |= {"strength"}
+    idle |= {flag for flag, value in flags.items() if value in ("", "auto")}
+    return {flag: value for flag, value in flags.items() if flag not in idle}
+
+
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     """The numbers of the classes in `--label=NAME|a,b|all`; none for an unconditional run."""
     if label == "all":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from machinery import processes
 from machinery.basics import claimed_folder, counted, in_short, write_whole
+from machinery.command_line import as_typed
 
 # ---- grids and files -----------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class Album:
             count = len(self.labels)
             turns = (self.labels[(first + turn) % count] for turn in range(count))
             flags["label"] = ",".join(turns)
-        words = (f"--{flag}={value}" for flag, value in flags.items())
+        words = (f"--{flag}={as_typed(flag, value)}" for flag, value in flags.items())
         return shlex.join(["python", "ddpm.py", "sample", *words])
 
     def is_frame_due(self, numbers: range, move: int) -> bool:
