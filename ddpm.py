@@ -257,6 +257,7 @@ NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "drop
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
 LABEL_DROPOUT = 0.1  # fraction of labels hidden in training, which guidance needs
+EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
 STEPS = 15  # why so few: benchmarks/README.md, "Samplers and steps"
 GUIDANCE = 2.0
 STRENGTH = 0.6
@@ -287,14 +288,23 @@ def load_run(run_name: str) -> dict:
     return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build)
 
 
-def load_guide(name: str, settings: dict, device: torch.device) -> UNet | None:
-    """The network of the run `name`, for autoguidance of one with these settings; None for ""."""
+def load_guide(name: str, checkpoint: dict, device: torch.device) -> UNet | None:
+    """A weaker network for autoguidance of `checkpoint`: its own early one, another run's, or none.
+
+    Args:
+        name: "early", a run, or "".
+        checkpoint: of the run that is guided.
+        device: where the network goes.
+    """
     if not name:
         return None
-    checkpoint = processes.from_first(load_run(name) if processes.is_first() else None)
+    if name == "early":
+        return build_trained(checkpoint | {"average": runs.early_weights(checkpoint)}, device)[0]
+    guide = processes.from_first(load_run(name) if processes.is_first() else None)
     alike = (*NOISING, "mode", "classes")
-    runs.check_guide(name, checkpoint["settings"], {flag: settings[flag] for flag in alike})
-    return build_trained(checkpoint, device)[0]
+    needed = {flag: checkpoint["settings"][flag] for flag in alike}
+    runs.check_guide(name, guide["settings"], needed)
+    return build_trained(guide, device)[0]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -317,6 +327,7 @@ class Training:
     Attributes:
         step: how many are done.
         ema: the network with EMA weights, which makes the images.
+        early: the EMA weights after a fourth of the training, in half precision; else empty.
         blank_loss: what an output of nothing but zeros costs, at most.
         preview_seeds: of the images that `preview` makes; classes take turns.
     """
@@ -327,6 +338,7 @@ class Training:
         self.device = device
         self.precision = devices.best_precision(device)
         self.step = 0
+        self.early = {}
         torch.manual_seed(seed_of(settings["seed"]))
         self.network, self.diffusion = build(settings, device)
         self.network.to(memory_format=torch.channels_last)
@@ -350,6 +362,7 @@ class Training:
             "network": self.network.state_dict(),
             "average": self.ema.state_dict(),  # its name since the first version
             "optimizer": self.optimizer.state_dict(),
+            "early": self.early,
             "step": self.step,
         }
 
@@ -358,6 +371,7 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["average"])
         checkpoints.restore_adamw(self.optimizer, state["optimizer"])
+        self.early = state.get("early", {})  # older versions kept none
         self.step = state["step"]
 
     def start_from(self, ema_weights: dict[str, Tensor]) -> None:
@@ -416,6 +430,9 @@ class Training:
         self.optimizer.zero_grad()
         self.step += 1
         update_ema(self.ema, self.network, self.step, self.settings["ema_decay"])
+        if not self.early and fraction_done >= EARLY:
+            weights = self.ema.state_dict().items()
+            self.early = {name: weight.to("cpu", torch.float16) for name, weight in weights}
         return losses, t, grad_norm, lr
 
     def learning_rate(self, fraction_done: float) -> float:
@@ -723,8 +740,8 @@ def sample(
             with --conditional.
         guidance: classifier-free guidance (CFG), how strictly an image keeps to its class: 0 not
             at all, 1 as learned, more for clearer and less varied images.
-        guide: autoguidance, for runs without classes too: a weaker run of the same data, such as a
-            shorter one, from which --guidance leads away.
+        guide: autoguidance, for runs without classes too: early, or a weaker run of the same data,
+            from which --guidance leads away; early is the run after a fourth of its training.
         init_image: image-to-image (SDEdit): an image to start from, instead of noise.
         strength: how much of init_image changes: 0 nothing, 1 everything.
         mask: inpainting: an image of the same size, white where to repaint, black where every
@@ -760,7 +777,7 @@ def sample(
         batch_size = devices.images_at_once(device, size, settings["width"])
 
     network, diffusion = build_trained(checkpoint, device)
-    weaker = load_guide(guide, settings, device)
+    weaker = load_guide(guide, checkpoint, device)
     visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
     weights = checkpoints.fingerprint_of(checkpoint["average"])
     facts = {"run": run_name, "step": checkpoint["step"], "weights": weights}

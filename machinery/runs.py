@@ -193,6 +193,18 @@ def check_same_network(name: str, source: dict, settings: dict) -> None:
         raise UserError(f"--init_from={name} was trained on other classes; {rule}")
 
 
+def early_weights(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The EMA weights that a run has kept from a fourth of its training.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not checkpoint.get("early"):
+        reason = "that is kept after a fourth of a training, and not in published runs"
+        raise UserError(f"--guide=early: this run has no early weights; {reason}")
+    return checkpoint["early"]
+
+
 def check_guide(name: str, source: dict, needed: dict) -> None:
     """Refuse the run `name`, of settings `source`, as a guide where it lacks what is needed.
 
@@ -525,6 +537,7 @@ def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Cal
 def check_finite(run_name: str, stored: dict) -> None:
     """Refuse a checkpoint whose numbers are infinite or NaN: nothing can be made of these."""
     tensors = {f"{name} (EMA)": weight for name, weight in stored["average"].items()}
+    tensors |= {f"{name} (early)": weight for name, weight in stored.get("early", {}).items()}
     if "network" in stored:
         tensors |= stored["network"] | {"sums": stored["sums"]}
         for number, moments in stored["optimizer"]["state"].items():

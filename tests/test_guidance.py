@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import ddpm
+from machinery import checkpoints
 from modules import UNet
 
 STEPS = "--steps=4"
@@ -107,3 +108,35 @@ def test_guidance_alone_is_refused_with_what_it_needs(two_runs, run):
     assert "nowhere is not a trained run" in refused(
         run("sample", "--run_name=run", "--guide=nowhere", STEPS)
     )
+
+
+def test_a_training_keeps_the_weights_of_its_first_fourth(place, run):
+    """Also one that is resumed; without a decay, a run of 5 of its 15 steps ends with the same."""
+    paint(place / "pictures")
+    words = ["train", "--dataset=pictures", "--noise_steps=8", "--lr_decay=none", "--warmup=0"]
+    words += [word for word in TINY if "warmup" not in word]
+    # 10 pictures, 4 a step: 6 epochs are 15 steps, a fourth are done when the fifth begins
+    for name, epochs in (("whole", 6), ("fifth", 2), ("resumed", 1), ("resumed", 6)):
+        assert run(*words, f"--run_name={name}", f"--epochs={epochs}").status == 0
+    early = checkpoints.load("whole")["early"]
+    expected = checkpoints.load("fifth")["average"]
+    assert {weight.dtype for weight in early.values()} == {torch.float16}
+    assert all(torch.equal(early[name], expected[name].half()) for name in expected)
+    # one epoch kept what was a fourth of it, and that stays
+    resumed = checkpoints.load("resumed")["early"]
+    assert any((resumed[name] != early[name]).any() for name in early)
+
+
+def test_early_guides_and_a_run_without_it_says_so(two_runs, run, sample):
+    plain = sample("plain")
+    assert np.array_equal(sample("one", "--guide=early", "--guidance=1"), plain)
+    assert not np.array_equal(sample("led", "--guide=early", "--guidance=3"), plain)
+    stored = checkpoints.load("run")
+    checkpoints.save("early_one", **stored | {"average": stored["early"]})
+    zero = sample("zero", "--guide=early", "--guidance=0")
+    assert run("sample", "--run_name=early_one", "--n_img=3", STEPS).status == 0
+    assert np.array_equal(zero, pixels_of(Path("results/early_one/samples")))
+    del stored["early"]
+    checkpoints.save("run", **stored)
+    line = refused(run("sample", "--run_name=run", "--guide=early", STEPS))
+    assert "--guide=early: this run has no early weights" in line

@@ -436,7 +436,7 @@ def make_samples(
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
-    weaker = ddpm.load_guide(guide, settings, device)
+    weaker = ddpm.load_guide(guide, stored, device)
     images = []
     if labels is None:
         labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
@@ -670,7 +670,7 @@ def evaluate(
         guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
             trained with --conditional. 1 samples what was learned; more gives clearer and less
             varied images, which recall shows.
-        guide: autoguidance: a weaker run of the same data, from which --guidance leads away.
+        guide: autoguidance: early, or a weaker run of the same data, as in `ddpm.py sample`.
         save_images: also write the images that are judged to this new folder, a PNG each.
         batch_size: images per batch, in sampling and in the network that describes them.
         device: auto, cpu, cuda, cuda:N or mps.
