@@ -76,7 +76,17 @@ LIMITS = measuring.LIMITS | {
 }
 FIGURES = ("distance", "distance_real", "precision", "recall", "copies")
 FIGURES += ("contrast", "contrast_real")
-COLUMNS = ("experiment", "variant", "seed", "images", "measure", "n", *FIGURES, "minutes")
+COLUMNS = (
+    "experiment",
+    "dataset",
+    "variant",
+    "seed",
+    "images",
+    "measure",
+    "n",
+    *FIGURES,
+    "minutes",
+)
 COLUMNS += measuring.WHERE
 
 
@@ -130,8 +140,8 @@ def quality(
 
         python -m benchmarks.quality --experiment=noise
 
-    Adds a row for every variant and seed to results/benchmarks/quality.csv, and prints the means of
-    the seeds. Held-out images come from: python datasets/paint_landscapes.py --first_seed=1000000
+    A change that helps with one data set may hurt with another: try two. Adds a row for every
+    variant and seed to results/benchmarks/quality.csv, and prints the means of the seeds. Held-out images come from: python datasets/paint_landscapes.py --first_seed=1000000
     --count=2048 --folder=datasets/held_out
 
     Args:
@@ -155,14 +165,14 @@ def quality(
     count, real = (len(list_images(Path(folder)).names) for folder in (dataset, held_out))
     epochs = max(1, round(images / count))
     n = evaluate.comparable(n_img, real)
-    shared = {"images": epochs * count, "n": n}
+    shared = {"dataset": dataset, "images": epochs * count, "n": n}
     variants = variants_of(experiment)
     for seed, (number, variant) in itertools.product(range(seeds), enumerate(variants)):
         key = shared | {"variant": variant, "seed": seed}
         if matching(done_before(path), key):
             continue
         print(f"\n{experiment}: {variant}, seed {seed}", flush=True)
-        run_name = f"quality_{experiment}_{number}_{epochs}_{seed}"
+        run_name = f"quality_{Path(dataset).name}_{experiment}_{number}_{epochs}_{seed}"
         settings = BASE | variants[variant] | {"seed": seed, "epochs": epochs}
         settings |= {"device": device, "sample_every": 0}
         ddpm.train(dataset=dataset, run_name=run_name, **settings)

@@ -57,7 +57,17 @@ PEER_STEPS = 50  # of the others' sampling
 BATCH = 64  # of everybody's sampling
 LIMITS = measuring.LIMITS | {"minutes": (0.01, 10**6), "img_size": (STRIDE, 1024)}
 LIMITS |= {"seeds": (1, 1000), "n_img": (16, 10**9)}
-COLUMNS = ("contender", "seed", "minutes", "img_size", "measure", "n", "images", "weights_m")
+COLUMNS = (
+    "dataset",
+    "contender",
+    "seed",
+    "minutes",
+    "img_size",
+    "measure",
+    "n",
+    "images",
+    "weights_m",
+)
 COLUMNS += ("sampler", "steps", *quality.FIGURES, "prepared_s", "trained_s", "sampled_s")
 COLUMNS += measuring.WHERE
 SHOWN = {
@@ -375,7 +385,7 @@ def quality_peers(
     )
     devices.keep_memory()  # for all, as ours has it
     trainers = contenders(place)
-    shared = {"minutes": f"{minutes:g}", "img_size": img_size, "n": n}
+    shared = {"dataset": dataset, "minutes": f"{minutes:g}", "img_size": img_size, "n": n}
     for seed, (contender, train) in itertools.product(range(seeds), trainers.items()):
         key = shared | {"contender": contender, "seed": seed}
         if quality.matching(quality.done_before(path), key):

@@ -406,6 +406,11 @@ def test_every_variant_and_seed_is_trained_and_judged_once(small_experiment, mon
     assert [row["variant"] + row["seed"] for row in rows] == ["slow0", "fast0", "slow1", "fast1"]
     assert {row["images"] for row in rows} == {"80"}
     assert len(list(Path("models").iterdir())) == 4
+    # another data set is another experiment
+    words = [*words[:2], "--seeds=1", "--dataset=unseen", "--held_out=pictures", "--device=cpu"]
+    assert run("benchmarks.quality", quality.quality, words, monkeypatch)[0] == 0
+    assert [row["dataset"] for row in judged()] == ["pictures"] * 4 + ["unseen"] * 2
+    assert len(list(Path("models").iterdir())) == 6
     for variant in ("slow", "fast"):
         mean = sum(float(row["distance"]) for row in rows if row["variant"] == variant) / 2
         assert f"{variant:7}" in out
