@@ -141,8 +141,9 @@ def quality(
         python -m benchmarks.quality --experiment=noise
 
     A change that helps with one data set may hurt with another: try two. Adds a row for every
-    variant and seed to results/benchmarks/quality.csv, and prints the means of the seeds. Held-out images come from: python datasets/paint_landscapes.py --first_seed=1000000
-    --count=2048 --folder=datasets/held_out
+    variant and seed to results/benchmarks/quality.csv, and prints the means of the seeds. Held-out
+    images come from: python datasets/paint_landscapes.py --first_seed=1000000 --count=2048
+    --folder=datasets/held_out
 
     Args:
         experiment: which settings are varied.
