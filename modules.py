@@ -246,7 +246,8 @@ class UNet(nn.Module):
         """A residual block and its attention: h (B, C_in, H, W) -> (B, C_out, H, W)."""
         if self.recompute and torch.is_grad_enabled():
             both = lambda *inputs: attention(resnet(*inputs))  # noqa: E731
-            return checkpoint(both, h, embedding, use_reentrant=False)
+            drops = resnet.dropout.p > 0  # what is dropped hangs on the generator's state
+            return checkpoint(both, h, embedding, use_reentrant=False, preserve_rng_state=drops)
         return attention(resnet(h, embedding))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -152,7 +152,7 @@ def levers(
         rounds: how often every pair is measured, in turn; auto is 7, or 3 if quick.
         batch_size: images per step; auto is 16, or 8 if quick.
         compile: also torch.compile on a CPU, which takes minutes; on a GPU it is always there.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag that does not fit, or a file of other columns in the way.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from machinery import checkpoints, devices, processes
+from machinery import checkpoints, processes
 from machinery.basics import UserError, append_rows, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
@@ -329,15 +329,16 @@ def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def describe_network(network: nn.Module, size: tuple[int, int], device: torch.device) -> str:
+def describe_network(
+    network: nn.Module, size: tuple[int, int], device: torch.device, precision: torch.dtype
+) -> str:
     """How large a network is, and where it computes."""
     count = sum(parameter.numel() for parameter in network.parameters())
     weights = in_units(count, ("", " thousand", " million", " billion"))
     flop = 1e9 * gflop_per_image(network, size)
     operations = in_units(flop, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP"))
-    precision = str(devices.best_precision(device)).removeprefix("torch.")
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
-    where = f"{device} in {precision}{several}"
+    where = f"{device} in {str(precision).removeprefix('torch.')}{several}"
     return f"{weights} weights, {operations} an image, on {where}"
 
 

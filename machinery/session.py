@@ -333,7 +333,8 @@ class Session:
             where = describe_grid(settings["classes"], len(self.training.preview_seeds))
             remarks.append(f"in the previews: {where}")
         kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
-        network = describe_network(self.training.network, (height, width), self.training.device)
+        where = self.training.device, self.training.precision
+        network = describe_network(self.training.network, (height, width), *where)
         print(f"data     {loader.count:,} images of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")
         print(f"length   {self.progress.summary(self.training.step)}")

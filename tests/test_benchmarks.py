@@ -333,7 +333,7 @@ def test_compiled_variants_are_there_when_asked_for_alone():
     [
         (["--rouns=3"], "did you mean --rounds?"),
         (["--rounds=0"], "--rounds=0 is out of range, which is 1 to 1000"),
-        (["--device=gpu"], "--device=gpu is not one of: auto, cpu, cuda, cuda:N, mps"),
+        (["--device=gpu"], "--device=gpu is not one of: auto, cpu, cuda, cuda:N, mps, xpu, xpu:N"),
         (["quick"], "'quick' is not an option"),
     ],
 )
