@@ -265,6 +265,7 @@ def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
 
 def build_trained(checkpoint: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """What makes a run's images: the network with its EMA weights, and the noising process."""
+    devices.keep_memory()
     network, diffusion = build(checkpoint["settings"], device)
     network.load_state_dict(checkpoint["average"])
     return network.eval().to(memory_format=devices.layout(device)), diffusion
@@ -601,7 +602,8 @@ def train(
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the EMA weights follow; they make the images.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
-        precision: mixed precision; losses and weights are float32 in any case.
+        precision: mixed precision; auto is bfloat16 where the hardware has it, float16 on older
+            tensor cores (T4, RTX 20), else float32. Losses and weights are float32 in any case.
         compile: compile the network with torch.compile first, which takes minutes; meant for long
             trainings on a GPU.
         grad_checkpointing: compute activations again instead of keeping them: a fourth of the
@@ -703,7 +705,7 @@ def sample(
             paper's Algorithm 2, with the guess of the image clipped to its range.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
-        precision: mixed precision; images differ by what is hardly seen.
+        precision: mixed precision, as in training; the images differ by what is hardly seen.
 
     Raises:
         UserError: a flag or checkpoint that does not fit.

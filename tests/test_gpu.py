@@ -5,6 +5,7 @@ import shutil
 import textwrap
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,3 +342,61 @@ def test_only_the_generators_in_use_are_seeded(monkeypatch):
         torch.default_generator.manual_seed(5)
         assert torch.equal(first, torch.randn(3))
     assert seeded == [("cuda", 5), ("xpu", 5)]
+
+
+# ---- what grows with a GPU's speed ---------------------------------------------------------------
+
+
+def test_the_rows_of_a_log_thin_out():
+    """As many as ever in the first 40,000 steps; 1,000 more for each doubling from there on."""
+    rows = [step for step in range(1, 1_000_001) if step % journal.row_every(step) == 0]
+    assert rows[:2000] == [20 * number for number in range(1, 2001)]
+    ends = [40_000, 80_000, 160_000, 320_000, 640_000]
+    assert [sum(step <= end for step in rows) for end in ends] == [2000, 3000, 4000, 5000, 6000]
+    assert 6500 < len(rows) < 6600
+
+
+def test_rows_of_other_lengths_are_means_of_their_steps(place, run, monkeypatch):
+    """Also in a run that is resumed within a row, and in one whose rows were always as many."""
+    paint(Path("pictures"))
+    monkeypatch.setattr(journal, "ROW_EVERY", 2)
+    monkeypatch.setattr(journal, "DENSE_ROWS", 2)
+    monkeypatch.setattr(ddpm, "STEPS", 1)
+    words = [word.replace("warmup=5", "warmup=0") for word in TINY]
+    words += ["--dataset=pictures", "--lr_decay=none"]
+
+    def log_of(name: str, *epochs: int) -> list[list]:
+        for number in epochs:
+            assert run("train", *words, f"--run_name={name}", f"--epochs={number}").status == 0
+        rows = torch.load(Path("models", name, "checkpoint.pt"), weights_only=True)["log"]
+        return [row[:-1] for row in rows]  # the last is the clock's
+
+    whole = log_of("whole", 10)  # 25 steps
+    assert [row[0] for row in whole] == [2, 4, 8, 16, 25]
+    assert log_of("parts", 1, 2, 5, 7, 10) == whole
+    monkeypatch.setattr(journal, "DENSE_ROWS", 2000)
+    every_other = log_of("dense", 10)
+    loss = journal.COLUMNS.index("loss")
+    assert whole[2][loss] == pytest.approx((every_other[2][loss] + every_other[3][loss]) / 2)
+    log_of("older", 4)
+    monkeypatch.setattr(journal, "DENSE_ROWS", 2)
+    older = log_of("older", 10)
+    assert [row[0] for row in older] == [2, 4, 6, 8, 10, 16, 25]
+    assert older[-1] == whole[-1]
+
+
+def test_previews_take_a_minute_and_then_a_hundredth_of_the_time(monkeypatch):
+    """A second each, after epochs of ten seconds: what a small data set gives a fast GPU."""
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+    monkeypatch.setattr(session, "time", clock)
+    how = {"epochs": 10_000, "max_minutes": 0, "save_every": 10, "sample_every": 1, "minutes": 0.0}
+    progress = session.Progress(count=10, batch_size=10, step=0, began=0.0, previews=16, **how)
+    shown = []
+    for step in range(1, 3001):
+        clock.seconds += 10
+        if progress.is_preview_due(step):
+            with progress.previewing(step):
+                clock.seconds += 1
+            shown.append(step)
+    assert shown[:60] == list(range(1, 61))
+    assert len(shown) == pytest.approx(clock.seconds / 100, abs=2)
