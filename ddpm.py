@@ -733,12 +733,9 @@ def sample(
     network, diffusion = build_trained(checkpoint, device)
     visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
     flags = {"run_name": run_name, "n_img": n_img, "seed": seed, "img_size": f"{size[0]}x{size[1]}"}
-    flags |= {"sampler": sampler, "steps": steps, "batch_size": batch_size}
-    weights = checkpoints.fingerprint_of(checkpoint["average"])
-    facts = {"run": run_name, "step": checkpoint["step"], "weights": weights}
-    facts |= {"sampler": sampler, "steps": steps, "device": device.type}
-    if precision != "auto":
-        flags |= {"precision": precision}
+    flags |= {"sampler": sampler, "steps": steps, "batch_size": batch_size, "precision": precision}
+    facts = {"run": run_name, "step": checkpoint["step"], "sampler": sampler, "steps": steps}
+    facts |= {"weights": checkpoints.fingerprint_of(checkpoint["average"]), "device": device.type}
     if classes:
         flags |= {"label": label, "guidance": guidance}
     if init_image:
