@@ -16,6 +16,8 @@ from pretended_gpu import GPU, gpu_facts, pretended_gpu
 
 import ddpm
 import modules
+from benchmarks import peers
+from benchmarks.h100 import correct, norms
 from machinery import command_line, devices, journal, session
 from machinery.basics import UserError
 from tools import evaluate
@@ -400,3 +402,41 @@ def test_previews_take_a_minute_and_then_a_hundredth_of_the_time(monkeypatch):
             shown.append(step)
     assert shown[:60] == list(range(1, 61))
     assert len(shown) == pytest.approx(clock.seconds / 100, abs=2)
+
+
+# ---- the programs for the day a GPU is here ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [norms.LowPrecisionNorm, norms.ChannelSumsNorm])
+def test_candidates_for_group_norm_compute_it(kind):
+    network = peers.our_network(peers.SMALL | {"img_size": 8, "width": 16})
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 999])
+    with torch.no_grad():
+        expected = network(x, t)
+        error = (norms.replace_norms(network, kind)(x, t) - expected).abs().max()
+    assert error < 1e-4 < expected.abs().max()
+
+
+def test_the_checks_of_a_gpu_go_through_on_a_cpu_and_find_what_is_wrong(place, monkeypatch, capsys):
+    """All but those that start programs; then with a network that answers otherwise."""
+    tiny = {"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
+    monkeypatch.setattr(peers, "SMALL", tiny)
+    checks = [check for check in correct.CHECKS if check.__name__ not in ("check_commands",)]
+    monkeypatch.setattr(correct, "CHECKS", checks)
+    correct.correct(device="cpu", quick=True)
+    out = capsys.readouterr().out
+    assert out.endswith("all ok\n") and out.count("  ok\n") >= 10
+    images_of = correct.images_of
+    calls = []
+
+    def other_images(*inputs) -> torch.Tensor:
+        calls.append(1)
+        return images_of(*inputs) + 0.1 * (len(calls) % 2)
+
+    monkeypatch.setattr(correct, "images_of", other_images)
+    monkeypatch.setattr(correct, "CHECKS", [correct.check_images, correct.check_resume])
+    with pytest.raises(SystemExit):
+        correct.correct(device="cpu", quick=True)
+    out = capsys.readouterr().out
+    assert out.count("FAIL\n") == 3  # one for each sampler
+    assert "against one that was not stopped" in out
