@@ -219,7 +219,7 @@ def check_suite(subject: Subject, report: Report) -> None:
 
 
 def measure_ceilings(subject: Subject, report: Report) -> None:
-    """What the hardware can do at best: a product, a copy, and every convolution of the network."""
+    """What the hardware can do at best: a product, a copy, and the network's convolutions."""
     device = subject.device
     side = 512 if subject.quick else 8192
     dtype = peers.PRECISIONS[subject.best]
@@ -248,7 +248,7 @@ def measure_ceilings(subject: Subject, report: Report) -> None:
 
 
 def convolutions_of(subject: Subject) -> list[tuple[int, ...]]:
-    """Channels in and out, kernel, stride and side of every kind of convolution in the network."""
+    """Channels in and out, kernel, stride and side of all but those that double the resolution."""
     found = {}
     hooks = [
         module.register_forward_hook(
