@@ -253,6 +253,7 @@ PRESETS = {
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "preset": PRESETS}
+LIMITS |= {"precision": devices.PRECISIONS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -274,9 +275,10 @@ def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
 
 def build_trained(checkpoint: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     """What makes a run's images: the network with its EMA weights, and the noising process."""
+    devices.keep_memory()
     network, diffusion = build(checkpoint["settings"], device)
     network.load_state_dict(checkpoint["average"])
-    return network.eval().to(memory_format=torch.channels_last), diffusion
+    return network.eval().to(memory_format=devices.layout(device)), diffusion
 
 
 def load_run(run_name: str) -> dict:
@@ -336,16 +338,17 @@ class Training:
         self.settings = settings
         self.loader = loader
         self.device = device
-        self.precision = devices.best_precision(device)
+        self.precision = devices.precision_of(settings["precision"], device)
         self.step = 0
         self.early = {}
         torch.manual_seed(seed_of(settings["seed"]))
         self.network, self.diffusion = build(settings, device)
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=devices.layout(device))
         self.network.recompute = settings["grad_checkpointing"]
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+        self.scaler = devices.LossScaler(device, self.precision)
         every_step = torch.arange(1, settings["noise_steps"] + 1, device=device)
         # a target of images in [-1, 1] has a mean square of 1 at most
         self.blank_loss = self.diffusion.weight(every_step).mean().item()
@@ -364,6 +367,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "early": self.early,
             "step": self.step,
+            **self.scaler.facts(),
         }
 
     def restore(self, state: dict) -> None:
@@ -372,6 +376,7 @@ class Training:
         self.ema.load_state_dict(state["average"])
         checkpoints.restore_adamw(self.optimizer, state["optimizer"])
         self.early = state.get("early", {})  # older versions kept none
+        self.scaler.restore(state)
         self.step = state["step"]
 
     def start_from(self, ema_weights: dict[str, Tensor]) -> None:
@@ -387,21 +392,21 @@ class Training:
         """
         seed = self.settings["seed"]
         batch_size = self.loader.batch_size
-        torch.manual_seed(seed_of(seed, self.step))
+        devices.seed(self.device, seed_of(seed, self.step))
         indices, flips = self.loader.draw(self.step)
         t, eps = self.diffusion.draw((batch_size, *self.loader.shape))
-        labels = self.drop_labels(self.loader.labels[indices])
+        labels = self.drop_labels(devices.send(self.loader.labels[indices], self.device))
         losses = torch.zeros(batch_size, device=self.device)
 
         def add_gradient(part: slice) -> None:
             # else all would drop the same; 1 +, since (seed, step, 0) is (seed, step)
             if self.settings["dropout"]:
-                torch.manual_seed(seed_of(seed, self.step, 1 + part.start))
+                devices.seed(self.device, seed_of(seed, self.step, 1 + part.start))
             x_0 = self.loader.load(indices[part], flips[part])  # (b, C, H, W)
             inputs = (x_0, t[part], eps[part], None if labels is None else labels[part])
             with devices.autocast(self.device, self.precision):
                 part_losses = self.diffusion.loss(self.network, *inputs)  # (b,)
-            (part_losses.sum() / batch_size).backward()
+            self.scaler.scale(part_losses.sum() / batch_size).backward()
             losses[part] = part_losses.detach()
 
         self.micro_batches.run(add_gradient, reset=self.optimizer.zero_grad)
@@ -423,17 +428,19 @@ class Training:
             loss and t of each image (B,), the gradient's norm before clipping, the learning rate.
         """
         losses, t = self.compute_gradient()
+        self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm=1.0)
         lr = self.learning_rate(fraction_done)
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         update_ema(self.ema, self.network, self.step, self.settings["ema_decay"])
         if not self.early and fraction_done >= EARLY:
             weights = self.ema.state_dict().items()
             self.early = {name: weight.to("cpu", torch.float16) for name, weight in weights}
-        return losses, t, grad_norm, lr
+        return losses, t, self.scaler.norm_taken(grad_norm), lr
 
     def learning_rate(self, fraction_done: float) -> float:
         """`--lr`, with a warm-up of at most a tenth of the training, and a decay."""
@@ -458,7 +465,7 @@ class Training:
         classes = settings["classes"]
         steps = self.diffusion.visited_steps(min(STEPS, settings["noise_steps"]))
         labels = labels_in_turn(range(len(classes)), self.preview_seeds)
-        how = {"visited_steps": steps, "labels": labels}
+        how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
         size = settings["img_size"]
         for x_t, _ in generate(self.ema, self.diffusion, self.preview_seeds, size, **how):
             pass  # the last one is the image
@@ -518,6 +525,7 @@ def generate(
     guidance: float = GUIDANCE,
     guide: UNet | None = None,
     start: reading.Start | None = None,
+    precision: str = "auto",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`Diffusion.denoise` with a network: (x_t, guess of x_0) after every step.
 
@@ -532,6 +540,7 @@ def generate(
         labels: classes (B,), or None.
         guidance, guide: see `guided`.
         start: an image to start from, and a mask of what to repaint (1) and to keep (0).
+        precision: one of devices.PRECISIONS.
     """
     device = diffusion.signal.device
     generators = [np.random.default_rng(seed) for seed in seeds]
@@ -543,11 +552,11 @@ def generate(
 
     def draw_noise() -> Tensor:
         noise = [generator.standard_normal(shape, np.float32) for generator in generators]
-        return torch.from_numpy(np.stack(noise)).to(device)  # (B, C, H, W)
+        return devices.send(torch.from_numpy(np.stack(noise)), device)  # (B, C, H, W)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
-        with devices.autocast(device, devices.best_precision(device)):
+        with devices.autocast(device, devices.precision_of(precision, device)):
             output = guided(network, x_t, times, labels, guidance, guide)
         x_0 = diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
         return torch.lerp(image, x_0, mask) if start else x_0
@@ -600,6 +609,7 @@ def train(
     ema_decay: float = 0.9999,
     # running
     device: str = "auto",
+    precision: str = "auto",
     compile: bool = False,
     grad_checkpointing: bool = False,
     sample_every: int = 10,
@@ -647,7 +657,9 @@ def train(
         warmup: steps in which the learning rate rises from 0; at most a tenth of the training.
         lr_decay: how the learning rate falls over the whole run.
         ema_decay: how slowly the EMA weights follow; they make the images.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
+        precision: mixed precision; auto is bfloat16 where the hardware has it, float16 on older
+            tensor cores (T4, RTX 20), else float32. Losses and weights are float32 in any case.
         compile: compile the network with torch.compile first, which takes minutes; meant for long
             trainings on a GPU.
         grad_checkpointing: compute activations again instead of keeping them: a fourth of the
@@ -718,6 +730,7 @@ def sample(
     # running
     batch_size: int | str = "auto",
     device: str = "auto",
+    precision: str = "auto",
 ) -> None:
     """Make new images with a trained network.
 
@@ -750,7 +763,8 @@ def sample(
         steps: how many of the noising steps are visited; all of them (1000) with ddpm is the
             paper's Algorithm 2, with the guess of the image clipped to its range.
         batch_size: images made at the same time.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
+        precision: mixed precision, as in training; the images differ by what is hardly seen.
 
     Raises:
         UserError: a flag or checkpoint that does not fit.
@@ -779,9 +793,8 @@ def sample(
     network, diffusion = build_trained(checkpoint, device)
     weaker = load_guide(guide, checkpoint, device)
     visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
-    weights = checkpoints.fingerprint_of(checkpoint["average"])
-    facts = {"run": run_name, "step": checkpoint["step"], "weights": weights}
-    facts |= {"sampler": sampler, "steps": steps, "device": device.type}
+    facts = {"run": run_name, "step": checkpoint["step"], "sampler": sampler, "steps": steps}
+    facts |= {"weights": checkpoints.fingerprint_of(checkpoint["average"]), "device": device.type}
     flags |= {"run_name": run_name, "img_size": size, "batch_size": batch_size}
     flags = runs.deciding_flags(flags, classes)
     moves = max(1, len(visited_steps) - 1)
@@ -805,6 +818,7 @@ def sample(
                 guidance=guidance,
                 guide=weaker,
                 start=start,
+                precision=precision,
             )
             for move, (x_t, x_0) in enumerate(denoising, 1):
                 bar.update()

@@ -105,19 +105,27 @@ class SelfAttention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half the resolution (3x3 convolution with stride 2), or twice (nearest, then 3x3)."""
+    """Half the resolution (3x3 convolution with stride 2), or twice (nearest, then 3x3).
+
+    Twice is computed as one transposed 4x4 convolution, of less than half the operations: a 3x3
+    window over pixels that all stand there four times meets some of them twice or more, and their
+    weights can be added first.
+    """
 
     def __init__(self, channels: int, up: bool, padding: int = 1):
         super().__init__()
-        self.prepare = nn.Identity()
-        if up:
-            self.prepare = nn.Upsample(scale_factor=2.0, mode="nearest")
-        elif padding == 0:
-            self.prepare = nn.ZeroPad2d((0, 1, 0, 1))  # zeros right and below alone
+        self.up = up
+        # zeros right and below alone
+        self.pad = nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1))
         self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.prepare(x))
+        if not self.up:
+            return self.conv(self.pad(x))
+        weight = self.conv.weight.flip(2, 3)  # a transposed convolution turns it round
+        shifts = [(left, 1 - left, top, 1 - top) for left in (0, 1) for top in (0, 1)]
+        weight = sum(F.pad(weight, shift) for shift in shifts)  # (C, C, 4, 4)
+        return F.conv_transpose2d(x, weight.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -246,7 +254,8 @@ class UNet(nn.Module):
         """A residual block and its attention: h (B, C_in, H, W) -> (B, C_out, H, W)."""
         if self.recompute and torch.is_grad_enabled():
             both = lambda *inputs: attention(resnet(*inputs))  # noqa: E731
-            return checkpoint(both, h, embedding, use_reentrant=False)
+            drops = resnet.dropout.p > 0  # what is dropped hangs on the generator's state
+            return checkpoint(both, h, embedding, use_reentrant=False, preserve_rng_state=drops)
         return attention(resnet(h, embedding))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

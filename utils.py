@@ -90,7 +90,7 @@ class Loader:
     def __init__(self, data: Dataset, batch_size: int, seed: int, flip: bool, device: torch.device):
         fits = device.type == "cuda" and data.images.nbytes < devices.free_memory(device) / 2
         self.images = torch.from_numpy(data.images).to(device if fits else "cpu")  # (N, C, H, W)
-        self.labels = torch.from_numpy(data.labels).to(device)  # (N,)
+        self.labels = torch.from_numpy(data.labels).to(self.images.device)  # (N,)
         self.count = len(self.images)
         self.shape = self.images.shape[1:]  # (C, H, W)
         self.batch_size = min(batch_size, self.count)

@@ -6,12 +6,17 @@
 What is measured, and how it is kept fair, stands in README.md in this folder.
 """
 
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+import modules
 from benchmarks import measuring, peers
 from benchmarks.measuring import FORMATS
 from machinery import command_line, devices
@@ -60,9 +65,50 @@ def with_tf32(build: Callable[[], Callable], on: bool) -> Callable[[], None]:
     return build_call
 
 
+def resample_plainly(resample: modules.Resample, x: Tensor) -> Tensor:
+    """What `Resample` computes: every pixel four times, then 3x3; or half the resolution."""
+    twice = F.interpolate(x, scale_factor=2.0, mode="nearest") if resample.up else resample.pad(x)
+    return resample.conv(twice)
+
+
+def upsampled_plainly(build: Callable[[], Callable]) -> Callable[[], Callable]:
+    """The call that `build` gives, with `resample_plainly` while it runs."""
+
+    def build_call() -> Callable[[], None]:
+        call = build()
+
+        def call_plainly() -> None:
+            ours = modules.Resample.forward
+            modules.Resample.forward = resample_plainly
+            call()
+            modules.Resample.forward = ours
+
+        return call_plainly
+
+    return build_call
+
+
+def with_blocks(build: Callable[[], Callable], kept: bool) -> Callable[[], Callable]:
+    """The call that `build` gives, with large blocks of memory kept for the next step, or not."""
+
+    def build_call() -> Callable[[], None]:
+        call = build()
+
+        def call_with_blocks() -> None:
+            devices.keep_memory()
+            if not kept:  # where glibc's own rule ends up
+                ctypes.CDLL("libc.so.6").mallopt(-1, 2**26)
+            call()
+
+        return call_with_blocks
+
+    return build_call
+
+
 def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool) -> list[Lever]:
     """All levers that this machine has; says which it has not."""
-    best = measuring.precisions_of(device)[-1]
+    precisions = measuring.precisions_of(device)
+    best = precisions[-1]
     side = shape["img_size"]
     network = peers.our_network(shape)
     found = []
@@ -89,8 +135,15 @@ def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool
         add(f"{name}: channels_last instead of contiguous", nchw, nhwc)
         if best == "bf16":
             add(f"{name}: bf16 instead of fp32", work("fp32"), work())
+        for precision in precisions:
+            ours = work(precision)
+            add(f"{name}: upsampling in one convolution", upsampled_plainly(ours), ours, precision)
         if compiled:
             add(f"{name}: torch.compile", work(), work(compiled=True))
+    if device.type == "cpu" and sys.platform == "linux":
+        for precision in precisions:
+            kept, given_back = (with_blocks(sample(precision), kept) for kept in (True, False))
+            add("sampling: large blocks of memory kept", given_back, kept, precision)
     add("training: fused AdamW instead of foreach", train(fused=False), train())
     if device.type != "cuda":
         print("left out: TF32, CUDA graphs and large batches, which are for NVIDIA GPUs")
@@ -152,7 +205,7 @@ def levers(
         rounds: how often every pair is measured, in turn; auto is 7, or 3 if quick.
         batch_size: images per step; auto is 16, or 8 if quick.
         compile: also torch.compile on a CPU, which takes minutes; on a GPU it is always there.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag that does not fit, or a file of other columns in the way.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import ddpm
 import utils
 from ddpm import Diffusion
-from machinery import reading
+from machinery import devices, reading
 from modules import UNet
 
 # The command line's default network, and a small one for a quick look.
@@ -133,27 +133,33 @@ def all_networks(shape: dict) -> dict[str, nn.Module]:
 # another matter.
 
 
-def train_ours(
-    network: UNet,
-    precision: str,
-    images: Tensor,
-    memory_format: torch.memory_format = torch.channels_last,  # as in Training
-    fused: bool = True,
-    compiled: bool = False,
-) -> Callable[[], None]:
-    """`ddpm.Training.advance`, from these images as its data set."""
+def our_training(network: UNet, precision: str, images: Tensor, **settings) -> ddpm.Training:
+    """A training with these images as its data set, and other `settings` than the defaults."""
     pixels = utils.to_bytes(images).cpu().numpy()
     labels = np.zeros(len(images), np.int64)
     data = reading.Dataset(pixels, fingerprint="", remarks=[], mode="RGB", labels=labels)
     loader = utils.Loader(data, len(images), seed=0, flip=True, device=images.device)
     parameters = inspect.signature(ddpm.train).parameters.values()
-    settings = {parameter.name: parameter.default for parameter in parameters}
+    settings = {parameter.name: parameter.default for parameter in parameters} | settings
+    settings["precision"] = str(PRECISIONS[precision]).removeprefix("torch.")
     side = network.settings["img_size"]
     settings |= network.settings | {"img_size": (side, side), "mode": "RGB", "classes": ()}
     training = ddpm.Training(settings, loader, images.device)
     training.start_from(network.state_dict())
-    training.network.to(memory_format=memory_format)
-    training.precision = PRECISIONS[precision]
+    return training
+
+
+def train_ours(
+    network: UNet,
+    precision: str,
+    images: Tensor,
+    memory_format: torch.memory_format | None = None,  # as in Training
+    fused: bool = True,
+    compiled: bool = False,
+) -> Callable[[], None]:
+    """`ddpm.Training.advance`, from these images as its data set."""
+    training = our_training(network, precision, images)
+    training.network.to(memory_format=memory_format or devices.layout(images.device))
     if not fused:
         weights = training.network.parameters()
         training.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, foreach=True)
@@ -269,11 +275,12 @@ def sample_ours(
     precision: str,
     x: Tensor,
     steps: int,
-    memory_format: torch.memory_format = torch.channels_last,  # as in ddpm.sample
+    memory_format: torch.memory_format | None = None,  # as in ddpm.sample
     compiled: bool = False,
     graph: bool = False,
 ) -> Callable[[], Tensor]:
     """`Diffusion.denoise` from noise x (B, 3, H, W); the network is called as in `ddpm.sample`."""
+    memory_format = memory_format or devices.layout(x.device)
     network = copy.deepcopy(network).to(x.device, memory_format=memory_format)
     if compiled:
         network.compile(dynamic=False)

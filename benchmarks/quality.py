@@ -152,7 +152,7 @@ def quality(
         n_img: how many images are judged.
         dataset: what the variants learn from.
         held_out: what they are judged by.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag, package or data set that does not fit.

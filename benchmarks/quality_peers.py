@@ -360,7 +360,7 @@ def quality_peers(
         seeds: how many times every contender is trained.
         dataset: what they learn from.
         held_out: what they are judged by.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag, package or data set that does not fit.

@@ -88,7 +88,7 @@ def sample_speed(
         rounds: how often every variant is measured, in turn; auto is 5, or 3 if quick.
         compile: also the compiled networks on a CPU, which takes minutes; on a GPU they are always
             there.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag that does not fit, or a file of other columns in the way.

@@ -45,7 +45,7 @@ def samplers(
         most_steps: leave out what takes more steps; 1,000 take as long as all of the others and
             half of that again.
         batch_size: images made at the same time.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag, package, checkpoint or data set that does not fit.

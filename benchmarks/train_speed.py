@@ -164,7 +164,7 @@ def train_speed(
         batch_size: images per step; auto is 16 on a CPU, 64 on a GPU, 8 if quick.
         compile: also the compiled networks on a CPU, which takes minutes; on a GPU they are always
             there.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         UserError: a flag that does not fit, or a file of other columns in the way.

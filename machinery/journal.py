@@ -15,16 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from machinery import checkpoints, devices, processes
+from machinery import checkpoints, processes
 from machinery.basics import UserError, append_rows, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
 SENSELESS = 1.5  # a loss of so many times what an output of zeros costs is no training at all
 ROW_EVERY = 20  # steps between two rows of the log: reading the sums makes a GPU wait
+DENSE_ROWS = 2000  # of a log; from then on the steps between two double when their number has
 QUARTERS = 4  # of the noising steps: the early ones (t small) are details, the late composition
 COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
 COLUMNS += (*(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), "img_per_s")
 SUMS = 3 + 2 * QUARTERS  # loss, norm, clipped gradients; loss and number of images per quarter
+
+
+def row_every(step: int) -> int:
+    """Steps between two rows at `step` (1, 2, ...): a million steps have 6,500 rows, not 50,000."""
+    return ROW_EVERY << ((step - 1) // (DENSE_ROWS * ROW_EVERY)).bit_length()
 
 
 def is_log(rows: list[list], last_step: int) -> bool:
@@ -82,6 +88,9 @@ class Log:
         self.sums = (torch.zeros(SUMS) if sums is None else sums).to(device)
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
         self.step = progress.first_step
+        ends = [0, *(row[0] for row in self.rows)]
+        is_partial = ends[-1] == self.step and self.sums.any()
+        self.row_step = ends[-2 if is_partial else -1]  # of the last whole row: the sums are since
         self.lr = None  # of the last step; unknown before the first
         self.rows_written = None  # log.csv is to be written anew
         self.has_news = True
@@ -92,7 +101,7 @@ class Log:
         return {"log": self.rows, "sums": self.sums}
 
     def __enter__(self) -> "Log":
-        if self.rows and self.rows[-1][0] % ROW_EVERY:
+        if self.rows and self.rows[-1][0] > self.row_step:
             self.rows.pop()  # its steps are part of the next row, and still in the sums
             self.rows_written = None
         progress = self.progress
@@ -134,7 +143,7 @@ class Log:
         if self.progress.max_minutes and not self.progress.speed:  # no row has told it yet
             self.foresee(self.speed())
         self.bar.update(batch_size)
-        if step % ROW_EVERY == 0:
+        if step % row_every(step) == 0:
             self.add_row()
 
     def add_row(self) -> None:
@@ -142,7 +151,8 @@ class Log:
         self.check()
         self.rows.append(self.row())
         self.sums.zero_()
-        is_full = self.step - self.timed_step == ROW_EVERY
+        is_full = self.timed_step == self.row_step
+        self.row_step = self.step
         self.timed_at = time.monotonic()
         self.timed_step = self.step
         self.progress.measured(self.rows[-1][-1])
@@ -150,7 +160,7 @@ class Log:
 
     def finish(self) -> None:
         """Make a row of the last steps, fewer than usual. A longer training takes it back."""
-        if self.step % ROW_EVERY:
+        if self.step > self.row_step:
             self.check()
             self.rows.append(self.row())
             self.tell(is_full=False)
@@ -168,7 +178,7 @@ class Log:
         """COLUMNS of the steps since the last row, of which the sums are."""
         images = self.step * self.progress.batch_size
         epoch = images / self.progress.count
-        steps = (self.step - 1) % ROW_EVERY + 1
+        steps = self.step - self.row_step
         loss, norm, clipped, *quarters = self.sums.tolist()
         sums, counts = quarters[:QUARTERS], quarters[QUARTERS:]
         by_quarter = [sum_ / n if n else None for sum_, n in zip(sums, counts, strict=True)]
@@ -329,15 +339,16 @@ def gflop_per_image(network: nn.Module, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def describe_network(network: nn.Module, size: tuple[int, int], device: torch.device) -> str:
+def describe_network(
+    network: nn.Module, size: tuple[int, int], device: torch.device, precision: torch.dtype
+) -> str:
     """How large a network is, and where it computes."""
     count = sum(parameter.numel() for parameter in network.parameters())
     weights = in_units(count, ("", " thousand", " million", " billion"))
     flop = 1e9 * gflop_per_image(network, size)
     operations = in_units(flop, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP"))
-    precision = str(devices.best_precision(device)).removeprefix("torch.")
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
-    where = f"{device} in {precision}{several}"
+    where = f"{device} in {str(precision).removeprefix('torch.')}{several}"
     return f"{weights} weights, {operations} an image, on {where}"
 
 

@@ -71,6 +71,7 @@ RANGES = {
 # The flags that may have other values when a run is resumed.
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
+MAY_CHANGE |= {"precision"}  # a run may move to a machine that has another
 MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
@@ -461,6 +462,8 @@ FACTS = {
     "count": (int, (1, 10**15)),
     "minutes": (float, (0, 10**9)),  # 1,900 years
     "data": (str, None),
+    "loss_scale": (float, (2.0**-149, 2.0**127)),  # these two of float16 alone
+    "loss_scale_steps": (int, (0, 10**9)),
 }
 
 

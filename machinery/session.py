@@ -49,6 +49,7 @@ class Progress:
     PREVIEW_WAIT = 5  # at least so many times what a preview costs lies between two of these
     speed = 0.0  # images per second, the best row of this sitting; 0 while there is none
     save_seconds = 0.0  # of the last one
+    preview_seconds = 0.0  # of all in this sitting
     is_over = False  # the time budget is used up
 
     def __init__(
@@ -175,8 +176,12 @@ class Progress:
         return time.monotonic() - self.saved_at >= wait
 
     def is_preview_due(self, step: int) -> bool:
-        """After every so many epochs; where these are few, after every tenth of the training."""
-        if not self.sample_every:
+        """After every so many epochs; where these are few, after every tenth of the training.
+
+        All together may take a minute, and then 1% of the time: training waits for them.
+        """
+        allowed = max(60, (time.monotonic() - self.began) / 100)  # a GPU trains fast, shows slowly
+        if not self.sample_every or self.preview_seconds > allowed:
             return False
         if self.ends_epoch(step) and self.epoch(step) % self.sample_every == 0:
             return True
@@ -187,9 +192,15 @@ class Progress:
         # half an image, since fractions are rounded
         return are_few and (done - self.previewed_at) * images > wait - 0.5
 
-    def previewed(self, step: int) -> None:
-        """Note a preview: from here the way to the next one is measured."""
+    @contextlib.contextmanager
+    def previewing(self, step: int) -> Iterator[None]:
+        """Times a preview; from here the way to the next one is measured."""
         self.previewed_at = self.fraction_done(step)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.preview_seconds += time.monotonic() - began
 
 
 class Session:
@@ -205,7 +216,8 @@ class Session:
     Args:
         run: what is trained.
         training: has `step` (how many are done), `advance`, `compile`, `preview`, `preview_cost`,
-            `preview_seeds`, `blank_loss`, `state()`, the network, its `loader` and its `device`.
+            `preview_seeds`, `blank_loss`, `state()`, the network, its `loader`, `device`,
+            `precision` and `scaler`.
         began: when this sitting started (time.monotonic()).
 
     Attributes:
@@ -273,7 +285,10 @@ class Session:
         """Log a step (see `Log.add`), then save and show what is due."""
         self.agree(self.signals.status)
         if processes.is_first():
-            self.log.add(self.training.step, losses, t, grad_norm, lr)
+            step = self.training.step
+            self.log.add(step, losses, t, grad_norm, lr)
+            if self.log.row_step == step and (remark := self.training.scaler.remark()):
+                self.log.bar.write(remark)
             self.write(is_last=not self.goes_on())
 
     # ---- what is written
@@ -318,8 +333,8 @@ class Session:
         return self.run.results / "training_progress" / name
 
     def preview(self) -> None:
-        self.progress.previewed(self.training.step)
-        self.log.illustrate(self.training.preview(self.preview_path()))
+        with self.progress.previewing(self.training.step):
+            self.log.illustrate(self.training.preview(self.preview_path()))
 
     # ---- what is said
 
@@ -338,7 +353,8 @@ class Session:
             where = describe_grid(settings["classes"], len(self.training.preview_seeds))
             remarks.append(f"in the previews: {where}")
         kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
-        network = describe_network(self.training.network, (height, width), self.training.device)
+        where = self.training.device, self.training.precision
+        network = describe_network(self.training.network, (height, width), *where)
         print(f"data     {counted(loader.count, 'image')} of {kind}", *remarks, sep="\n         ")
         print(f"network  {network}")
         print(f"length   {self.progress.summary(self.training.step)}")

@@ -532,7 +532,7 @@ def test_a_small_network_has_neither_0_million_weights_nor_0_gflop(monkeypatch):
     monkeypatch.setattr(journal, "gflop_per_image", lambda network, size: 0.01234)
     network = UNet(8, width=4, multipliers=(1,), blocks=1, attention_size=0)
     count = sum(weight.numel() for weight in network.parameters())
-    told = journal.describe_network(network, (8, 8), torch.device("cpu"))
+    told = journal.describe_network(network, (8, 8), torch.device("cpu"), torch.float32)
     assert told.startswith(f"{count / 1000:.1f} thousand weights, 12.3 MFLOP an image, on cpu")
     assert 1000 < count < 100_000
 
@@ -735,7 +735,8 @@ def previews_of(training: Progress, clock=None, seconds: float = 0) -> list[int]
         if clock:
             clock.seconds += seconds
         if training.fraction_done(step) < 1 and training.is_preview_due(step):
-            training.previewed(step)
+            with training.previewing(step):
+                pass
             found.append(step)
     return found
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from modules import SelfAttention, UNet, timestep_embedding, update_ema
+from modules import Resample, SelfAttention, UNet, timestep_embedding, update_ema
 
 pytestmark = pytest.mark.quick
 
@@ -430,3 +431,18 @@ def test_average_without_decay_is_the_network():
         weights = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in weights)
         nn.init.normal_(network.conv_in.weight)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5)])
+def test_twice_the_resolution_is_every_pixel_four_times_then_3x3(size):
+    """One transposed convolution does it: output and all gradients are equal in float64."""
+    torch.manual_seed(0)
+    resample = Resample(8, up=True).double()
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    outputs = [resample(x), resample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))]
+    direction = torch.randn_like(outputs[0])
+    inputs = [x, *resample.parameters()]
+    gradients = [torch.autograd.grad(output, inputs, direction) for output in outputs]
+    assert distance(*outputs) < 1e-12
+    assert all(distance(one, two) < 1e-12 for one, two in zip(*gradients, strict=True))
+    assert resample.state_dict().keys() == {"conv.weight", "conv.bias"}

@@ -428,6 +428,7 @@ def make_samples(
     labels: Tensor | None = None,
     guidance: float = ddpm.GUIDANCE,
     guide: str = "",
+    precision: str = "auto",
 ) -> Tensor:
     """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
@@ -454,6 +455,7 @@ def make_samples(
                 labels=None if labels is None else labels[part],
                 guidance=guidance,
                 guide=weaker,
+                precision=precision,
             )
             for x_t, _ in denoising:
                 bar.update()
@@ -496,6 +498,7 @@ def from_run(
     guide: str,
     batch_size: int,
     device: torch.device,
+    precision: str,
 ) -> Subject | None:
     """What a run makes, beside its own data set or another; None in all processes but the first."""
     settings = stored["settings"]
@@ -515,9 +518,9 @@ def from_run(
             missed = "copies of its training images (memorization) are not looked for"
             print(f"{basics.printable(dataset)} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)
-    samples = make_samples(
-        stored, range(seed, seed + n), sampler, steps, batch_size, device, labels, guidance, guide
-    )
+    seeds = range(seed, seed + n)
+    how = (sampler, steps, batch_size, device, labels, guidance, guide, precision)
+    samples = make_samples(stored, seeds, *how)
     if not processes.is_first():
         return None
     facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
@@ -636,6 +639,7 @@ def evaluate(
     # running
     batch_size: int = 64,
     device: str = "auto",
+    precision: str = "auto",
 ) -> None:
     """Judge images: Frechet distance (FD, FID), precision, recall, memorization.
 
@@ -673,7 +677,8 @@ def evaluate(
         guide: autoguidance: early, or a weaker run of the same data, as in `ddpm.py sample`.
         save_images: also write the images that are judged to this new folder, a PNG each.
         batch_size: images per batch, in sampling and in the network that describes them.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
+        precision: mixed precision of the run's network, as in `ddpm.py sample`.
 
     Raises:
         UserError: a flag, package, checkpoint, table or data set that does not fit.
@@ -682,6 +687,7 @@ def evaluate(
     for_runs = {"run_name": run_name, "save_images": save_images, "seed": seed}
     for_runs |= {"sampler": sampler != "dpm++", "steps": steps != ddpm.STEPS}
     for_runs |= {"guidance": guidance != ddpm.GUIDANCE, "guide": guide}
+    for_runs |= {"precision": precision != "auto"}
     check_subject(run_name, images, dataset, for_runs, img_size)
     device = processes.join(devices.pick_device(device))
     is_first = processes.is_first()
@@ -698,7 +704,7 @@ def evaluate(
         basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
     if stored:
-        how = (seed, sampler, steps, guidance, guide, batch_size, device)
+        how = (seed, sampler, steps, guidance, guide, batch_size, device, precision)
         subject = from_run(stored, run_name, dataset, n_img, save_images, *how)
     elif is_first:
         subject = from_folder(images, dataset, img_size, n_img)
