@@ -521,6 +521,7 @@ def train(
     conditional: bool = False,
     mode: str = "auto",
     flip: bool = True,
+    held_out: float | str = "auto",
     # length
     epochs: int = 500,
     max_minutes: float = 0.0,
@@ -551,6 +552,7 @@ def train(
     grad_checkpointing: bool = False,
     sample_every: int = 10,
     save_every: float = 10.0,
+    keep_best: bool = False,
     tensorboard: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -569,6 +571,8 @@ def train(
         conditional: class-conditional: the folders directly in the data set are the classes.
         mode: colors of the images; auto is gray if every image is, else RGB.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
+        held_out: share or number of images never learned from, whose loss shows memorization;
+            auto is 0.02, or 0 where that is fewer than 16 images.
         epochs: how often the network sees every image, in all.
         max_minutes: a time budget for the whole run, reading the images, compiling and the last
             preview included; the learning rate reaches 0 at its end; 0 for none.
@@ -601,6 +605,7 @@ def train(
             they also come at its tenths; 0 for none but the last.
         save_every: minutes between saves; the end of an epoch also saves, if that takes less than
             1% of the time.
+        keep_best: also keep the EMA weights of the best held-out loss, as the run RUN_best.
         tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
         dry_run: learn nothing; only show the data (data.png), time a step, and say what would be
             done.

@@ -19,7 +19,8 @@ from torch import Tensor
 from machinery import processes
 from machinery.basics import printable
 from machinery.command_line import StopSignals
-from machinery.journal import Log, describe_network, longer, warning
+from machinery.held_out import HeldOut
+from machinery.journal import Log, cells_of, describe_network, longer, warning
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
 from machinery.writing import describe_grid
@@ -232,8 +233,11 @@ class Session:
             training.device,
             rows=run.checkpoint["log"],
             sums=run.checkpoint["sums"],
+            has_held_out=settings["held_out"] > 0,
             board=Path("runs", run.name) if settings["tensorboard"] else None,
         )
+        self.held_out = HeldOut(run.split, training) if settings["held_out"] else None
+        self.best = None  # a checkpoint to be written, see `note_best`
         self.agree(0)
         self.was_done = self.done >= 1
 
@@ -267,8 +271,14 @@ class Session:
     def note(self, losses: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Log a step (see `Log.add`), then save and show what is due."""
         self.agree(self.signals.status)
+        step = self.training.step
+        held_out = None
+        if self.held_out and (self.done >= 1 or self.held_out.is_due(step)):
+            held_out = self.held_out.measure()
         if processes.is_first():
-            self.log.add(self.training.step, losses, t, grad_norm, lr)
+            self.log.add(step, losses, t, grad_norm, lr, held_out)
+            if held_out and self.run.settings["keep_best"]:
+                self.note_best(held_out[0])
             self.write(is_last=not self.goes_on())
 
     # ---- what is written
@@ -300,9 +310,22 @@ class Session:
             what = f"{error.filename or self.run.path}: {error.strerror or error}"
             self.log.bar.write(f"not written: {what}{goes_on}")
 
+    def note_best(self, loss: float) -> None:
+        """Keep the EMA weights, if none had a lower loss on held-out images, for the next save."""
+        losses = [cells_of(row)["held_out"] for row in self.log.measured()]
+        if loss <= min(losses, default=loss):
+            state = self.training.state()
+            weights = {name: weight.cpu().clone() for name, weight in state["average"].items()}
+            facts = {"log": list(self.log.rows), "count": self.progress.count}
+            self.best = facts | {"average": weights, "step": state["step"]}
+
     def save(self) -> None:
         state = self.training.state() | self.log.state()
         with self.progress.saving():
+            # first: a sitting that dies in between comes to the same step again
+            if self.best:
+                self.run.save_best(**self.best)
+                self.best = None
             minutes = self.progress.minutes_to_keep()
             self.run.save(**state, minutes=minutes, count=self.progress.count)
 
