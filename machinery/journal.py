@@ -402,6 +402,14 @@ def check_tensorboard() -> None:
         raise UserError(f"--tensorboard needs a package of that name: {way_out}") from error
 
 
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Means over a fiftieth of the rows, without NaN; near the start, over those there are."""
+    window = 1 + len(values) // 50
+    known = np.nan_to_num(values).cumsum(), np.isfinite(values).cumsum()
+    total, number = (sums - np.concatenate([np.zeros(window), sums])[: len(sums)] for sums in known)
+    return total / np.maximum(number, 1)
+
+
 def plot_curves(rows: list[list], path: Path) -> None:
     """The loss, the loss by quarter of the noising steps, and the learning rate, over images."""
     from matplotlib.figure import Figure  # half a second to import: not before it is needed
@@ -410,16 +418,7 @@ def plot_curves(rows: list[list], path: Path) -> None:
     width = len(rows[0]) if rows else len(COLUMNS)
     table = np.array(rows, dtype=float).reshape(-1, width)
     column = dict(zip(ALL_COLUMNS, table.T, strict=False))
-    window = 1 + len(rows) // 50
     marker = "o" if len(rows) == 1 else None  # a line of one point is none
-
-    def smooth(values: np.ndarray) -> np.ndarray:
-        """Means over a fiftieth of the rows; near the start, over those there are."""
-        known = np.nan_to_num(values).cumsum(), np.isfinite(values).cumsum()
-        total, number = (
-            sums - np.concatenate([np.zeros(window), sums])[: len(sums)] for sums in known
-        )
-        return total / np.maximum(number, 1)
 
     figure = Figure(figsize=(13, 3.6))
     axes = figure.subplots(1, 3)

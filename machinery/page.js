@@ -46,7 +46,7 @@ function scale(low, high, from, to, isLog) {
 }
 
 function chart(place, { title, series, log }) {
-  const [width, height, left, right, top, bottom] = [440, 230, 46, 10, 8, 22];
+  const [width, height, left, right, top, bottom] = [440, 230, 54, 10, 8, 22];
   const card = element("div", { class: "card" }, place);
   element("h3", {}, card, title);
   const label = `${title} over images seen; arrow keys read the values`;
@@ -62,7 +62,7 @@ function chart(place, { title, series, log }) {
   const x = scale(Math.min(0, xs[0]), xs[xs.length - 1], left, width - right, false);
   const y = scale(low, high, height - bottom, top, log);
   let ticks = steps(low, high, 4, log);
-  if (ticks.length < 2) ticks = [low, high];
+  if (ticks.length < 2) ticks = steps(low, high, 4, false);
   for (const value of ticks) {
     element("line", { class: "axis", x1: left, x2: width - right, y1: y(value), y2: y(value) }, svg);
     element("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" }, svg, short(value));

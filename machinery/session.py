@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from machinery import processes
+from machinery import page, processes
 from machinery.basics import printable
 from machinery.command_line import StopSignals
 from machinery.held_out import HeldOut
@@ -260,6 +260,8 @@ class Session:
         if processes.is_first():
             self.catch_up()
         if self.goes_on():
+            if processes.is_first():
+                page.note_command(self.run.results / "command.txt", str(self.training.device))
             self.signals = self.exits.enter_context(StopSignals())
             if processes.is_first():
                 self.exits.enter_context(self.log)
@@ -300,9 +302,12 @@ class Session:
             if is_last or self.progress.is_save_due(step):
                 self.save()
                 is_saved = True
-            if self.done >= 1 or self.progress.is_preview_due(step):
+            is_shown = self.done >= 1 or self.progress.is_preview_due(step)
+            if is_shown:
                 self.preview()
             self.log.write()
+            if is_shown or is_last:
+                self.write_page()
         except OSError as error:  # a full disk must not end a training, nor hide that it was saved
             if is_last and not is_saved:
                 raise
@@ -338,6 +343,14 @@ class Session:
     def preview(self) -> None:
         self.progress.previewed(self.training.step)
         self.log.illustrate(self.training.preview(self.preview_path()))
+
+    def write_page(self) -> None:
+        """Write results/RUN/index.html."""
+        network = self.training.network
+        stored = {"settings": self.run.settings, "step": self.training.step, "log": self.log.rows}
+        stored |= {"minutes": self.progress.minutes_used(), "count": self.progress.count}
+        stored["weights"] = sum(weight.numel() for weight in network.parameters())
+        page.write_page(self.run.name, stored)
 
     # ---- what is said
 
