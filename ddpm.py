@@ -413,7 +413,7 @@ class Training:
         self.compute_gradient()
         self.optimizer.zero_grad()
 
-    def preview(self, path: Path) -> Tensor:
+    def preview(self, path: Path, network: UNet) -> Tensor:
         """Images from the same noise every time, saved at `path`: (N, 3, H, W) in 0..255."""
         settings = self.settings
         classes = settings["classes"]
@@ -421,7 +421,7 @@ class Training:
         labels = labels_in_turn(range(len(classes)), self.preview_seeds)
         how = {"visited_steps": steps, "labels": labels}
         size = settings["img_size"]
-        for x_t, _ in generate(self.ema, self.diffusion, self.preview_seeds, size, **how):
+        for x_t, _ in generate(network, self.diffusion, self.preview_seeds, size, **how):
             pass  # the last one is the image
         images = utils.to_bytes(x_t).cpu()
         utils.save_png(images, path, classes, run=settings["run_name"], step=self.step)
@@ -551,8 +551,10 @@ def train(
     compile: bool = False,
     grad_checkpointing: bool = False,
     sample_every: int = 10,
+    raw_previews: bool = False,
     save_every: float = 10.0,
     keep_best: bool = False,
+    track: str = "",
     tensorboard: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -603,10 +605,12 @@ def train(
             memory, a quarter more time.
         sample_every: epochs between two previews; where a training has fewer than five of these,
             they also come at its tenths; 0 for none but the last.
+        raw_previews: also preview the weights without EMA, to see how far these are apart.
         save_every: minutes between saves; the end of an epoch also saves, if that takes less than
             1% of the time.
         keep_best: also keep the EMA weights of the best held-out loss, as the run RUN_best.
-        tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
+        track: also tell trackers: tensorboard, wandb, trackio, or several with commas.
+        tensorboard: the same as --track=tensorboard: curves and previews go to runs/RUN.
         dry_run: learn nothing; only show the data (data.png), time a step, and say what would be
             done.
 

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: log.csv, loss.png, TensorBoard, the progress bar.
+"""What a training tells while it runs: log.csv, loss.png, trackers, the progress bar.
 
 Reading order: Log, what is said once, plot_curves.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from machinery import checkpoints, devices, processes
+from machinery import checkpoints, devices, processes, trackers
 from machinery.basics import UserError, append_rows, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
@@ -89,7 +89,7 @@ class Log:
         device: where the sums are.
         rows, sums: what `state` returned when the run was saved; nothing yet for a new run.
         has_held_out: whether there are held-out images.
-        board: where TensorBoard's files go, or None.
+        track: what goes to trackers, and the names of these.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class Log:
         rows: list[list] = (),
         sums: Tensor | None = None,
         has_held_out: bool = False,
-        board: Path | None = None,
+        track: tuple[trackers.Subject | None, list[str]] = (None, []),
     ):
         self.path = folder / "log.csv"
         self.progress = progress
         self.noise_steps = noise_steps
-        self.board_folder = board
-        self.board = None
+        self.subject, self.tracker_names = track
+        self.trackers = []
         self.columns = ALL_COLUMNS if has_held_out else COLUMNS
         self.unmeasured = [None] * (len(self.columns) - len(COLUMNS))
         self.held_out = self.unmeasured  # HELD_OUT_COLUMNS of the next row
@@ -135,16 +135,14 @@ class Log:
         self.timed_at = time.monotonic()
         self.timed_step = self.step
         self.has_forecast = False
-        if self.board_folder:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # what a sitting that died wrote after this step is hidden
-            self.board = SummaryWriter(self.board_folder, purge_step=self.step + 1)
+        self.trackers = [trackers.Tracker(name, self.subject) for name in self.tracker_names]
         return self
 
     def __exit__(self, *_) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+        self.track()
         self.bar.close()
-        self.on_board("close")
 
     def add(
         self,
@@ -227,9 +225,8 @@ class Log:
         """Show the last row; once, after a full one, print how long the training takes."""
         self.has_news = True
         row = cells_of(self.rows[-1])
-        for name in self.columns[3:]:
-            if row[name] is not None:
-                self.on_board("add_scalar", name, row[name], self.step)
+        values = {name: row[name] for name in self.columns[1:] if row[name] is not None}
+        self.track("scalars", self.step, values)
         progress = self.progress
         speed = row["img_per_s"]
         self.foresee(speed)
@@ -249,14 +246,14 @@ class Log:
         """The rows in which the loss on held-out images stands."""
         return [row for row in self.rows if cells_of(row).get("held_out") is not None]
 
-    def on_board(self, call: str, *what) -> None:
-        """Hand something to TensorBoard; a disk it cannot write to ends that, not the training."""
-        if self.board:
-            try:
-                getattr(self.board, call)(*what)
-            except OSError as error:
-                self.board = None
-                self.bar.write(f"TensorBoard is no longer written: {error.strerror or error}")
+    def track(self, *message) -> None:
+        """Tell all trackers; print once for each that it is told no more, and why."""
+        for tracker in list(self.trackers):
+            if message:
+                tracker.tell(*message)
+            if tracker.fault:
+                self.trackers.remove(tracker)
+                self.bar.write(f"{tracker.name} is no longer told: {tracker.fault}")
 
     def check(self) -> None:
         numbers = [cell for cell in self.held_out if cell is not None]
@@ -309,10 +306,11 @@ to make images:
 to judge them, and see whether they are copies:
   python -m tools.evaluate --run_name={run_name}{sample_flags}"""
 
-    def illustrate(self, previews: Tensor) -> None:
-        """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""
+    def illustrate(self, previews: dict[str, Tensor]) -> None:
+        """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to trackers, by their names."""
         plot_curves(self.table(), self.path.with_name("loss.png"))
-        self.on_board("add_images", "previews", previews, self.step)
+        for name, images in previews.items():
+            self.track("images", self.step, name, images)
 
 
 def last_loss(rows: list[list]) -> tuple[float, int]:
@@ -392,14 +390,6 @@ def describe_network(network: nn.Module, size: tuple[int, int], device: torch.de
     several = f", {processes.count()} processes" if processes.count() > 1 else ""
     where = f"{device} in {precision}{several}"
     return f"{weights} weights, {operations} an image, on {where}"
-
-
-def check_tensorboard() -> None:
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        way_out = "pip install tensorboard"
-        raise UserError(f"--tensorboard needs a package of that name: {way_out}") from error
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

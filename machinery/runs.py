@@ -31,8 +31,9 @@ from machinery.command_line import (
     check_name,
     did_you_mean,
 )
-from machinery.journal import COLUMNS, SUMS, cells_of, check_tensorboard, hint, is_log, longer
+from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
+from machinery.trackers import check_trackers
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -70,7 +71,7 @@ RANGES = {
 # The flags that may have other values when a run is resumed.
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
-MAY_CHANGE |= {"keep_best"}
+MAY_CHANGE |= {"keep_best", "track", "raw_previews"}
 MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
 # What versions did that had no such flag, or kept no such setting, where it is not the default.
 BEFORE = {"mode": "RGB", "classes": (), "held_out": 0}
@@ -95,8 +96,7 @@ def check_training(settings: dict, limits: dict) -> None:
         check_name("init_from", settings["init_from"])
     if not settings["dataset"]:
         raise UserError("--dataset= is empty; it takes any folder of images")
-    if settings["tensorboard"]:
-        check_tensorboard()
+    check_trackers(settings)
     check_network(settings)
 
 

@@ -7,6 +7,7 @@ Reading order: Progress, Session.
 """
 
 import contextlib
+import copy
 import datetime
 import math
 import os
@@ -16,11 +17,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from machinery import page, processes
+from machinery import checkpoints, page, processes, trackers
 from machinery.basics import printable
 from machinery.command_line import StopSignals
 from machinery.held_out import HeldOut
-from machinery.journal import Log, cells_of, describe_network, longer, warning
+from machinery.journal import Log, cells_of, describe_network, last_loss, longer, warning
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
 from machinery.writing import describe_grid
@@ -224,8 +225,9 @@ class Session:
             step=training.step,
             minutes=run.checkpoint["minutes"],
             began=began,
-            previews=training.preview_cost,
+            previews=training.preview_cost * (2 if settings["raw_previews"] else 1),
         )
+        subject = trackers.Subject(run.name, settings, Path("runs", run.name), training.step)
         self.log = Log(
             run.results,
             self.progress,
@@ -234,7 +236,7 @@ class Session:
             rows=run.checkpoint["log"],
             sums=run.checkpoint["sums"],
             has_held_out=settings["held_out"] > 0,
-            board=Path("runs", run.name) if settings["tensorboard"] else None,
+            track=(subject, trackers.chosen(settings)),
         )
         self.held_out = HeldOut(run.split, training) if settings["held_out"] else None
         self.best = None  # a checkpoint to be written, see `note_best`
@@ -308,6 +310,8 @@ class Session:
             self.log.write()
             if is_shown or is_last:
                 self.write_page()
+            if self.done >= 1:
+                self.track_result()
         except OSError as error:  # a full disk must not end a training, nor hide that it was saved
             if is_last and not is_saved:
                 raise
@@ -342,7 +346,14 @@ class Session:
 
     def preview(self) -> None:
         self.progress.previewed(self.training.step)
-        self.log.illustrate(self.training.preview(self.preview_path()))
+        path = self.preview_path()
+        previews = {"previews": self.training.preview(path, self.training.ema)}
+        if self.run.settings["raw_previews"]:
+            network = copy.deepcopy(self.training.ema)
+            network.load_state_dict(self.training.network.state_dict())
+            raw = path.with_stem(f"{path.stem}_raw")
+            previews["previews_raw"] = self.training.preview(raw, network)
+        self.log.illustrate(previews)
 
     def write_page(self) -> None:
         """Write results/RUN/index.html."""
@@ -351,6 +362,22 @@ class Session:
         stored |= {"minutes": self.progress.minutes_used(), "count": self.progress.count}
         stored["weights"] = sum(weight.numel() for weight in network.parameters())
         page.write_page(self.run.name, stored)
+
+    def track_result(self) -> None:
+        """Tell trackers the final figures; those that keep models get one, as it is published."""
+        if not self.log.trackers:
+            return
+        step = self.training.step
+        facts = {"count": self.progress.count, "data": self.run.listing.fingerprint}
+        stored = self.training.state() | self.log.state() | facts | {"settings": self.run.settings}
+        loss, _ = last_loss(self.log.rows)
+        figures = {"loss": loss, "images": step * self.progress.batch_size}
+        figures |= {"minutes": self.progress.minutes_used()}
+        if measured := self.log.measured():
+            figures["best_held_out"] = min(cells_of(row)["held_out"] for row in measured)
+        model = self.log.subject.folder / "model.pt"
+        checkpoints.write(model, **checkpoints.published(stored, self.run.name))
+        self.log.track("conclude", step, figures, model)
 
     # ---- what is said
 

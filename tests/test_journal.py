@@ -552,11 +552,9 @@ def test_one_row_is_drawn_as_a_point(tmp_path, monkeypatch):
     assert set(markers) == {"None"}
 
 
-def logged(losses: Tensor, t: Tensor, tmp_path: Path, board: Path | None = None) -> dict:
+def logged(losses: Tensor, t: Tensor, tmp_path: Path) -> dict:
     """The row that a log writes of steps of four images each."""
-    log = Log(
-        tmp_path, ten_epochs(batch_size=4), noise_steps=8, device=torch.device("cpu"), board=board
-    )
+    log = Log(tmp_path, ten_epochs(batch_size=4), noise_steps=8, device=torch.device("cpu"))
     with log:
         for step in range(len(losses)):
             log.add(step + 1, losses[step], t[step], grad_norm=torch.tensor(float(step)), lr=0.5)
@@ -590,36 +588,6 @@ def test_the_curves_are_drawn_of_a_log_with_gaps(tmp_path):
         plot_curves(rows[:count], tmp_path / "loss.png")
         with Image.open(tmp_path / "loss.png") as picture:
             assert picture.width > 3 * picture.height
-
-
-def test_tensorboard_is_told_what_the_log_is(run, place, monkeypatch):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setattr(journal, "ROW_EVERY", 3)
-    paint(place / "pictures")
-    assert run(*TRAIN, "--epochs=3", "--tensorboard").status == 0
-    events = accumulator.EventAccumulator("runs/run")
-    events.Reload()
-    rows = list(csv.DictReader(Path("results/run/log.csv").open()))
-    for name in journal.COLUMNS[3:]:
-        expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert np.allclose(found, expected, rtol=1e-6)  # TensorBoard keeps float32
-    assert events.Tags()["images"] == ["previews"]
-
-
-def test_a_disk_that_tensorboard_cannot_write_to_ends_only_that(run, place, monkeypatch):
-    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
-
-    def fail(*inputs) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer, "add_scalar", fail)
-    monkeypatch.setattr(journal, "ROW_EVERY", 3)
-    paint(place / "pictures")
-    result = run(*TRAIN, "--epochs=5", "--tensorboard")
-    assert result.status == 0
-    assert result.out.count("TensorBoard is no longer written: No space left") == 1
-    assert checkpoints.load("run")["step"] == 13
 
 
 def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, monkeypatch):
