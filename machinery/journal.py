@@ -310,7 +310,7 @@ to judge them, and see whether they are copies:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to trackers, by their names."""
         plot_curves(self.table(), self.path.with_name("loss.png"))
         for name, images in previews.items():
-            self.track("images", self.step, name, images)
+            self.track("images", self.step, name, images.numpy())
 
 
 def last_loss(rows: list[list]) -> tuple[float, int]:

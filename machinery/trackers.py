@@ -2,21 +2,27 @@
 
     python ddpm.py train --track=tensorboard,wandb
 
-Each is told in a thread of its own. A tracker may be slow, fail or hang: the training does not
-wait, and says once that it goes on without. The packages are imported only when they are asked for.
+Each runs in a process of its own. A tracker may be slow, fail, hang, or be killed: the training
+does not wait, says once that it goes on without, and is the same to the bit. The packages are
+imported only in that process, and only when they are asked for.
 
-Reading order: one class for each tracker; Tracker, its thread; check_trackers.
+Reading order: one class for each tracker; serve, its process; Tracker, our side; check_trackers.
 """
 
-import importlib
+import contextlib
+import importlib.util
 import os
+import pickle
 import queue
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from machinery.basics import UserError, printable
 
@@ -52,7 +58,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step, new_style=True, double_precision=True)
 
-    def images(self, step: int, name: str, images: Tensor) -> None:
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
         self.writer.add_images(name, images, step)
 
     def conclude(self, step: int, figures: dict[str, float], model: Path) -> None:
@@ -86,7 +92,7 @@ class Wandb:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def images(self, step: int, name: str, images: Tensor) -> None:
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
         pictures = [self.wandb.Image(pixels) for pixels in as_arrays(images)]
         self.run.log({name: pictures}, step=step)
 
@@ -115,7 +121,7 @@ class Trackio:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def images(self, step: int, name: str, images: Tensor) -> None:
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
         grid = np.concatenate([*as_arrays(images)], axis=1)
         self.run.log({name: self.trackio.Image(grid)}, step=step)
 
@@ -128,8 +134,6 @@ class Trackio:
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
-# what has to be there, whose pip name is the tracker's own
-MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def plain(settings: dict) -> dict:
@@ -137,16 +141,38 @@ def plain(settings: dict) -> dict:
     return {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
 
 
-def as_arrays(images: Tensor) -> np.ndarray:
+def as_arrays(images: np.ndarray) -> np.ndarray:
     """Images (N, 3, H, W) uint8 as (N, H, W, 3)."""
-    return images.permute(0, 2, 3, 1).numpy()
+    return images.transpose(0, 2, 3, 1)
 
 
-# ---- its thread ----------------------------------------------------------------------------------
+# ---- its process ---------------------------------------------------------------------------------
+
+START = """import sys
+sys.path.insert(0, sys.argv[1])
+from machinery import trackers
+trackers.serve()"""
+
+
+def serve() -> None:
+    """Do what comes in by standard input: a tracker's class and its subject, then calls."""
+    messages = sys.stdin.buffer
+    try:
+        kind, subject = pickle.load(messages)
+        place = kind(subject)
+        with contextlib.suppress(EOFError):  # the training has ended, in whatever way
+            while True:
+                call, *inputs = pickle.load(messages)
+                getattr(place, call)(*inputs)
+        place.close()
+    except Exception as error:  # a tracker may raise anything; it is told to the training
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        print(reason.splitlines()[0], file=sys.stderr, flush=True)
+        os._exit(1)  # what it would do on leaving may fail or hang, too
 
 
 class Tracker:
-    """Tells a tracker, in a thread of its own, what it is told itself, which never waits.
+    """A tracker in a process of its own; whoever tells it something never waits.
 
     Args:
         name: one of TRACKERS.
@@ -160,38 +186,58 @@ class Tracker:
         self.name = name
         self.fault = ""
         self.messages = queue.Queue(PENDING)
-        self.thread = threading.Thread(target=self.work, args=[subject], daemon=True)
+        self.messages.put((TRACKERS[name], subject))
+        self.words = tempfile.TemporaryFile()  # a pipe could be full
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(Path(__file__).parent.parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.words,
+            start_new_session=True,  # Ctrl-C is for the training, which then tells the rest
+        )
+        self.thread = threading.Thread(target=self.pass_on, daemon=True)
         self.thread.start()
 
-    def work(self, subject: Subject) -> None:
+    def pass_on(self) -> None:
+        """Hand messages on until there is None, then wait for the process to end."""
         try:
-            place = TRACKERS[self.name](subject)
-            while message := self.messages.get():
-                call, *inputs = message
-                getattr(place, call)(*inputs)
-            place.close()
-        except Exception as error:  # whatever another program raises, the training goes on
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            self.fault = printable(reason.splitlines()[0], limit=300)
+            with self.process.stdin as pipe:
+                while message := self.messages.get():
+                    pipe.write(pickle.dumps(message))
+                    pipe.flush()
+        except OSError:  # it has ended
+            pass
+        if self.process.wait() and not self.fault:
+            self.fault = self.last_words()
+
+    def last_words(self) -> str:
+        """Why the process has failed: the last line that it has written."""
+        self.words.seek(0)
+        lines = self.words.read().decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return printable(last, limit=300) or f"its process ended ({self.process.returncode})"
 
     def tell(self, call: str, *inputs) -> None:
         """Have the tracker's method `call` called, soon."""
-        if self.fault:
-            return
         try:
             self.messages.put_nowait((call, *inputs))
         except queue.Full:
-            self.fault = "it does not answer"
+            self.give_up("it does not answer")
 
     def close(self) -> None:
         """Wait, for PATIENCE at most, until all is told."""
-        try:
+        with contextlib.suppress(queue.Full):
             self.messages.put_nowait(None)
-        except queue.Full:
-            return
-        self.thread.join(PATIENCE)
-        if self.thread.is_alive() and not self.fault:
-            self.fault = f"it has not finished in {PATIENCE:.0f} seconds"
+            self.thread.join(PATIENCE)
+        if self.thread.is_alive():
+            self.give_up(f"it has not finished in {PATIENCE:g} seconds")
+
+    def give_up(self, reason: str) -> None:
+        """End the process, and those that it has started."""
+        self.fault = self.fault or reason
+        with contextlib.suppress(OSError, AttributeError):  # it has ended; Windows has no groups
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
 
 
 # ---- which ---------------------------------------------------------------------------------------
@@ -205,6 +251,10 @@ def chosen(settings: dict) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def check_trackers(settings: dict) -> None:
     """Refuse a tracker that is not known or not installed.
 
@@ -214,8 +264,6 @@ def check_trackers(settings: dict) -> None:
     for name in chosen(settings):
         if name not in TRACKERS:
             raise UserError(f"--track={name} is not one of: {', '.join(TRACKERS)}")
-        try:
-            importlib.import_module(MODULES[name])
-        except ImportError as error:
+        if not is_installed(name):
             flag = f"--track={name}" if name in settings["track"] else f"--{name}"
-            raise UserError(f"{flag} needs a package of that name: pip install {name}") from error
+            raise UserError(f"{flag} needs a package of that name: pip install {name}")

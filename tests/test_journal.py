@@ -4,7 +4,6 @@ import csv
 import math
 import re
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -629,18 +628,6 @@ def test_a_log_that_could_not_be_written_is_whole_at_the_next_row(tmp_path, monk
             if step == 5:
                 assert log.path.read_text() == "step,ep", "it is not tried at every step"
     assert [row["step"] for row in csv.DictReader(log.path.open())] == ["2", "4", "6", "8"]
-
-
-def test_without_tensorboard_the_flag_is_refused_before_anything_is_learned(
-    run, place, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    paint(place / "pictures")
-    result = run(*TRAIN, "--tensorboard")
-    assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "pip install tensorboard" in result.err
-    assert not checkpoints.exists("run")
-    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("hours", [0.01, 1, 100])

@@ -1,13 +1,16 @@
 """Trackers show the numbers of log.csv; whatever befalls them, the training is the same."""
 
+import ast
 import csv
 import json
 import os
-import sys
+import shutil
+import subprocess
 import tempfile
-import threading
+import time
 from pathlib import Path
 
+import fake_trackers
 import pytest
 import torch
 from conftest import TINY, paint, refused
@@ -39,6 +42,15 @@ def in_log() -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.fixture
+def alone(train) -> str:
+    """The fingerprint of the weights that the run has without any tracker."""
+    assert train().status == 0
+    found = fingerprint()
+    shutil.rmtree("models")
+    return found
+
+
 def fingerprint() -> str:
     return checkpoints.fingerprint_of(checkpoints.load("run")["network"])
 
@@ -60,45 +72,36 @@ def records_in(data: bytes) -> list[bytes]:
     return records
 
 
-class Fake:
-    """A tracker that notes what it is told."""
+@pytest.fixture
+def fake(monkeypatch):
+    """Have a class of fake_trackers.py stand for wandb."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
-    told = ()
+    def put(kind: type) -> None:
+        monkeypatch.setitem(trackers.TRACKERS, "wandb", kind)
 
-    def __init__(self, subject: trackers.Subject):
-        type(self).told = [("open", subject.run_name)]
-
-    def scalars(self, step: int, values: dict) -> None:
-        self.told.append(("scalars", step, values))
-
-    def images(self, step: int, name: str, images) -> None:
-        self.told.append(("images", step, name, images.shape))
-
-    def conclude(self, step: int, figures: dict, model: Path) -> None:
-        self.told.append(("conclude", step, figures, model))
-
-    def close(self) -> None:
-        self.told.append(("close",))
+    monkeypatch.setattr(trackers, "is_installed", lambda name: True)
+    return put
 
 
 # ---- the same numbers ----------------------------------------------------------------------------
 
 
-def test_a_tracker_is_told_everything_in_its_order(train, monkeypatch):
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", Fake)
-    monkeypatch.setitem(trackers.MODULES, "wandb", "math")
+def test_a_tracker_is_told_everything_in_its_order(train, fake):
+    fake(fake_trackers.Fake)
     assert train("--track=wandb", "--raw_previews").status == 0
-    assert [message[0] for message in Fake.told] == [
+    told = [ast.literal_eval(line) for line in fake_trackers.NOTES.read_text().splitlines()]
+    assert [message[0] for message in told] == [
         *("open", "scalars", "scalars", "images", "images", "conclude", "close")
     ]
+    rows = [message[1:] for message in told if message[0] == "scalars"]
     for name, expected in in_log().items():
-        told = [message[1:] for message in Fake.told if message[0] == "scalars"]
-        assert [(step, numbers[name]) for step, numbers in told if name in numbers] == expected
-    assert {message[2:] for message in Fake.told if message[0] == "images"} == {
+        assert [(step, numbers[name]) for step, numbers in rows if name in numbers] == expected
+    assert {message[1:] for message in told if message[0] == "images"} == {
         ("previews", (16, 3, 8, 8)),
         ("previews_raw", (16, 3, 8, 8)),
     }
-    _, step, figures, model = Fake.told[-2]
+    _, step, figures, model = told[-2]
     assert (step, figures["images"]) == (10, 40)
     assert figures["best_held_out"] == min(loss for _, loss in in_log()["held_out"])
     published = torch.load(model, weights_only=True)
@@ -146,53 +149,53 @@ def test_trackio_has_the_numbers_of_the_log(train):
 # ---- whatever befalls them -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["__init__", "scalars", "close"])
-def test_a_tracker_that_fails_is_told_of_once_and_changes_nothing(train, monkeypatch, method):
-    def fail(*inputs) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", type("Broken", (Fake,), {method: fail}))
-    monkeypatch.setitem(trackers.MODULES, "wandb", "math")
+@pytest.mark.parametrize("kind", ["NeverOpens", "NeverWrites", "NeverCloses"])
+def test_a_tracker_that_fails_is_told_of_once_and_changes_nothing(train, fake, kind, alone):
+    fake(getattr(fake_trackers, kind))
     result = train("--track=wandb")
     assert result.status == 0
     text = result.out + result.err
     assert text.count("wandb is no longer told: No space left on device") == 1
-    broken = fingerprint()
-    monkeypatch.setattr(checkpoints, "paths_of", lambda name: (Path("a/c.pt"), Path("a/p.pt")))
-    assert train().status == 0
-    assert fingerprint() == broken
+    assert fingerprint() == alone
 
 
-@pytest.mark.parametrize("pending, reason", [(1, "it does not answer"), (99, "has not finished")])
-def test_a_tracker_that_hangs_is_not_waited_for(train, monkeypatch, pending, reason):
-    release = threading.Event()
+@pytest.mark.parametrize("pending, reason", [(2, "it does not answer"), (99, "not finished")])
+def test_a_tracker_that_hangs_is_not_waited_for(train, fake, monkeypatch, pending, reason, alone):
+    """With a disk and a pipe that take nothing more, or at the end; its process is gone then."""
+    fake(fake_trackers.Hangs)
+    started = []
+    popen = subprocess.Popen
 
-    class Hanging(Fake):
-        def scalars(self, *_) -> None:
-            release.wait()
+    def start(*words, **options) -> subprocess.Popen:
+        started.append(popen(*words, **options))
+        return started[-1]
 
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", Hanging)
-    monkeypatch.setitem(trackers.MODULES, "wandb", "math")
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.5)
+    if pending == 2:
+        monkeypatch.setattr(trackers.Tracker, "pass_on", lambda self: time.sleep(5))
     monkeypatch.setattr(trackers, "PENDING", pending)
-    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
     result = train("--track=wandb")
-    release.set()
     assert result.status == 0
     assert (result.out + result.err).count(reason) == 1
-    assert checkpoints.load("run")["step"] == 10
+    assert fingerprint() == alone
+    assert started[-1].wait(timeout=30) == -9
 
 
-def test_a_disk_that_tensorboard_cannot_write_to_ends_only_that(train, monkeypatch):
-    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+def test_a_tracker_whose_process_is_killed_is_told_of(train, fake, monkeypatch, alone):
+    fake(fake_trackers.Fake)
+    tell = trackers.Tracker.tell
 
-    def fail(*inputs, **options) -> None:
-        raise OSError(28, "No space left on device")
+    def tell_and_kill(self, call: str, *inputs) -> None:
+        self.process.kill()
+        self.process.wait()
+        tell(self, call, *inputs)
 
-    monkeypatch.setattr(writer, "add_scalar", fail)
-    result = train("--tensorboard")
+    monkeypatch.setattr(trackers.Tracker, "tell", tell_and_kill)
+    result = train("--track=wandb")
     assert result.status == 0
-    assert result.out.count("tensorboard is no longer told: No space left") == 1
-    assert checkpoints.load("run")["step"] == 10
+    assert (result.out + result.err).count("wandb is no longer told: its process ended (-9)") == 1
+    assert fingerprint() == alone
 
 
 # ---- which ---------------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ def test_an_unknown_tracker_is_refused(train):
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_does(
     train, monkeypatch, name
 ):
-    monkeypatch.setitem(sys.modules, trackers.MODULES[name], None)
+    monkeypatch.setattr(trackers, "is_installed", lambda name: False)
     assert f"pip install {name}" in refused(train(f"--track={name}"))
     assert not Path("models").exists() and not Path("runs").exists()
 
