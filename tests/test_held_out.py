@@ -14,6 +14,7 @@ import ddpm
 import utils
 from machinery import checkpoints, held_out, journal, processes, reading
 from machinery.basics import UserError
+from tools import evaluate
 
 NAMELESS = ("train", *TINY, "--dataset=pictures", "--noise_steps=8")
 TRAIN = (*NAMELESS, "--run_name=run")
@@ -348,6 +349,29 @@ def test_keeping_the_best_needs_held_out_images_and_a_free_name(run, place):
     shutil.copytree("models/run", "models/other_best")
     words = [word.replace("=run", "=other") for word in TRAIN]
     assert "models/other_best holds a run" in refused(run(*words, "--keep_best", "--held_out=2"))
+
+
+# ---- in an evaluation ----------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_an_evaluation_judges_by_held_out_images_and_finds_copies_of_the_others():
+    """All samples are held-out images: near to these, and copies of nothing that was learned."""
+    images = np.random.default_rng(0).integers(0, 256, (80, 3, 8, 8), dtype=np.uint8)
+    chosen = held_out.split([f"{number}.png" for number in range(80)], 16)
+    extract = lambda images: images.float().flatten(1)[:, ::8]  # noqa: E731
+    features = evaluate.Features("pixels", "1", extract)
+    unseen = torch.from_numpy(images[np.sort(chosen.held_out)])
+    device = torch.device("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "extract_cached", evaluate.extract_all)
+        before = evaluate.judge(unseen, images, features, device)
+        figures = evaluate.judge(unseen, images, features, device, split=chosen)
+        seen = torch.from_numpy(images[chosen.learned[:16]])
+        learned = evaluate.judge(seen, images, features, device, split=chosen)
+    assert abs(figures["distance"]) < before["distance"] / 100
+    assert (before["copies"], figures["copies"], figures["copies_real"]) == (1, 0, 0)
+    assert learned["copies"] == 1
 
 
 # ---- strangers' logs -----------------------------------------------------------------------------
