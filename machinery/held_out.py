@@ -85,9 +85,12 @@ def split(names: Sequence[str], held_out: float, labels: np.ndarray | None = Non
     return Split(order[:number], np.sort(rest), rest[:number])
 
 
-def remarks(chosen: Split) -> list[str]:
-    """A sentence on what is held out; none where nothing is."""
+def remarks(chosen: Split, is_small: bool) -> list[str]:
+    """A sentence on what is held out, or why nothing is; none where nothing is by request."""
     number = len(chosen.held_out)
+    if is_small:
+        few = f"{AUTOMATIC:.0%} of them are fewer than {FEWEST}"
+        return [f"none are held out, since {few}; --held_out={FEWEST} shows memorization"]
     if not number:
         return []
     few = f"; the loss of fewer than {FEWEST} is mostly chance" if number < FEWEST else ""

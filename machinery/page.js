@@ -114,10 +114,7 @@ function chart(place, { title, series, log }) {
 }
 
 const curves = document.getElementById("curves");
-if (curves && data.curves.images.length) {
-  curves.textContent = "";
-  for (const each of data.curves.charts) chart(curves, each);
-}
+if (curves) for (const each of data.curves.charts) chart(curves, each);
 
 // ---- previews over time
 

@@ -140,17 +140,17 @@ def curves_of(rows: list[list]) -> dict:
         values = journal.smooth(column[name]) if is_smooth else column[name]
         return {"name": label, "y": [rounded(value) for value in values], "color": color} | how
 
-    def quarters(kind: str, **how) -> list[dict]:
+    def quarters(kind: str, who: str = "", **how) -> list[dict]:
         labels = ("q1 (details)", "q2", "q3", "q4 (composition)")
-        return [line(f"{kind}_q{n}", label, n, **how) for n, label in enumerate(labels, 1)]
+        return [line(f"{kind}_q{n}", who + label, n, **how) for n, label in enumerate(labels, 1)]
 
     loss = [line("loss", "in training", 0), line("loss", "smoothed", 1, is_smooth=True)]
     by_quarter = quarters("loss", is_smooth=True)
     charts = [chart_of("Loss", loss), chart_of("Loss by quarter of t", by_quarter)]
     if "gap" in column:
         loss += [line("held_out", "held out (EMA)", 2), line("learned", "learned (EMA)", 3)]
-        both = quarters("held_out") + quarters("learned", dash=True)
-        charts.append(chart_of("Held out by quarter of t; dashed: learned", both))
+        both = quarters("held_out") + quarters("learned", "learned ", dash=True)
+        charts.append(chart_of("Held out by quarter of t; dashed: learned from", both))
     charts.append(chart_of("Learning rate", [line("lr", "learning rate", 1)], log=False))
     charts.append(chart_of("Gradient norm", [line("grad_norm", "before clipping to 1", 1)]))
     charts.append(chart_of("Speed", [line("img_per_s", "images per second", 1)], log=False))
@@ -366,10 +366,11 @@ def write_page(name: str, stored: dict) -> Path:
     if gap := next(filter(journal.is_open, stored["log"]), None):
         where = f"From epoch {journal.cells_of(gap)['epoch']:.1f} on"
         parts.append(f'<p class="note">{where}: {text_of(journal.MEMORIZES)}.</p>')
-    without_script = '<img class="wide" src="loss.png" alt="loss curves">' if stored["log"] else ""
+    without_script = '<noscript><img class="wide" src="loss.png" alt="loss curves"></noscript>'
+    curves = f'<div class="grid" id="curves">{without_script}</div>' if stored["log"] else ""
     parts += [
         section("Previews", preview_section(previews, classes)),
-        section("Curves", f'<div class="grid" id="curves">{without_script}</div>'),
+        section("Curves", curves),
         section("Samples", album_section(albums)),
         section("Evaluation", evaluation_section(results)),
         section("What it is", about_section(results, stored)),
@@ -459,10 +460,11 @@ def git_commit() -> str:
     git = ["git", "-C", str(HERE.parent)]
     how = {"capture_output": True, "text": True, "timeout": 10}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        head = subprocess.run([*git, "rev-parse", "HEAD"], **how)
-        if head.returncode == 0:
+        head = subprocess.run([*git, "rev-parse", "HEAD", "--show-prefix"], **how)
+        commit, below, *_ = [*head.stdout.splitlines(), "", ""]
+        if commit and not below:  # and not another repository, in which this lies
             changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **how)
-            return head.stdout.strip() + (", with changes" if changed.stdout.strip() else "")
+            return commit + (", with changes" if changed.stdout.strip() else "")
     return ""
 
 

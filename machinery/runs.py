@@ -240,6 +240,7 @@ class Run:
         self.results = Path("results", self.name)
         self.checkpoint = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
         self.init_checkpoint = {}
+        self.is_small = False  # too few images to hold some out without being told to
 
     @contextlib.contextmanager
     def found(self, load: Callable[[str], dict]) -> Iterator[None]:
@@ -286,8 +287,9 @@ class Run:
         old = self.old_settings()
         self.settings = {name: old[name] for name in IMPORTED if name in old} | self.settings
         if self.settings["held_out"] == "auto":
-            before = self.checkpoint.get("settings", {})
             share = held_out.automatic(len(self.listing.names))
+            self.is_small = not self.checkpoint["step"] and not share
+            before = self.checkpoint.get("settings", {})
             self.settings["held_out"] = before.get("held_out", share)
         if self.settings["keep_best"]:
             self.check_best()
@@ -340,7 +342,7 @@ class Run:
             raise UserError(f"--conditional: no image of the class {name} can be read")
         self.settings["mode"] = data.mode
         about = tell_classes(self.listing, self.settings["conditional"])
-        about += held_out.remarks(self.split)
+        about += held_out.remarks(self.split, self.is_small)
         return data._replace(remarks=about + data.remarks, learned=self.split.learned)
 
     def save(self, **state) -> None:

@@ -375,8 +375,10 @@ class Session:
         figures |= {"minutes": self.progress.minutes_used()}
         if measured := self.log.measured():
             figures["best_held_out"] = min(cells_of(row)["held_out"] for row in measured)
-        model = self.log.subject.folder / "model.pt"
-        checkpoints.write(model, **checkpoints.published(stored, self.run.name))
+        model = None
+        if any(trackers.TRACKERS[tracker.name].keeps_model for tracker in self.log.trackers):
+            model = self.log.subject.folder / "model.pt"
+            checkpoints.write(model, **checkpoints.published(stored, self.run.name))
         self.log.track("conclude", step, figures, model)
 
     # ---- what is said

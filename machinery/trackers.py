@@ -46,6 +46,8 @@ class Subject(NamedTuple):
 class TensorBoard:
     """Writes runs/RUN; numbers in double precision, as they are in log.csv."""
 
+    keeps_model = False
+
     def __init__(self, subject: Subject):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -61,7 +63,7 @@ class TensorBoard:
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         self.writer.add_images(name, images, step)
 
-    def conclude(self, step: int, figures: dict[str, float], model: Path) -> None:
+    def conclude(self, step: int, figures: dict[str, float], model: None) -> None:
         self.scalars(step, {f"final/{name}": value for name, value in figures.items()})
 
     def close(self) -> None:
@@ -70,6 +72,8 @@ class TensorBoard:
 
 class Wandb:
     """Logs to wandb's server, or without an account to runs/wandb, for `wandb sync`."""
+
+    keeps_model = True
 
     def __init__(self, subject: Subject):
         import wandb
@@ -108,6 +112,8 @@ class Wandb:
 
 class Trackio:
     """Writes trackio's own files on this machine; `trackio show` opens its dashboard."""
+
+    keeps_model = True
 
     def __init__(self, subject: Subject):
         import trackio

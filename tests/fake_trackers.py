@@ -10,6 +10,8 @@ NOTES = Path("notes.txt")
 
 
 class Fake:
+    keeps_model = True
+
     def __init__(self, subject):
         self.note("open", subject.run_name)
 
