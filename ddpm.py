@@ -551,6 +551,7 @@ def train(
     compile: bool = False,
     grad_checkpointing: bool = False,
     sample_every: int = 10,
+    sample_minutes: float = 0.0,
     raw_previews: bool = False,
     save_every: float = 10.0,
     keep_best: bool = False,
@@ -605,6 +606,7 @@ def train(
             memory, a quarter more time.
         sample_every: epochs between two previews; where a training has fewer than five of these,
             they also come at its tenths; 0 for none but the last.
+        sample_minutes: minutes between two previews, besides; 0 for none by the clock.
         raw_previews: also preview the weights without EMA, to see how far these are apart.
         save_every: minutes between saves; the end of an epoch also saves, if that takes less than
             1% of the time.

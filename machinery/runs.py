@@ -57,6 +57,7 @@ RANGES = {
     "warmup": WHOLE,
     "ema_decay": (0, 0.999999),
     "sample_every": WHOLE,
+    "sample_minutes": NOT_NEGATIVE,
     "save_every": NOT_NEGATIVE,
     "n_img": COUNT,
     "guidance": (0, 1000),
@@ -71,7 +72,7 @@ RANGES = {
 # The flags that may have other values when a run is resumed.
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
-MAY_CHANGE |= {"keep_best", "track", "raw_previews"}
+MAY_CHANGE |= {"keep_best", "track", "raw_previews", "sample_minutes"}
 MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
 # What versions did that had no such flag, or kept no such setting, where it is not the default.
 BEFORE = {"mode": "RGB", "classes": (), "held_out": 0}

@@ -37,6 +37,7 @@ class Progress:
         max_minutes: when it ends by the clock, earlier sittings included; 0 for never.
         save_every: minutes between saves; the end of an epoch saves too, at most once a minute.
         sample_every: epochs between previews, 0 for none but the last.
+        sample_minutes: minutes between previews, besides; 0 for none by the clock.
         step, minutes: steps done and time used when this sitting starts.
         began: when this sitting started (time.monotonic()): reading the images counts too.
         previews: images of the last preview, which is part of the budget; with guidance, twice.
@@ -62,6 +63,7 @@ class Progress:
         minutes: float,
         began: float,
         previews: int,
+        sample_minutes: float = 0.0,
     ):
         self.count = count
         self.batch_size = batch_size
@@ -73,7 +75,8 @@ class Progress:
         self.last_step = math.ceil(epochs * count / batch_size)
         self.minutes_before = minutes
         self.began = began
-        self.saved_at = time.monotonic()
+        self.sample_minutes = sample_minutes
+        self.saved_at = self.shown_at = time.monotonic()
         self.preview_cost = self.PREVIEW_COST * previews
         # as if a preview had come with the last tenth
         self.previewed_at = int(self.PREVIEWS * self.fraction_done(step)) / self.PREVIEWS
@@ -173,7 +176,10 @@ class Progress:
         return time.monotonic() - self.saved_at >= wait
 
     def is_preview_due(self, step: int) -> bool:
-        """After every so many epochs; where these are few, after every tenth of the training."""
+        """After so many minutes or epochs; where these are few, a tenth of the training."""
+        minutes = (time.monotonic() - self.shown_at) / 60
+        if 0 < self.sample_minutes <= minutes:
+            return True
         if not self.sample_every:
             return False
         if self.ends_epoch(step) and self.epoch(step) % self.sample_every == 0:
@@ -188,6 +194,7 @@ class Progress:
     def previewed(self, step: int) -> None:
         """Note a preview: from here the way to the next one is measured."""
         self.previewed_at = self.fraction_done(step)
+        self.shown_at = time.monotonic()
 
 
 class Session:
@@ -222,6 +229,7 @@ class Session:
             max_minutes=settings["max_minutes"],
             save_every=settings["save_every"],
             sample_every=settings["sample_every"],
+            sample_minutes=settings["sample_minutes"],
             step=training.step,
             minutes=run.checkpoint["minutes"],
             began=began,

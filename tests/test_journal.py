@@ -729,6 +729,14 @@ def test_a_budget_has_previews_at_every_tenth_of_its_time(clock):
     assert previews_of(training, clock, seconds=1) == [360 * part for part in range(1, 10)]
 
 
+def test_previews_come_by_the_clock_where_that_is_wanted(clock):
+    """Steps of 7 seconds: a preview after the first one that begins a new minute and a half."""
+    training = ten_epochs(sample_minutes=1.5)
+    steps = previews_of(training, clock, seconds=7)
+    assert steps == [13 * part for part in range(1, 8)]
+    assert previews_of(ten_epochs(), clock, seconds=7) == []
+
+
 def test_previews_on_the_way_change_nothing_that_is_learned(run, place, monkeypatch):
     """They are named by their step, and lie in their order."""
     paint(place / "pictures")
