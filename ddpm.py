@@ -459,7 +459,7 @@ class Training:
         self.compute_gradient()
         self.optimizer.zero_grad()
 
-    def preview(self, path: Path) -> Tensor:
+    def preview(self, path: Path, network: UNet) -> Tensor:
         """Images from the same noise every time, saved at `path`: (N, 3, H, W) in 0..255."""
         settings = self.settings
         classes = settings["classes"]
@@ -467,7 +467,7 @@ class Training:
         labels = labels_in_turn(range(len(classes)), self.preview_seeds)
         how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
         size = settings["img_size"]
-        for x_t, _ in generate(self.ema, self.diffusion, self.preview_seeds, size, **how):
+        for x_t, _ in generate(network, self.diffusion, self.preview_seeds, size, **how):
             pass  # the last one is the image
         images = utils.to_bytes(x_t).cpu()
         utils.save_png(images, path, classes, run=settings["run_name"], step=self.step)
@@ -582,6 +582,7 @@ def train(
     conditional: bool = False,
     mode: str = "auto",
     flip: bool = True,
+    held_out: float | str = "auto",
     # size and length
     preset: str = "none",
     epochs: int = 500,
@@ -613,7 +614,11 @@ def train(
     compile: bool = False,
     grad_checkpointing: bool = False,
     sample_every: int = 10,
+    sample_minutes: float = 0.0,
+    raw_previews: bool = False,
     save_every: float = 10.0,
+    keep_best: bool = False,
+    track: str = "",
     tensorboard: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -632,6 +637,8 @@ def train(
         conditional: class-conditional: the folders directly in the data set are the classes.
         mode: colors of the images; auto is gray if every image is, else RGB.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
+        held_out: share or number of images never learned from, whose loss shows memorization;
+            auto is 0.02, or 0 where that is fewer than 16 images.
         preset: a set of flags for a computer without a GPU; laptop: 64x64 pixels in an hour, tiny:
             32x32 in eight minutes.
         epochs: how often the network sees every image, in all.
@@ -666,9 +673,13 @@ def train(
             memory, a quarter more time.
         sample_every: epochs between two previews; where a training has fewer than five of these,
             they also come at its tenths; 0 for none but the last.
+        sample_minutes: minutes between two previews, besides; 0 for none by the clock.
+        raw_previews: also preview the weights without EMA, to see how far these are apart.
         save_every: minutes between saves; the end of an epoch also saves, if that takes less than
             1% of the time.
-        tensorboard: also write curves and previews for TensorBoard, to runs/RUN.
+        keep_best: also keep the EMA weights of the best held-out loss, as the run RUN_best.
+        track: also tell trackers: tensorboard, wandb, trackio, or several with commas.
+        tensorboard: the same as --track=tensorboard: curves and previews go to runs/RUN.
         dry_run: learn nothing; only show the data (data.png), time a step, and say what would be
             done.
 

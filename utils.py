@@ -77,7 +77,7 @@ class Loader:
 
     Args:
         data: the images, uint8; kept on the GPU where they take less than half of its free memory,
-            else left on the disk and read as they are needed.
+            else left on the disk and read as they are needed. `data.learned` are drawn.
         batch_size: images per step, of all processes together; at most all there are.
         seed: of the order.
         flip: whether a coin decides for each image to be mirrored left to right.
@@ -91,7 +91,9 @@ class Loader:
         fits = device.type == "cuda" and data.images.nbytes < devices.free_memory(device) / 2
         self.images = torch.from_numpy(data.images).to(device if fits else "cpu")  # (N, C, H, W)
         self.labels = torch.from_numpy(data.labels).to(self.images.device)  # (N,)
-        self.count = len(self.images)
+        learned = np.arange(len(self.images)) if data.learned is None else data.learned
+        self.learned = torch.from_numpy(learned)  # (count,) indices
+        self.count = len(learned)
         self.shape = self.images.shape[1:]  # (C, H, W)
         self.batch_size = min(batch_size, self.count)
         if self.batch_size < processes.count():
@@ -103,7 +105,7 @@ class Loader:
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Step `step` (0, 1, ...): which images it is given and which are mirrored, both (B,)."""
-        indices = batch_indices(self.count, self.batch_size, step, self.seed)
+        indices = self.learned[batch_indices(self.count, self.batch_size, step, self.seed)]
         return devices.send(indices, self.images.device), self.draw_flips(self.batch_size)
 
     def draw_flips(self, count: int) -> Tensor:
@@ -120,6 +122,6 @@ class Loader:
     def save_examples(self, path: Path) -> None:
         """Write the first 64 images of the first epoch, some of them mirrored."""
         torch.manual_seed(seed_of(self.seed, 0))
-        indices = torch.from_numpy(shuffled(self.count, self.seed, epoch=0)[:64])
+        indices = self.learned[shuffled(self.count, self.seed, epoch=0)[:64]]
         examples = self.load(indices, self.draw_flips(len(indices)))
         save_png(to_bytes(examples).cpu(), path)

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: log.csv, loss.png, TensorBoard, the progress bar.
+"""What a training tells while it runs: log.csv, loss.png, trackers, the progress bar.
 
 Reading order: Log, what is said once, plot_curves.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from machinery import checkpoints, processes
+from machinery import checkpoints, processes, trackers
 from machinery.basics import UserError, append_rows, progress_bar, write_whole
 
 FEW_IMAGES = 20_000  # after which even a small network makes more than blurs
@@ -25,6 +25,17 @@ DENSE_ROWS = 2000  # of a log; from then on the steps between two double when th
 QUARTERS = 4  # of the noising steps: the early ones (t small) are details, the late composition
 COLUMNS = ("step", "epoch", "images", "loss", "lr", "grad_norm", "clipped")
 COLUMNS += (*(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), "img_per_s")
+# of the EMA weights: their loss on held-out images and on as many they have learned from, and by
+# how many standard errors the first is larger; a run without held-out images has none of these
+KINDS = ("held_out", "learned")
+HELD_OUT_COLUMNS = ()
+for kind in KINDS:
+    HELD_OUT_COLUMNS += (kind, *(f"{kind}_q{quarter}" for quarter in range(1, QUARTERS + 1)))
+HELD_OUT_COLUMNS += ("gap",)
+ALL_COLUMNS = COLUMNS + HELD_OUT_COLUMNS
+OPEN_ERRORS = 3.0  # standard errors: chance alone exceeds that in one run of 700
+OPEN_RATIO = 1.1  # of the two losses: a smaller gap may be sure, but harms nobody
+MEMORIZES = "the model begins to memorize: more images, --dropout, or stop here"
 SUMS = 3 + 2 * QUARTERS  # loss, norm, clipped gradients; loss and number of images per quarter
 
 
@@ -33,25 +44,42 @@ def row_every(step: int) -> int:
     return ROW_EVERY << ((step - 1) // (DENSE_ROWS * ROW_EVERY)).bit_length()
 
 
+def cells_of(row: list) -> dict:
+    """A row of the log by its columns; without held-out images, those of these are missing."""
+    return dict(zip(ALL_COLUMNS, row, strict=False))
+
+
 def is_log(rows: list[list], last_step: int) -> bool:
     """Whether a stranger's rows are such as `Log` keeps: finite numbers, one step after another.
 
-    Only a quarter that met no image has None.
+    All have the same columns. Only a quarter that met no image, and what was not measured of the
+    held-out images, has None.
     """
+    lengths = (len(COLUMNS), len(ALL_COLUMNS))
     before = 0
     for row in rows:
-        if type(row) is not list or len(row) != len(COLUMNS):
+        if type(row) is not list or len(row) not in lengths or len(row) != len(rows[0]):
             return False
-        for name, cell in zip(COLUMNS, row, strict=True):
+        cells = cells_of(row)
+        for name, cell in cells.items():
             kinds = (int,) if name in ("step", "images", "clipped") else (int, float)
-            is_number = type(cell) in kinds and 0 <= cell < math.inf
-            if not is_number and not (cell is None and name.startswith("loss_q")):
+            least = -math.inf if name == "gap" else 0
+            is_number = type(cell) in kinds and least <= cell < math.inf and cell > -math.inf
+            may_be_none = name.startswith("loss_q") or name in HELD_OUT_COLUMNS
+            if not is_number and not (cell is None and may_be_none):
                 return False
-        cells = dict(zip(COLUMNS, row, strict=True))
         if not before < cells["step"] <= last_step or not cells["images"] * cells["epoch"]:
             return False
         before = cells["step"]
     return True
+
+
+def is_open(row: list) -> bool:
+    """Whether a row shows a gap: the model learns images by heart."""
+    cells = cells_of(row)
+    if cells.get("gap") is None:
+        return False
+    return cells["gap"] >= OPEN_ERRORS and cells["held_out"] >= OPEN_RATIO * cells["learned"]
 
 
 class Log:
@@ -66,7 +94,8 @@ class Log:
         noise_steps: T, whose quarters have a loss each.
         device: where the sums are.
         rows, sums: what `state` returned when the run was saved; nothing yet for a new run.
-        board: where TensorBoard's files go, or None.
+        has_held_out: whether there are held-out images.
+        track: what goes to trackers, and the names of these.
     """
 
     def __init__(
@@ -77,13 +106,17 @@ class Log:
         device: torch.device,
         rows: list[list] = (),
         sums: Tensor | None = None,
-        board: Path | None = None,
+        has_held_out: bool = False,
+        track: tuple[trackers.Subject | None, list[str]] = (None, []),
     ):
         self.path = folder / "log.csv"
         self.progress = progress
         self.noise_steps = noise_steps
-        self.board_folder = board
-        self.board = None
+        self.subject, self.tracker_names = track
+        self.trackers = []
+        self.columns = ALL_COLUMNS if has_held_out else COLUMNS
+        self.unmeasured = [None] * (len(self.columns) - len(COLUMNS))
+        self.held_out = self.unmeasured  # HELD_OUT_COLUMNS of the next row
         self.rows = list(rows)
         self.sums = (torch.zeros(SUMS) if sums is None else sums).to(device)
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
@@ -111,24 +144,31 @@ class Log:
         self.timed_at = time.monotonic()
         self.timed_step = self.step
         self.has_forecast = False
-        if self.board_folder:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # what a sitting that died wrote after this step is hidden
-            self.board = SummaryWriter(self.board_folder, purge_step=self.step + 1)
+        self.trackers = [trackers.Tracker(name, self.subject) for name in self.tracker_names]
         return self
 
     def __exit__(self, *_) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+        self.track()
         self.bar.close()
-        self.on_board("close")
 
-    def add(self, step: int, losses: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> None:
+    def add(
+        self,
+        step: int,
+        losses: Tensor,
+        t: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        held_out: list | None = None,
+    ) -> None:
         """Note step `step` (1, 2, ...).
 
         Args:
             losses, t: of each image, its loss and its noising step (B,).
             grad_norm: before the gradient was clipped to 1.
             lr: the learning rate.
+            held_out: HELD_OUT_COLUMNS after this step, where these were measured.
 
         Raises:
             UserError: a sum is no longer finite (noticed with a row, and before a save).
@@ -138,6 +178,7 @@ class Log:
         self.sums += torch.cat([whole, (in_quarter * losses).sum(1), in_quarter.sum(1)])
         self.step = step
         self.lr = lr
+        self.held_out = held_out or self.unmeasured
         batch_size = self.progress.batch_size
         self.bar.total = max(self.bar.total, step * batch_size)  # under a budget, an estimate
         if self.progress.max_minutes and not self.progress.speed:  # no row has told it yet
@@ -155,7 +196,7 @@ class Log:
         self.row_step = self.step
         self.timed_at = time.monotonic()
         self.timed_step = self.step
-        self.progress.measured(self.rows[-1][-1])
+        self.progress.measured(cells_of(self.rows[-1])["img_per_s"])
         self.tell(is_full)
 
     def finish(self) -> None:
@@ -175,7 +216,7 @@ class Log:
         self.bar.total = round(self.progress.images_in_all(self.step, speed))
 
     def row(self) -> list:
-        """COLUMNS of the steps since the last row, of which the sums are."""
+        """`columns` of the steps since the last row, of which the sums are."""
         images = self.step * self.progress.batch_size
         epoch = images / self.progress.count
         steps = self.step - self.row_step
@@ -183,7 +224,7 @@ class Log:
         sums, counts = quarters[:QUARTERS], quarters[QUARTERS:]
         by_quarter = [sum_ / n if n else None for sum_, n in zip(sums, counts, strict=True)]
         means = [loss / steps, self.lr, norm / steps, int(clipped)]
-        return [self.step, epoch, images, *means, *by_quarter, self.speed()]
+        return [self.step, epoch, images, *means, *by_quarter, self.speed(), *self.held_out]
 
     def table(self) -> list[list]:
         """All rows, and one of the steps since the last of them."""
@@ -193,31 +234,40 @@ class Log:
     def tell(self, is_full: bool) -> None:
         """Show the last row; once, after a full one, print how long the training takes."""
         self.has_news = True
-        for name, value in zip(COLUMNS[3:], self.rows[-1][3:], strict=True):
-            if value is not None:
-                self.on_board("add_scalar", name, value, self.step)
+        row = cells_of(self.rows[-1])
+        values = {name: row[name] for name in self.columns[1:] if row[name] is not None}
+        self.track("scalars", self.step, values)
         progress = self.progress
-        row = dict(zip(COLUMNS, self.rows[-1], strict=True))
         speed = row["img_per_s"]
         self.foresee(speed)
         if is_full and not self.has_forecast:
             self.has_forecast = True
             self.bar.write(progress.forecast(self.step, speed))
         wait = max(0, progress.save_every - (time.monotonic() - progress.saved_at) / 60)
-        words = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4f}, save in {wait:.0f} min"
+        if is_open(self.rows[-1]) and not any(map(is_open, self.rows[:-1])):
+            losses = f"loss {row['held_out']:.4f} on held-out images"
+            self.bar.write(f"{losses}, {row['learned']:.4f} on images of the training: {MEMORIZES}")
+        held_out = next((cells_of(row)["held_out"] for row in self.measured()[-1:]), None)
+        others = f", held out {held_out:.4f}" if held_out else ""
+        words = f"epoch {row['epoch']:.1f}, loss {row['loss']:.4f}{others}, save in {wait:.0f} min"
         self.bar.set_postfix_str(words, refresh=False)
 
-    def on_board(self, call: str, *what) -> None:
-        """Hand something to TensorBoard; a disk it cannot write to ends that, not the training."""
-        if self.board:
-            try:
-                getattr(self.board, call)(*what)
-            except OSError as error:
-                self.board = None
-                self.bar.write(f"TensorBoard is no longer written: {error.strerror or error}")
+    def measured(self) -> list[list]:
+        """The rows in which the loss on held-out images stands."""
+        return [row for row in self.rows if cells_of(row).get("held_out") is not None]
+
+    def track(self, *message) -> None:
+        """Tell all trackers; print once for each that it is told no more, and why."""
+        for tracker in list(self.trackers):
+            if message:
+                tracker.tell(*message)
+            if tracker.fault:
+                self.trackers.remove(tracker)
+                self.bar.write(f"{tracker.name} is no longer told: {tracker.fault}")
 
     def check(self) -> None:
-        if not self.sums.isfinite().all():
+        numbers = [cell for cell in self.held_out if cell is not None]
+        if not self.sums.isfinite().all() or not all(map(math.isfinite, numbers)):
             where = f"at step {self.step:,}, learning rate {self.lr:.1e}"
             advice = "start another run with a lower --lr or a longer --warmup"
             raise UserError(f"the loss is infinite or NaN {where}; {advice}")
@@ -231,10 +281,10 @@ class Log:
         self.has_news = False
         if written is None:
             text = io.StringIO(newline="")
-            csv.writer(text).writerows([COLUMNS, *self.rows])
+            csv.writer(text).writerows([self.columns, *self.rows])
             write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
         else:
-            append_rows(self.path, COLUMNS, self.rows[written:])
+            append_rows(self.path, self.columns, self.rows[written:])
         self.rows_written = len(self.rows)
 
     def report(self, run_name: str, sample_flags: str, blank_loss: float) -> str:
@@ -266,10 +316,11 @@ to make images:
 to judge them, and see whether they are copies:
   python -m tools.evaluate --run_name={run_name}{sample_flags}"""
 
-    def illustrate(self, previews: Tensor) -> None:
-        """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to TensorBoard."""
+    def illustrate(self, previews: dict[str, Tensor]) -> None:
+        """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to trackers, by their names."""
         plot_curves(self.table(), self.path.with_name("loss.png"))
-        self.on_board("add_images", "previews", previews, self.step)
+        for name, images in previews.items():
+            self.track("images", self.step, name, images.numpy())
 
 
 def last_loss(rows: list[list]) -> tuple[float, int]:
@@ -352,12 +403,12 @@ def describe_network(
     return f"{weights} weights, {operations} an image, on {where}"
 
 
-def check_tensorboard() -> None:
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        way_out = "pip install tensorboard"
-        raise UserError(f"--tensorboard needs a package of that name: {way_out}") from error
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Means over a fiftieth of the rows, without NaN; near the start, over those there are."""
+    window = 1 + len(values) // 50
+    known = np.nan_to_num(values).cumsum(), np.isfinite(values).cumsum()
+    total, number = (sums - np.concatenate([np.zeros(window), sums])[: len(sums)] for sums in known)
+    return total / np.maximum(number, 1)
 
 
 def plot_curves(rows: list[list], path: Path) -> None:
@@ -365,18 +416,10 @@ def plot_curves(rows: list[list], path: Path) -> None:
     from matplotlib.figure import Figure  # half a second to import: not before it is needed
 
     # a quarter that met no image is NaN
-    table = np.array(rows, dtype=float).reshape(-1, len(COLUMNS))
-    column = dict(zip(COLUMNS, table.T, strict=True))
-    window = 1 + len(rows) // 50
+    width = len(rows[0]) if rows else len(COLUMNS)
+    table = np.array(rows, dtype=float).reshape(-1, width)
+    column = dict(zip(ALL_COLUMNS, table.T, strict=False))
     marker = "o" if len(rows) == 1 else None  # a line of one point is none
-
-    def smooth(values: np.ndarray) -> np.ndarray:
-        """Means over a fiftieth of the rows; near the start, over those there are."""
-        known = np.nan_to_num(values).cumsum(), np.isfinite(values).cumsum()
-        total, number = (
-            sums - np.concatenate([np.zeros(window), sums])[: len(sums)] for sums in known
-        )
-        return total / np.maximum(number, 1)
 
     figure = Figure(figsize=(13, 3.6))
     axes = figure.subplots(1, 3)
@@ -385,6 +428,12 @@ def plot_curves(rows: list[list], path: Path) -> None:
     images = column["images"]
     axes[0].loglog(images, column["loss"], marker=marker, color="0.8", label="rows of the log")
     axes[0].loglog(images, smooth(column["loss"]), marker=marker, label="smoothed")
+    if "gap" in column:
+        is_measured = np.isfinite(column["held_out"])
+        dot = "." if is_measured.sum() < 50 else None
+        for kind, label in zip(KINDS, ("held out (EMA)", "learned from (EMA)"), strict=True):
+            values = column[kind][is_measured]
+            axes[0].loglog(images[is_measured], values, marker=dot, label=label)
     quarters = ("first (details)", "second", "third", "last (composition)")
     for quarter, label in enumerate(quarters, 1):
         axes[1].loglog(images, smooth(column[f"loss_q{quarter}"]), marker=marker, label=label)

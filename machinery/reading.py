@@ -18,7 +18,7 @@ import time
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -69,6 +69,8 @@ class Dataset(NamedTuple):
     remarks: list[str]  # what was left out or changed, a sentence each
     mode: str  # one of CHANNELS
     labels: np.ndarray  # (N,) int64, as in Listing
+    names: Sequence[str] = ()  # of the N files, below the folder
+    learned: np.ndarray | None = None  # indices of the images to learn from; None for all
 
 
 # ---- what sampling starts from -------------------------------------------------------------------
@@ -545,8 +547,9 @@ def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") ->
         stored = "L"
         images = images[:, :1]
     labels = np.delete(listing.labels, skipped)
+    names = np.delete(np.array(listing.names, object), skipped)
     remarks = listing.remarks + remarks_on(facts)
-    return Dataset(images, listing.fingerprint, remarks, stored, labels)
+    return Dataset(images, listing.fingerprint, remarks, stored, labels, names)
 
 
 def remarks_on(facts: dict) -> list[str]:

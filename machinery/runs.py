@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from machinery import checkpoints, processes, reading
+from machinery import checkpoints, held_out, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
     UserError,
@@ -33,8 +33,9 @@ from machinery.command_line import (
     did_you_mean,
     in_flags,
 )
-from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, is_log, longer
+from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
+from machinery.trackers import check_trackers
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -42,6 +43,7 @@ NOT_NEGATIVE = (0, math.inf)
 WHOLE = (0, 10**9)
 # The smallest and the largest value of a flag, and of a setting that has no flag.
 RANGES = {
+    "held_out": WHOLE,
     "epochs": COUNT,
     "max_minutes": NOT_NEGATIVE,
     "seed": (0, 2**63 - 1),
@@ -57,6 +59,7 @@ RANGES = {
     "warmup": WHOLE,
     "ema_decay": (0, 0.999999),
     "sample_every": WHOLE,
+    "sample_minutes": NOT_NEGATIVE,
     "save_every": NOT_NEGATIVE,
     "n_img": COUNT,
     "guidance": (0, 1000),
@@ -72,7 +75,10 @@ RANGES = {
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
 MAY_CHANGE |= {"precision"}  # a run may move to a machine that has another
+MAY_CHANGE |= {"keep_best", "track", "raw_previews", "sample_minutes"}
 MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
+# What versions did that had no such flag, or kept no such setting, where it is not the default.
+BEFORE = {"mode": "RGB", "classes": (), "held_out": 0}
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
@@ -98,8 +104,7 @@ def check_training(settings: dict, limits: dict) -> None:
         values = {name: settings[name] for name in limits["preset"][settings["preset"]]}
         print(f"preset   {settings['preset']}: {in_flags(values)}")
     del settings["preset"]  # a run is described by its numbers
-    if settings["tensorboard"]:
-        check_tensorboard()
+    check_trackers(settings)
     check_network(settings)
 
 
@@ -277,16 +282,19 @@ class Run:
             network that was trained elsewhere.
         checkpoint: what to resume from; of a new run, one in which nothing is done.
         init_checkpoint: that of `--init_from`; empty unless the run is new.
+        split: which images are held out, once they are read.
     """
 
     def __init__(self, settings: dict, listing: Listing):
         self.settings = settings
         self.listing = listing
         self.name = settings["run_name"]
+        self.best_name = f"{self.name}_best"
         self.path = checkpoints.paths_of(self.name)[0]
         self.results = Path("results", self.name)
         self.checkpoint = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
         self.init_checkpoint = {}
+        self.is_small = False  # too few images to hold some out without being told to
 
     @contextlib.contextmanager
     def found(self, load: Callable[[str], dict]) -> Iterator[None]:
@@ -332,6 +340,25 @@ class Run:
         )
         old = self.old_settings()
         self.settings = {name: old[name] for name in IMPORTED if name in old} | self.settings
+        if self.settings["held_out"] == "auto":
+            share = held_out.automatic(len(self.listing.names))
+            self.is_small = not self.checkpoint["step"] and not share
+            before = self.checkpoint.get("settings", {})
+            self.settings["held_out"] = before.get("held_out", share)
+        if self.settings["keep_best"]:
+            self.check_best()
+
+    def check_best(self) -> None:
+        """Refuse `--keep_best` where nothing says what is best, or another run has its place."""
+        if not self.settings["held_out"]:
+            way_out = "--held_out=16 holds out so many"
+            raise UserError(f"--keep_best needs held-out images, and there are none; {way_out}")
+        check_name("run_name", self.best_name)
+        if checkpoints.exists(self.best_name):
+            kept = checkpoints.load(self.best_name, peek=True)["settings"]
+            if kept.get("best_of") != self.name:
+                ways_out = "move it away, or choose another --run_name"
+                raise UserError(f"--keep_best: models/{self.best_name} holds a run; {ways_out}")
 
     def old_settings(self) -> dict:
         """Those of the run that is resumed or started from; empty for a run from nothing."""
@@ -354,7 +381,9 @@ class Run:
             if old_mode and mode == "auto" and data.mode != old_mode:
                 data = reading.read_dataset(self.listing, size, old_mode)
         folder = self.listing.folder
-        count = len(data.images)
+        labels = data.labels if self.settings["classes"] else None
+        self.split = held_out.split(data.names, self.settings["held_out"], labels)
+        count = len(self.split.learned)
         if len(set(processes.gather((data.fingerprint, count)))) > 1:
             raise UserError(f"--dataset={folder} is not the same for all processes")
         known = learned(self.checkpoint).count if self.checkpoint["step"] else count
@@ -367,11 +396,18 @@ class Run:
             raise UserError(f"--conditional: no image of the class {name} can be read")
         self.settings["mode"] = data.mode
         about = tell_classes(self.listing, self.settings["conditional"])
-        return data._replace(remarks=about + data.remarks)
+        about += held_out.remarks(self.split, self.is_small)
+        return data._replace(remarks=about + data.remarks, learned=self.split.learned)
 
     def save(self, **state) -> None:
         """Write a checkpoint that keeps `state`; see `checkpoints.save`."""
         checkpoints.save(self.name, settings=self.settings, data=self.listing.fingerprint, **state)
+
+    def save_best(self, **state) -> None:
+        """Write a run of its own that keeps `state`, to sample from."""
+        settings = self.settings | {"run_name": self.best_name, "best_of": self.name}
+        facts = {"settings": settings, "data": self.listing.fingerprint}
+        checkpoints.save(self.best_name, **facts, **state)
 
     def free_checkpoints(self) -> None:
         """Let go of the checkpoints that were read: they are as large as the training itself."""
@@ -471,8 +507,9 @@ def is_of(kind: type, value) -> bool:
     """Whether a stored value is of a flag's type; True is no number, 16.0 no whole one."""
     if kind is float:
         return type(value) in (int, float)
-    if kind == int | str:
-        return type(value) is int or value == "auto"
+    if kind in (int | str, float | str):
+        kinds = (int,) if kind == int | str else (int, float)
+        return type(value) in kinds or value == "auto"
     if kind is tuple:
         return type(value) is tuple and all(type(part) is int for part in value)
     return type(value) is (kind if kind in (bool, int) else str)
@@ -520,7 +557,7 @@ def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Cal
     wrong = "weights that do not fit its settings"
     try:
         defaults = {name: flag.default for name, flag in flags.items()}
-        stored["settings"] = defaults | {"mode": "RGB", "classes": ()} | stored["settings"]
+        stored["settings"] = defaults | BEFORE | stored["settings"]
         if entry := what_is_wrong(stored, kinds, limits):
             wrong = f"entries that do not fit its settings ({entry})"
         else:
@@ -566,7 +603,7 @@ def learned(checkpoint: dict) -> Learned:
         return Learned(math.inf, math.inf, math.inf)
     count = checkpoint.get("count")
     if count is None:
-        row = dict(zip(COLUMNS, log[-1], strict=True))
+        row = cells_of(log[-1])
         count = round(row["images"] / row["epoch"])
     images = checkpoint["step"] * min(checkpoint["settings"]["batch_size"], count)
     return Learned(count, images, images / count)

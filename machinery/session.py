@@ -7,6 +7,7 @@ Reading order: Progress, Session.
 """
 
 import contextlib
+import copy
 import datetime
 import math
 import os
@@ -16,10 +17,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from machinery import processes
+from machinery import checkpoints, page, processes, trackers
 from machinery.basics import counted, printable
 from machinery.command_line import StopSignals
-from machinery.journal import Log, describe_network, gflop_per_image, longer, warning
+from machinery.held_out import HeldOut
+from machinery.journal import (
+    Log,
+    cells_of,
+    describe_network,
+    gflop_per_image,
+    last_loss,
+    longer,
+    warning,
+)
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
 from machinery.writing import describe_grid
@@ -39,6 +49,7 @@ class Progress:
         max_minutes: when it ends by the clock, earlier sittings included; 0 for never.
         save_every: minutes between saves; the end of an epoch saves too, at most once a minute.
         sample_every: epochs between previews, 0 for none but the last.
+        sample_minutes: minutes between previews, besides; 0 for none by the clock.
         step, minutes: steps done and time used when this sitting starts.
         began: when this sitting started (time.monotonic()): reading the images counts too.
         previews: images of the last preview, which is part of the budget; with guidance, twice.
@@ -65,6 +76,7 @@ class Progress:
         minutes: float,
         began: float,
         previews: int,
+        sample_minutes: float = 0.0,
     ):
         self.count = count
         self.batch_size = batch_size
@@ -76,7 +88,8 @@ class Progress:
         self.last_step = math.ceil(epochs * count / batch_size)
         self.minutes_before = minutes
         self.began = began
-        self.saved_at = time.monotonic()
+        self.sample_minutes = sample_minutes
+        self.saved_at = self.shown_at = time.monotonic()
         self.preview_cost = self.PREVIEW_COST * previews
         # as if a preview had come with the last tenth
         self.previewed_at = int(self.PREVIEWS * self.fraction_done(step)) / self.PREVIEWS
@@ -176,12 +189,16 @@ class Progress:
         return time.monotonic() - self.saved_at >= wait
 
     def is_preview_due(self, step: int) -> bool:
-        """After every so many epochs; where these are few, after every tenth of the training.
+        """After so many minutes or epochs; where these are few, after a tenth of the training.
 
-        All together may take a minute, and then 1% of the time: training waits for them.
+        All together may take two minutes, and then 5% of the time: training waits for them.
         """
-        allowed = max(60, (time.monotonic() - self.began) / 100)  # a GPU trains fast, shows slowly
-        if not self.sample_every or self.preview_seconds > allowed:
+        now = time.monotonic()
+        if self.preview_seconds > max(120, (now - self.began) / 20):  # a GPU trains fast
+            return False
+        if 0 < self.sample_minutes <= (now - self.shown_at) / 60:
+            return True
+        if not self.sample_every:
             return False
         if self.ends_epoch(step) and self.epoch(step) % self.sample_every == 0:
             return True
@@ -200,7 +217,8 @@ class Progress:
         try:
             yield
         finally:
-            self.preview_seconds += time.monotonic() - began
+            self.shown_at = time.monotonic()
+            self.preview_seconds += self.shown_at - began
 
 
 class Session:
@@ -236,11 +254,13 @@ class Session:
             max_minutes=settings["max_minutes"],
             save_every=settings["save_every"],
             sample_every=settings["sample_every"],
+            sample_minutes=settings["sample_minutes"],
             step=training.step,
             minutes=run.checkpoint["minutes"],
             began=began,
-            previews=training.preview_cost,
+            previews=training.preview_cost * (2 if settings["raw_previews"] else 1),
         )
+        subject = trackers.Subject(run.name, settings, Path("runs", run.name), training.step)
         self.log = Log(
             run.results,
             self.progress,
@@ -248,8 +268,11 @@ class Session:
             training.device,
             rows=run.checkpoint["log"],
             sums=run.checkpoint["sums"],
-            board=Path("runs", run.name) if settings["tensorboard"] else None,
+            has_held_out=settings["held_out"] > 0,
+            track=(subject, trackers.chosen(settings)),
         )
+        self.held_out = HeldOut(run.split, training) if settings["held_out"] else None
+        self.best = None  # a checkpoint to be written, see `note_best`
         self.agree(0)
         self.was_done = self.done >= 1
 
@@ -273,6 +296,8 @@ class Session:
             self.catch_up()
         if self.goes_on():
             self.warn_if_slow()
+            if processes.is_first():
+                page.note_command(self.run.results / "command.txt", str(self.training.device))
             self.signals = self.exits.enter_context(StopSignals())
             if processes.is_first():
                 self.exits.enter_context(self.log)
@@ -284,11 +309,16 @@ class Session:
     def note(self, losses: Tensor, t: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Log a step (see `Log.add`), then save and show what is due."""
         self.agree(self.signals.status)
+        step = self.training.step
+        held_out = None
+        if self.held_out and (self.done >= 1 or self.held_out.is_due(step)):
+            held_out = self.held_out.measure()
         if processes.is_first():
-            step = self.training.step
-            self.log.add(step, losses, t, grad_norm, lr)
+            self.log.add(step, losses, t, grad_norm, lr, held_out)
             if self.log.row_step == step and (remark := self.training.scaler.remark()):
                 self.log.bar.write(remark)
+            if held_out and self.run.settings["keep_best"]:
+                self.note_best(held_out[0])
             self.write(is_last=not self.goes_on())
 
     # ---- what is written
@@ -310,9 +340,14 @@ class Session:
             if is_last or self.progress.is_save_due(step):
                 self.save()
                 is_saved = True
-            if self.done >= 1 or self.progress.is_preview_due(step):
+            is_shown = self.done >= 1 or self.progress.is_preview_due(step)
+            if is_shown:
                 self.preview()
             self.log.write()
+            if is_shown or is_last:
+                self.write_page()
+            if self.done >= 1:
+                self.track_result()
         except OSError as error:  # a full disk must not end a training, nor hide that it was saved
             if is_last and not is_saved:
                 raise
@@ -320,9 +355,22 @@ class Session:
             what = f"{error.filename or self.run.path}: {error.strerror or error}"
             self.log.bar.write(f"not written: {what}{goes_on}")
 
+    def note_best(self, loss: float) -> None:
+        """Keep the EMA weights, if none had a lower loss on held-out images, for the next save."""
+        losses = [cells_of(row)["held_out"] for row in self.log.measured()]
+        if loss <= min(losses, default=loss):
+            state = self.training.state()
+            weights = {name: weight.cpu().clone() for name, weight in state["average"].items()}
+            facts = {"log": list(self.log.rows), "count": self.progress.count}
+            self.best = facts | {"average": weights, "step": state["step"]}
+
     def save(self) -> None:
         state = self.training.state() | self.log.state()
         with self.progress.saving():
+            # first: a sitting that dies in between comes to the same step again
+            if self.best:
+                self.run.save_best(**self.best)
+                self.best = None
             minutes = self.progress.minutes_to_keep()
             self.run.save(**state, minutes=minutes, count=self.progress.count)
 
@@ -333,8 +381,41 @@ class Session:
         return self.run.results / "training_progress" / name
 
     def preview(self) -> None:
+        path = self.preview_path()
         with self.progress.previewing(self.training.step):
-            self.log.illustrate(self.training.preview(self.preview_path()))
+            previews = {"previews": self.training.preview(path, self.training.ema)}
+            if self.run.settings["raw_previews"]:
+                network = copy.deepcopy(self.training.ema)
+                network.load_state_dict(self.training.network.state_dict())
+                raw = path.with_stem(f"{path.stem}_raw")
+                previews["previews_raw"] = self.training.preview(raw, network)
+            self.log.illustrate(previews)
+
+    def write_page(self) -> None:
+        """Write results/RUN/index.html."""
+        network = self.training.network
+        stored = {"settings": self.run.settings, "step": self.training.step, "log": self.log.rows}
+        stored |= {"minutes": self.progress.minutes_used(), "count": self.progress.count}
+        stored["weights"] = sum(weight.numel() for weight in network.parameters())
+        page.write_page(self.run.name, stored)
+
+    def track_result(self) -> None:
+        """Tell trackers the final figures; those that keep models get one, as it is published."""
+        if not self.log.trackers:
+            return
+        step = self.training.step
+        facts = {"count": self.progress.count, "data": self.run.listing.fingerprint}
+        stored = self.training.state() | self.log.state() | facts | {"settings": self.run.settings}
+        loss, _ = last_loss(self.log.rows)
+        figures = {"loss": loss, "images": step * self.progress.batch_size}
+        figures |= {"minutes": self.progress.minutes_used()}
+        if measured := self.log.measured():
+            figures["best_held_out"] = min(cells_of(row)["held_out"] for row in measured)
+        model = None
+        if any(trackers.TRACKERS[tracker.name].keeps_model for tracker in self.log.trackers):
+            model = self.log.subject.folder / "model.pt"
+            checkpoints.write(model, **checkpoints.published(stored, self.run.name))
+        self.log.track("conclude", step, figures, model)
 
     # ---- what is said
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import ddpm
 from machinery import command_line
-from tools import evaluate, exchange
+from tools import evaluate, exchange, report
 
 pytestmark = pytest.mark.quick
 
@@ -31,6 +31,7 @@ PROGRAMS = {
         {"publish": exchange.publish, "export": exchange.export, "import": exchange.import_},
         {},
     ),
+    "tools.report": ({"report": report.report}, {}),
 }
 
 

@@ -4,7 +4,6 @@ import csv
 import math
 import re
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -552,11 +551,9 @@ def test_one_row_is_drawn_as_a_point(tmp_path, monkeypatch):
     assert set(markers) == {"None"}
 
 
-def logged(losses: Tensor, t: Tensor, tmp_path: Path, board: Path | None = None) -> dict:
+def logged(losses: Tensor, t: Tensor, tmp_path: Path) -> dict:
     """The row that a log writes of steps of four images each."""
-    log = Log(
-        tmp_path, ten_epochs(batch_size=4), noise_steps=8, device=torch.device("cpu"), board=board
-    )
+    log = Log(tmp_path, ten_epochs(batch_size=4), noise_steps=8, device=torch.device("cpu"))
     with log:
         for step in range(len(losses)):
             log.add(step + 1, losses[step], t[step], grad_norm=torch.tensor(float(step)), lr=0.5)
@@ -590,36 +587,6 @@ def test_the_curves_are_drawn_of_a_log_with_gaps(tmp_path):
         plot_curves(rows[:count], tmp_path / "loss.png")
         with Image.open(tmp_path / "loss.png") as picture:
             assert picture.width > 3 * picture.height
-
-
-def test_tensorboard_is_told_what_the_log_is(run, place, monkeypatch):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setattr(journal, "ROW_EVERY", 3)
-    paint(place / "pictures")
-    assert run(*TRAIN, "--epochs=3", "--tensorboard").status == 0
-    events = accumulator.EventAccumulator("runs/run")
-    events.Reload()
-    rows = list(csv.DictReader(Path("results/run/log.csv").open()))
-    for name in journal.COLUMNS[3:]:
-        expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert np.allclose(found, expected, rtol=1e-6)  # TensorBoard keeps float32
-    assert events.Tags()["images"] == ["previews"]
-
-
-def test_a_disk_that_tensorboard_cannot_write_to_ends_only_that(run, place, monkeypatch):
-    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
-
-    def fail(*inputs) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer, "add_scalar", fail)
-    monkeypatch.setattr(journal, "ROW_EVERY", 3)
-    paint(place / "pictures")
-    result = run(*TRAIN, "--epochs=5", "--tensorboard")
-    assert result.status == 0
-    assert result.out.count("TensorBoard is no longer written: No space left") == 1
-    assert checkpoints.load("run")["step"] == 13
 
 
 def test_after_a_stop_the_speed_is_that_of_this_session(run, place, slow_steps, monkeypatch):
@@ -661,18 +628,6 @@ def test_a_log_that_could_not_be_written_is_whole_at_the_next_row(tmp_path, monk
             if step == 5:
                 assert log.path.read_text() == "step,ep", "it is not tried at every step"
     assert [row["step"] for row in csv.DictReader(log.path.open())] == ["2", "4", "6", "8"]
-
-
-def test_without_tensorboard_the_flag_is_refused_before_anything_is_learned(
-    run, place, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    paint(place / "pictures")
-    result = run(*TRAIN, "--tensorboard")
-    assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "pip install tensorboard" in result.err
-    assert not checkpoints.exists("run")
-    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("hours", [0.01, 1, 100])
@@ -773,6 +728,14 @@ def test_previews_on_the_way_cost_little(count, number):
 def test_a_budget_has_previews_at_every_tenth_of_its_time(clock):
     training = ten_epochs(count=10**6, epochs=500, max_minutes=60, sample_every=10)
     assert previews_of(training, clock, seconds=1) == [360 * part for part in range(1, 10)]
+
+
+def test_previews_come_by_the_clock_where_that_is_wanted(clock):
+    """Steps of 7 seconds: a preview after the first one that begins a new minute and a half."""
+    training = ten_epochs(sample_minutes=1.5)
+    steps = previews_of(training, clock, seconds=7)
+    assert steps == [13 * part for part in range(1, 8)]
+    assert previews_of(ten_epochs(), clock, seconds=7) == []
 
 
 def test_previews_on_the_way_change_nothing_that_is_learned(run, place, monkeypatch):

@@ -49,6 +49,7 @@ OTHER |= {
     "min_snr": 0.1,
     "batch_size": 3,
 }
+OTHER |= {"held_out": 2}
 OTHER |= {"mode": "L", "lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
 
 

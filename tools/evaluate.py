@@ -32,7 +32,7 @@ from torch import Tensor
 
 import ddpm
 import utils
-from machinery import basics, command_line, devices, processes, reading, runs
+from machinery import basics, command_line, devices, held_out, processes, reading, runs
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
 from machinery.listing import list_images
@@ -227,23 +227,29 @@ def find_nearest(
     return distances.cpu(), torch.from_numpy(among)[indices.cpu()]
 
 
-def find_distinct(images: np.ndarray) -> np.ndarray:
+def find_distinct(images: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
     """Which of `images` (M, C, H, W) uint8 equal no earlier one, mirrored or not: rising indices.
 
-    They are read in portions.
+    They are read in portions; those of `among`, rising indices, or all.
     """
     firsts = {}
-    for start in range(0, len(images), CHUNK):
-        portion = utils.over_white(torch.from_numpy(images[start : start + CHUNK]))
-        sides = zip(portion.numpy(), portion.flip(3).numpy(), strict=True)
-        for index, (image, mirrored) in enumerate(sides, start):
+    among = np.arange(len(images)) if among is None else among
+    for start in range(0, len(among), CHUNK):
+        places = among[start : start + CHUNK]
+        portion = utils.over_white(torch.from_numpy(images[places]))
+        sides = zip(places, portion.numpy(), portion.flip(3).numpy(), strict=True)
+        for index, image, mirrored in sides:
             pixels = min(image.tobytes(), mirrored.tobytes())
             firsts.setdefault(hashlib.sha256(pixels).digest(), index)
     return np.array([*firsts.values()])
 
 
-def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor:
+def find_copies(
+    samples: Tensor, images: np.ndarray, device: torch.device, learned: np.ndarray | None = None
+) -> Tensor:
     """Which samples (N, C, H, W) copy one of `images` (M, C, H, W), both uint8: (N,) bool.
+
+    Of the images, those of `learned` count, rising indices, or all.
 
     A copy is less than half as far from a training image as that image's third-nearest neighbor
     is. Pixels are compared, because features describe the kind of an image, not the very one; what
@@ -257,7 +263,7 @@ def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Te
     versions are there, such as a brighter one, is recognized.
     """
     same = SAME_LEVELS / 127.5 * math.sqrt(3 * math.prod(samples.shape[2:]))
-    distinct = find_distinct(images)
+    distinct = find_distinct(images, learned)
     distances, nearest = find_nearest(samples, images, 1, device, distinct)
     originals = torch.from_numpy(images[nearest[:, 0].numpy()])
     neighbors, _ = find_nearest(originals, images, NEIGHBORS, device, distinct, beyond=same)
@@ -265,6 +271,11 @@ def find_copies(samples: Tensor, images: np.ndarray, device: torch.device) -> Te
     yardsticks = neighbors[:, -1]
     yardsticks[yardsticks.isinf()] = 2 * same
     return distances[:, 0] < yardsticks / 2
+
+
+def share_of_copies(*inputs) -> float:
+    """The share of the samples that `find_copies` finds."""
+    return find_copies(*inputs).float().mean().item()
 
 
 def measure_colors(images: Tensor) -> dict[str, float]:
@@ -302,6 +313,7 @@ def judge(
     device: torch.device,
     batch_size: int = 64,
     copies: bool = True,
+    split: held_out.Split | None = None,
 ) -> dict[str, str | int | float]:
     """All figures of `n` samples and, as NAME_real, those of `n` real images in their place.
 
@@ -309,6 +321,10 @@ def judge(
     compared with the first; so is the second, whose `distance_real` is the floor: what a perfect
     model scores. Distances, their excess over the floor and their ratio to it depend on n, so they
     can be compared for the same n only.
+
+    Where the training has held out images, the first set begins with these, so that to learn by
+    heart brings less; copies are looked for among the others, and beside their share stands that of
+    the held-out images that would count as copies, which nobody has copied.
 
     Args:
         samples: (N, C, H, W) uint8; the first `n` count, half as many as there are real images at
@@ -318,13 +334,17 @@ def judge(
         device: where features and distances are computed.
         batch_size: images shown to the network at a time.
         copies: whether to look for copies of the data set's images.
+        split: which images were held out in training, and which were learned from.
 
     Raises:
         UserError: the data set is too small.
     """
     n = comparable(len(samples), len(images))
+    order = in_fixed_order(len(images))
+    if split:
+        order = order[np.argsort(~np.isin(order, split.held_out), kind="stable")]
     samples = utils.over_white(samples[:n])  # (n, 3, H, W)
-    drawn = images[in_fixed_order(len(images))[: 2 * n]]
+    drawn = images[order[: 2 * n]]
     real = utils.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
     first, second = extract_cached(real, features, device, batch_size).split(n)
     generated = extract_all(samples, features, device, batch_size)
@@ -334,7 +354,11 @@ def judge(
         figures[f"precision{end}"] = share_among(judged, first)
         figures[f"recall{end}"] = share_among(first, judged)
     if copies:
-        figures["copies"] = find_copies(samples, images, device).float().mean().item()
+        learned = split.learned if split else None
+        figures["copies"] = share_of_copies(samples, images, device, learned)
+        if split and len(split.held_out):
+            unseen = torch.from_numpy(images[np.sort(split.held_out)])
+            figures["copies_real"] = share_of_copies(unseen, images, device, learned)
     figures |= measure_colors(samples)
     return figures | {f"{name}_real": value for name, value in measure_colors(real[n:]).items()}
 
@@ -394,6 +418,7 @@ class Subject(NamedTuple):
     facts: dict  # columns of evaluation.csv
     near: str  # what the images nearest to them are called
     copies: bool  # whether copies are looked for
+    split: held_out.Split | None = None  # of the data set of a run
 
 
 def draw_labels(
@@ -530,7 +555,14 @@ def from_run(
         print(f"the images are in {save_images}")
     led = f"{guidance:g} from {guide}" if guide else guidance if classes else ""
     facts |= {"seed": seed, "guidance": led, "dataset": dataset}
-    return Subject(samples, data, facts, "the training images" if is_known else dataset, is_known)
+    near = "the training images" if is_known else dataset
+    split = None
+    if is_known and settings["held_out"]:
+        labels = data.labels if classes else None
+        split = held_out.split(data.names, settings["held_out"], labels)
+        unseen = f"{len(split.held_out):,} held-out images"
+        print(f"{unseen} are among those that the samples are judged by")
+    return Subject(samples, data, facts, near, is_known, split)
 
 
 def from_folder(images: str, dataset: str, img_size: tuple[int, ...], n_img: int) -> Subject:
@@ -710,8 +742,8 @@ def evaluate(
         subject = from_folder(images, dataset, img_size, n_img)
     if not is_first:
         return
-    samples, data, facts, near, copies = subject
-    figures = judge(samples, data.images, extractor, device, batch_size, copies)
+    samples, data, facts, near, copies, split = subject
+    figures = judge(samples, data.images, extractor, device, batch_size, copies, split)
     print(report(figures))
     pairs = table.with_suffix(".png")
     shown = {name: value for name, value in facts.items() if name != "dataset"}

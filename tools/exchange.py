@@ -50,15 +50,12 @@ def publish(run_name: str = "", to: str = "") -> None:
         command_line.check_name(flag, name)
     stored = ddpm.load_run(run_name)
     runs.check_free("to", to)
-    average = {name: weight.half().contiguous() for name, weight in stored["average"].items()}
+    published = checkpoints.published(stored, to)
+    average = published["average"]
     if not all(weight.isfinite().all() for weight in average.values()):
         raise UserError(
             f"a weight of {run_name} is beyond 65,504, the largest number of half precision"
         )
-    settings = stored["settings"] | {"run_name": to}
-    published = {name: stored[name] for name in checkpoints.TO_SAMPLE}
-    published |= {"settings": settings, "average": average}
-    published |= {"count": stored["count"]} if "count" in stored else {}
     with runs.new_run("to", to):
         checkpoints.save(to, **published)
     path = checkpoints.paths_of(to)[0]
