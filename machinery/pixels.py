@@ -7,6 +7,8 @@ import contextlib
 import functools
 import io
 import threading
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,12 @@ IMAGE_SUFFIXES += (".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr")
 OTHER_SUFFIXES += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw", ".pdf")
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+# how images are brought to their size: Pillow's filters
+RESIZES = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "area": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
 ORIENTATION = 0x0112  # of EXIF
 BLOCK = 2**22  # pixels of more than 8 bits that are brought to 8 at a time
 SRGB = ImageCms.createProfile("sRGB")
@@ -32,6 +40,8 @@ TRANSPARENT = "transparent: shown on white; --mode=RGBA keeps it"
 ANIMATED = "animated: the first frame is used"
 PAGES = "of several pages: the first one is used"
 ENLARGED = "smaller than --img_size: enlarged"
+UNEVEN = "not a whole number of times as large or small as --img_size: nearest leaves pixels out"
+UNEVEN += " or doubles some"
 CONVERTED = "converted to sRGB from another color profile"
 BAD_PROFILE = "with a color profile that cannot be used: taken for sRGB"
 ONE_COLOR = "of one color only"
@@ -68,14 +78,17 @@ class NeedsScale(Exception):
 # ---- opening -------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path | str) -> bytes:
-    """A file's content.
+def read_bytes(path) -> bytes:
+    """The content of a file, or of what is read as one: a member of an archive.
 
     Raises:
-        MachineFault: whatever goes wrong here is no fault of the content.
+        FileFault: a member of an archive is damaged.
+        MachineFault: whatever else goes wrong here is no fault of the content.
     """
     try:
-        return Path(path).read_bytes()
+        return (Path(path) if isinstance(path, str) else path).read_bytes()
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise FileFault(f"{Path(path).name} ({error})") from error
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MachineFault(f"{path}: {reason}") from error
@@ -105,6 +118,13 @@ def known_formats() -> list[str]:
 def open_image(data: bytes) -> Image.Image:
     """An image that is not decoded yet; no other program is started, whatever the content says."""
     return Image.open(io.BytesIO(data), formats=known_formats())
+
+
+def open_source(source) -> Image.Image:
+    """An image that is not decoded yet: a path's, or a row's of an array."""
+    if hasattr(source, "picture"):
+        return source.picture()
+    return open_image(read_bytes(source))
 
 
 class Memory:
@@ -174,6 +194,19 @@ def common_scale(scales: list[Scale]) -> Scale:
     return Scale(black, usual[0] if usual and black == 0 else white)
 
 
+def bytes_of(levels: np.ndarray, scale: Scale) -> np.ndarray:
+    """Numbers (H, W) or (H, W, C) brought to 0..255, uint8; what is out of the scale is clipped."""
+    black, white = scale
+    flat = np.empty(levels.shape, np.uint8)
+    rows = max(1, BLOCK // max(1, levels[:1].size))
+    for first in range(0, len(levels), rows):  # in blocks: a float takes eight times as much
+        block = levels[first : first + rows].astype(np.float64)
+        block = (np.nan_to_num(block, nan=black, posinf=white, neginf=black) - black).clip(min=0)
+        block *= 255 / ((white - black) or 1)
+        flat[first : first + rows] = block.round().clip(max=255)
+    return flat
+
+
 def to_8_bits(picture: Image.Image, scale: Scale | None) -> tuple[Image.Image, set[str]]:
     """An image of more than 8 bits as "L", or "LA" where it has a transparent level.
 
@@ -181,16 +214,10 @@ def to_8_bits(picture: Image.Image, scale: Scale | None) -> tuple[Image.Image, s
         NeedsScale: none is given, and its format does not fix one.
     """
     levels = np.asarray(picture)  # (H, W)
-    black, white = scale_of(picture) or scale or (None, None)
-    if black is None:
+    scale = scale_of(picture) or scale
+    if scale is None:
         raise NeedsScale(extremes(levels))
-    flat = np.empty(levels.shape, np.uint8)
-    rows = max(1, BLOCK // max(1, levels.shape[1]))
-    for first in range(0, len(levels), rows):  # in blocks: a float takes eight times as much
-        block = levels[first : first + rows].astype(np.float64)
-        block = (np.nan_to_num(block, nan=black, posinf=white, neginf=black) - black).clip(min=0)
-        block *= 255 / ((white - black) or 1)
-        flat[first : first + rows] = block.round().clip(max=255)
+    flat = bytes_of(levels, scale)
     used = np.flatnonzero(np.bincount(flat.ravel(), minlength=256))
     remarks = {FEW_LEVELS} if 1 < len(used) < 32 else set()
     gray = Image.fromarray(flat)
@@ -273,12 +300,17 @@ def surprises(picture: Image.Image) -> set[str]:
     return {PAGES if picture.format == "TIFF" else ANIMATED}
 
 
-def decode(
-    data: bytes, size: tuple[int, int], mode: str, scale: Scale | None
-) -> tuple[Image.Image, set[str]]:
-    """An image file's content, upright and in `mode`; a large JPEG at a half, fourth or eighth."""
-    with open_image(data) as picture:
-        picture.draft("RGB", (2 * max(size), 2 * max(size)))
+def decode(source, mode: str, scale: Scale | None, enough: int = 0) -> tuple[Image.Image, set[str]]:
+    """An image, upright and in `mode`; and remarks.
+
+    Args:
+        source: see `open_source`.
+        mode, scale: see `read_image`.
+        enough: pixels on a side; a JPEG that is larger is decoded at a half, fourth or eighth.
+    """
+    with open_source(source) as picture:
+        if enough:
+            picture.draft("RGB", (enough, enough))
         if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
         with memory.hold(picture.width * picture.height):
@@ -302,20 +334,26 @@ def to_plain(picture: Image.Image, mode: str, scale: Scale | None) -> tuple[Imag
     return picture, remarks | more
 
 
+def is_whole(picture: Image.Image, size: tuple[int, int]) -> bool:
+    """Whether each pixel becomes a whole number of pixels, or a whole number become one."""
+    factor = min(picture.height / size[0], picture.width / size[1])
+    return factor.is_integer() or (1 / factor).is_integer()
+
+
 def read_image(
-    path: Path | str,
+    path,
     size: tuple[int, int],
     mode: str = "RGB",
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    resize: str = "lanczos",
     scale: Scale | None = None,
 ) -> tuple[np.ndarray, set[str]]:
-    """An image's shorter side resized with antialiasing, its center cropped.
+    """An image's shorter side resized, its center cropped.
 
     Args:
-        path: a file of one of FORMATS, whatever its suffix.
+        path: a file of one of FORMATS, whatever its suffix; or a part of a source (sources.py).
         size: height and width.
         mode: one of CHANNELS.
-        resample: Pillow's filter.
+        resize: one of RESIZES.
         scale: of images of floats or of 32-bit numbers.
 
     Returns:
@@ -326,12 +364,14 @@ def read_image(
         NeedsScale: `scale` is missing.
     """
     height, width = size
-    data = read_bytes(path)
+    enough = 0 if resize == "nearest" else 2 * max(size)
     with faults_of(Path(path).name):
-        picture, remarks = decode(data, size, mode, scale)
+        picture, remarks = decode(path, mode, scale, enough)
         if picture.width < width or picture.height < height:
             remarks = remarks | {ENLARGED}
-        fitted = ImageOps.fit(picture, (width, height), resample)
+        if resize == "nearest" and not is_whole(picture, size):
+            remarks = remarks | {UNEVEN}
+        fitted = ImageOps.fit(picture, (width, height), RESIZES[resize])
         pixels = np.asarray(fitted).reshape(height, width, -1)  # (H, W, C)
     if mode == "RGBA":  # Lanczos overshoots; no color shines brighter than its alpha
         pixels = np.minimum(pixels, pixels[:, :, 3:])

@@ -129,7 +129,7 @@ def read_mask(path: str, size: tuple[int, int]) -> Tensor:
     Raises:
         UserError: it repaints nothing, or everything.
     """
-    picture, _ = pixels.decode(pixels.read_bytes(path), size, "RGBA", Scale(0, 1))
+    picture, _ = pixels.decode(path, "RGBA", Scale(0, 1), 2 * max(size))
     levels = np.asarray(picture)[:, :, :3].mean(axis=2).round().astype(np.uint8)  # premultiplied
     if levels.max() == 1:
         levels = levels * 255
@@ -435,7 +435,7 @@ def decode_rest(
     The note follows the images: it is true at any moment.
     """
     first = facts["seen"]
-    how = (size, mode, Image.Resampling.LANCZOS, scale)
+    how = (size, mode, "lanczos", scale)
     portions = read_all(read_one, paths[first:], cache.image_bytes, *how)
     bar = progress_bar(len(paths), first, title="reading images", file=terminal)
     with open(cache.unfinished, "ab") as file, bar, contextlib.closing(portions):
@@ -490,8 +490,7 @@ def take(result, path: str, file, facts: dict, sums: BlockSums) -> None:
 
 def find_extremes(path: str) -> Scale | None:
     """The smallest and the largest number of an image whose format fixes no scale."""
-    data = pixels.read_bytes(path)
-    with pixels.faults_of(Path(path).name), pixels.open_image(data) as picture:
+    with pixels.faults_of(Path(path).name), pixels.open_source(path) as picture:
         if picture.mode[0] not in "IF" or pixels.scale_of(picture):
             return None
         with pixels.memory.hold(picture.width * picture.height):
