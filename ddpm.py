@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from machinery import checkpoints, command_line, devices, processes, reading, runs
+from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs
 from machinery.basics import UserError, progress_bar, seed_of
-from machinery.command_line import FilePath
-from machinery.listing import check_classes, list_images
+from machinery.command_line import FilePath, Flip
+from machinery.listing import CACHE, check_classes, list_images
 from machinery.session import Session
 from modules import UNet, update_ema
 
@@ -244,7 +244,8 @@ LR_DECAYS = {
 }
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
-LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS}
+LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
+LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -356,7 +357,7 @@ class Training:
         seed = self.settings["seed"]
         batch_size = self.loader.batch_size
         torch.manual_seed(seed_of(seed, self.step))
-        indices, flips = self.loader.draw(self.step)
+        indices, chances = self.loader.draw(self.step)
         t, eps = self.diffusion.draw((batch_size, *self.loader.shape))
         labels = self.drop_labels(self.loader.labels[indices])
         losses = torch.zeros(batch_size, device=self.device)
@@ -365,7 +366,7 @@ class Training:
             # else all would drop the same; 1 +, since (seed, step, 0) is (seed, step)
             if self.settings["dropout"]:
                 torch.manual_seed(seed_of(seed, self.step, 1 + part.start))
-            x_0 = self.loader.load(indices[part], flips[part])  # (b, C, H, W)
+            x_0 = self.loader.load(indices[part], chances[part])  # (b, C, H, W)
             inputs = (x_0, t[part], eps[part], None if labels is None else labels[part])
             with devices.autocast(self.device, self.precision):
                 part_losses = self.diffusion.loss(self.network, *inputs)  # (b,)
@@ -520,7 +521,10 @@ def train(
     init_from: str = "",
     conditional: bool = False,
     mode: str = "auto",
-    flip: bool = True,
+    resize: str = "lanczos",
+    crop: str = "center",
+    flip: Flip = "horizontal",
+    cache: FilePath = str(CACHE),
     # length
     epochs: int = 500,
     max_minutes: float = 0.0,
@@ -563,12 +567,16 @@ def train(
     the loss curve are in results/RUN/.
 
     Args:
-        dataset: a folder of images, flat or nested (jpg, png, webp, avif, bmp, gif, tif, jp2, ppm).
+        dataset: a folder of images, flat or nested (jpg, png, webp, avif, bmp, gif, tif, jp2, ppm),
+            a .zip of these, or an array in a .npy or .npz file.
         run_name: names models/RUN and results/RUN.
         init_from: fine-tuning: another run, whose EMA weights this one starts from.
         conditional: class-conditional: the folders directly in the data set are the classes.
         mode: colors of the images; auto is gray if every image is, else RGB.
+        resize: how images are brought to img_size; nearest is for pixel art.
+        crop: which part of an image is learned.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
+        cache: where decoded images are kept, for the next start.
         epochs: how often the network sees every image, in all.
         max_minutes: a time budget for the whole run, reading the images, compiling and the last
             preview included; the learning rate reaches 0 at its end; 0 for none.
@@ -613,7 +621,7 @@ def train(
     runs.check_training(settings, LIMITS)
     settings["img_size"] = runs.full_size(img_size)
     device = devices.pick_device(device)
-    listing = list_images(Path(dataset))
+    listing = list_images(Path(dataset), Path(cache))
     settings["classes"] = check_classes(listing) if conditional else ()
     device = processes.join(device)
     devices.keep_memory()

@@ -30,6 +30,7 @@ from machinery.command_line import (
     check_limits,
     check_name,
     did_you_mean,
+    flip_of_switch,
 )
 from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
@@ -67,7 +68,16 @@ RANGES = {
     "downsample_padding": (0, 1),
 }
 # The flags that may have other values when a run is resumed.
-MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
+MAY_CHANGE = {
+    "dataset",
+    "cache",
+    "epochs",
+    "max_minutes",
+    "resume",
+    "device",
+    "sample_every",
+    "save_every",
+}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
 MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
@@ -91,6 +101,9 @@ def check_training(settings: dict, limits: dict) -> None:
         check_name("init_from", settings["init_from"])
     if not settings["dataset"]:
         raise UserError("--dataset= is empty; it takes any folder of images")
+    cache = Path(settings["cache"])
+    if not settings["cache"] or (cache.exists() and not cache.is_dir()):
+        raise UserError(f"--cache={settings['cache']} is no folder; it takes one, which is made")
     if settings["tensorboard"]:
         check_tensorboard()
     check_network(settings)
@@ -295,11 +308,12 @@ class Run:
         """
         mode = self.settings["mode"]
         size = self.settings["img_size"]
+        how = {name: self.settings[name] for name in ("crop", "resize")}
         old_mode = self.old_settings().get("mode")
         with processes.first_alone():
-            data = reading.read_dataset(self.listing, size, mode)
+            data = reading.read_dataset(self.listing, size, mode, **how)
             if old_mode and mode == "auto" and data.mode != old_mode:
-                data = reading.read_dataset(self.listing, size, old_mode)
+                data = reading.read_dataset(self.listing, size, old_mode, **how)
         folder = self.listing.folder
         count = len(data.images)
         if len(set(processes.gather((data.fingerprint, count)))) > 1:
@@ -466,6 +480,8 @@ def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Cal
     try:
         defaults = {name: flag.default for name, flag in flags.items()}
         stored["settings"] = defaults | {"mode": "RGB", "classes": ()} | stored["settings"]
+        if isinstance(stored["settings"]["flip"], bool):  # as of earlier versions
+            stored["settings"]["flip"] = flip_of_switch(stored["settings"]["flip"])
         if entry := what_is_wrong(stored, kinds, limits):
             wrong = f"entries that do not fit its settings ({entry})"
         else:

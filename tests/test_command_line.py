@@ -184,7 +184,7 @@ MISREAD = [  # a command line, and what the answer names
     ("train --batch_size=auto", "--batch_size=auto"),
     ("train --lr=fast", "--lr=fast is not a number"),
     ("train --lr=1,5", "--lr=1,5"),
-    ("train --flip=maybe", "--flip=maybe is not yes or no"),
+    ("train --flip=maybe", "--flip=maybe is not no, horizontal or both"),
     ("train --resume=2", "--resume=2"),
     ("train --flip stray", "--flip=stray"),
     ("train --multipliers=1,two", "--multipliers=1,two is not whole numbers"),
@@ -451,11 +451,11 @@ def test_other_names_are_of_flags_there_are_and_none_of_ours(known, others):
         *[(f"train --resume={yes}", "resume", True) for yes in ("true", "TRUE", "yes", "1", "on")],
         ("train --resume no", "resume", False),
         ("train --noresume", "resume", False),
-        ("train --noflip --epochs=3", "flip", False),
+        ("train --noflip --epochs=3", "flip", "no"),
         ("sample --save_grid", "save_grid", True),
         ("sample --nosave_grid", "save_grid", False),
         ("sample --save-grid=no", "save_grid", False),
-        ("train --flip --resume=no", "flip", True),
+        ("train --flip --resume=no", "flip", "horizontal"),
         ("train --img_size=64", "img_size", (64,)),
         ("train --img-size=64", "img_size", (64,)),
         ("train --img-size 48x96", "img_size", (48, 96)),
@@ -596,7 +596,7 @@ def test_a_training_and_a_sampling_do_as_they_are_told(run, place):
     assert (result.status, result.err) == (0, "")
     stored = checkpoints.load("1.10")["settings"]
     assert stored["dataset"] == "data#1"
-    assert stored["flip"] is False
+    assert stored["flip"] == "no"
     assert (stored["epochs"], stored["noise_steps"], stored["img_size"]) == (1, 9, (8, 8))
 
     result = run(

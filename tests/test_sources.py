@@ -1,23 +1,32 @@
 """Where images come from: archives and arrays hold what a folder holds, and do no harm."""
 
+import gzip
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
+import struct
+import sys
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, files_below, paint, refused
+from filelock import FileLock
 from PIL import Image
 
+import tools.unpack
 import utils
-from machinery import checkpoints, reading
+from machinery import checkpoints, decoded, reading
 from machinery.basics import UserError
-from machinery.listing import check_classes, list_images
+from machinery.listing import CACHE, check_classes, list_images
 
 PNG = io.BytesIO()
 Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(PNG, "png")
@@ -65,7 +74,7 @@ def test_an_archive_is_the_data_set_of_its_folder(below, packing, place):
     )
     assert check_classes(other) == ("cats", "dogs")
     data = utils.load_dataset(Path("x"), (8, 8))
-    shutil.rmtree(reading.CACHE)
+    shutil.rmtree(CACHE)
     assert_same(utils.load_dataset(Path("x.ZIP"), (8, 8)), data)
     assert files_below(place) - files_below(place / "datasets") >= {"x.ZIP"}
 
@@ -397,7 +406,7 @@ def test_an_npz_that_would_fill_the_disk_is_refused(place, monkeypatch):
 def test_an_array_in_the_cache_is_not_trusted(place):
     np.savez_compressed("x.npz", images=LEVELS)
     expected = list_images(Path("x.npz")).fingerprint
-    [unpacked] = reading.CACHE.glob("*.npy")
+    [unpacked] = CACHE.glob("*.npy")
     data = bytearray(unpacked.read_bytes())
     data[-1] ^= 1
     unpacked.write_bytes(data)
@@ -409,3 +418,585 @@ def test_a_file_of_another_kind_is_told_what_reads_it(run, place):
     (place / "x.parquet").write_bytes(b"PAR1")
     line = refused(run("train", "--dataset=x.parquet", *TINY))
     assert "is a file" in line and "tools.unpack" in line
+
+
+# ---- a data set that grows -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[str]:
+    """The names of the images that are read from now on."""
+    names, read_image = [], reading.read_image
+    monkeypatch.setattr(
+        reading,
+        "read_image",
+        lambda path, *how: names.append(Path(path).name) or read_image(path, *how),
+    )
+    return names
+
+
+def odd_pictures(folder: Path) -> Path:
+    """Twelve pictures, of some of which there is something to tell, and one that is broken."""
+    paint(folder, count=6)
+    paint(folder, count=6, size=(7, 9), first_seed=6)  # smaller than 8x8
+    (folder / "picture_0003.png").write_text("no picture")
+    Image.new("RGBA", (8, 8), (9, 9, 9, 9)).save(folder / "picture_0004.png")
+    return folder
+
+
+def add_some(folder: Path) -> set[str]:
+    paint(folder, count=2, first_seed=100)
+    paint(folder / "a", count=1, size=(7, 9), first_seed=99)  # the first of all
+    return {"picture_0100.png", "picture_0101.png", "picture_0099.png"}
+
+
+def change_one(folder: Path) -> set[str]:
+    Image.new("RGB", (8, 8), "red").save(folder / "picture_0005.png")
+    return {"picture_0005.png"}
+
+
+def remove_some(folder: Path) -> set[str]:
+    (folder / "picture_0000.png").unlink()
+    (folder / "picture_0007.png").unlink()
+    return set()
+
+
+def rename_one(folder: Path) -> set[str]:
+    (folder / "picture_0008.png").rename(folder / "first.png")
+    return set()
+
+
+def mend_one(folder: Path) -> set[str]:
+    paint(folder, count=1, first_seed=3)
+    return {"picture_0003.png"}
+
+
+CHANGES = [add_some, change_one, remove_some, rename_one, mend_one]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", ["auto", "RGBA"])
+def test_only_what_changed_is_decoded_and_all_is_as_if_decoded_anew(change, mode, place, seen):
+    odd_pictures(place / "x")
+    utils.load_dataset(place / "x", (8, 8), mode)
+    changed = change(place / "x")
+    seen.clear()
+    data = utils.load_dataset(place / "x", (8, 8), mode)
+    assert set(seen) == changed | ({"picture_0003.png"} if change != mend_one else set())
+    shutil.rmtree(CACHE)
+    anew = utils.load_dataset(place / "x", (8, 8), mode)
+    assert_same(data, anew)
+    assert data.remarks == anew.remarks
+
+
+def test_what_the_folder_was_before_is_not_kept(place, capsys):
+    paint(place / "x", count=6)
+    utils.load_dataset(place / "x", (8, 8))
+    add_some(place / "x")
+    capsys.readouterr()
+    utils.load_dataset(place / "x", (8, 8))
+    assert "6 of 9 images were decoded before and are taken over" in capsys.readouterr().out
+    assert len(list(CACHE.glob("*.bytes"))) == 1
+
+
+def test_a_copy_of_a_folder_takes_over_what_it_shares_and_leaves_it_there(place, seen):
+    paint(place / "x", count=6)
+    utils.load_dataset(place / "x", (8, 8))
+    shutil.copytree(place / "x", place / "y")
+    added = add_some(place / "y")
+    seen.clear()
+    utils.load_dataset(place / "y", (8, 8))
+    assert set(seen) == added
+    seen.clear()
+    utils.load_dataset(place / "x", (8, 8))
+    assert seen == []
+
+
+def test_an_array_that_grows_is_not_decoded_again(place, seen):
+    array = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    np.save("x.npy", array[:6])
+    utils.load_dataset(Path("x.npy"), (8, 8))
+    np.save("x.npy", array)
+    seen.clear()
+    data = utils.load_dataset(Path("x.npy"), (8, 8))
+    assert len(seen) == 3
+    assert np.array_equal(data.images.transpose(0, 2, 3, 1), array)
+
+
+def test_a_decoding_that_took_over_images_and_was_stopped_goes_on(place, seen, monkeypatch):
+    odd_pictures(place / "x")
+    utils.load_dataset(place / "x", (8, 8))
+    add_some(place / "x")
+    save = decoded.Cache.save
+
+    def save_some(cache, facts, sums) -> None:
+        save(cache, facts, sums)
+        if facts["seen"] == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "NOTE_EVERY", 0)
+        patch.setattr(reading, "PORTION", 4)
+        patch.setattr(decoded.Cache, "save", save_some)
+        with pytest.raises(KeyboardInterrupt):
+            utils.load_dataset(place / "x", (8, 8))
+    data = utils.load_dataset(place / "x", (8, 8))
+    shutil.rmtree(CACHE)
+    anew = utils.load_dataset(place / "x", (8, 8))
+    assert_same(data, anew)
+    assert data.remarks == anew.remarks
+
+
+def damage_bytes(cache: Path) -> None:
+    data = bytearray(cache.read_bytes())
+    data[100] ^= 1
+    cache.write_bytes(data)
+
+
+def damage_digests(cache: Path) -> None:
+    path = cache.with_suffix(".digests")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_note(cache: Path) -> None:
+    path = cache.with_suffix(".json")
+    path.write_text(path.read_text().replace('"count": 6', '"count": 5'))
+
+
+@pytest.mark.parametrize("damage", [damage_bytes, damage_digests, damage_note])
+def test_nothing_is_taken_over_from_a_damaged_cache(damage, place, seen):
+    paint(place / "x", count=6)
+    utils.load_dataset(place / "x", (8, 8))
+    [cache] = CACHE.glob("*.bytes")
+    damage(cache)
+    add_some(place / "x")
+    seen.clear()
+    data = utils.load_dataset(place / "x", (8, 8))
+    assert len(seen) == 9
+    shutil.rmtree(CACHE)
+    assert_same(data, utils.load_dataset(place / "x", (8, 8)))
+
+
+def save_float(path: Path, white: float, seed: int) -> None:
+    levels = np.random.default_rng(seed).uniform(0, white, (8, 8)).astype(np.float32)
+    levels[0, 0] = white
+    Image.fromarray(levels).save(path)
+
+
+@pytest.mark.parametrize("white, is_known", [(0.9, True), (200.0, False)])
+def test_images_of_floats_are_taken_over_under_the_same_scale_only(white, is_known, place, seen):
+    (place / "x").mkdir()
+    for number in range(4):
+        save_float(place / f"x/{number}.tif", 1.0, number)
+    utils.load_dataset(place / "x", (8, 8))
+    save_float(place / "x/5.tif", white, 5)
+    seen.clear()
+    data = utils.load_dataset(place / "x", (8, 8))
+    # the first try, before it is known that there are floats, may have begun with any
+    assert seen.count("2.tif") <= 1 if is_known else seen.count("2.tif") >= 1
+    shutil.rmtree(CACHE)
+    assert_same(data, utils.load_dataset(place / "x", (8, 8)))
+
+
+def test_old_caches_are_removed_above_the_limit_and_it_is_told(place, monkeypatch, capsys):
+    """What was used last stays: the first data set is looked at again after the second."""
+    for seed, name in enumerate("abc"):
+        paint(place / name, count=4, first_seed=10 * seed)
+    for number, name in enumerate("aba"):
+        utils.load_dataset(place / name, (8, 8))
+        for note in CACHE.glob("*.json"):
+            if note.stat().st_mtime > 10**9 + 10:
+                os.utime(note, (10**9 + number, 10**9 + number))
+                os.utime(note.with_suffix(".bytes"), (10**9, 10**9))
+    before = {name: set(CACHE.glob("*.bytes")) for name in "a"}
+    monkeypatch.setattr(decoded, "LIMIT", 2 * 4 * 192)
+    capsys.readouterr()
+    utils.load_dataset(place / "c", (8, 8))
+    assert "removed 1 old data sets" in capsys.readouterr().out
+    assert len(list(CACHE.glob("*.bytes"))) == len(before["a"]) == 2
+    monkeypatch.setattr(decoded, "LIMIT", 10**9)
+    names, read_image = [], reading.read_image
+    monkeypatch.setattr(reading, "read_image", lambda *how: names.append(how) or read_image(*how))
+    utils.load_dataset(place / "a", (8, 8))
+    assert names == []
+    utils.load_dataset(place / "b", (8, 8))
+    assert len(names) == 4
+
+
+def test_a_cache_that_is_being_made_is_not_removed(place, monkeypatch):
+    paint(place / "x", count=4)
+    paint(place / "y", count=4, first_seed=9)
+    utils.load_dataset(place / "x", (8, 8))
+    [cache] = CACHE.glob("*.bytes")
+    monkeypatch.setattr(decoded, "LIMIT", 0)
+    with FileLock(cache.with_suffix(".lock")):
+        utils.load_dataset(place / "y", (8, 8))
+        assert cache.exists()
+    utils.load_dataset(place / "y", (8, 8))
+    assert not cache.exists()
+
+
+def test_the_cache_lies_where_it_is_asked_for(run, place):
+    paint(place / "x", count=6)
+    assert run("train", "--dataset=x", *TINY, "--epochs=1", "--cache=else/where").status == 0
+    assert list(Path("else/where").glob("*.bytes")) and not CACHE.exists()
+    # a run does not depend on it
+    assert run("train", "--dataset=x", *TINY, "--epochs=1").status == 0
+    (place / "file").touch()
+    for cache in ("file", ""):
+        assert "is no folder" in refused(run("train", "--dataset=x", *TINY, f"--cache={cache}"))
+
+
+# ---- sizes, crops and flips ----------------------------------------------------------------------
+
+
+def test_nearest_keeps_the_colors_of_pixel_art(place):
+    """Enlarged by a whole number, sprites come out as they were drawn."""
+    (place / "x").mkdir()
+    for seed in range(3):
+        sprite = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(sprite.repeat(4, axis=0).repeat(4, axis=1)).save(place / f"x/{seed}.png")
+    found = list_images(place / "x")
+    data = reading.read_dataset(found, (8, 8), resize="nearest")
+    for seed, image in enumerate(data.images):
+        sprite = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        assert np.array_equal(image, sprite.transpose(2, 0, 1))
+    assert data.remarks == []
+    doubled = reading.read_dataset(found, (64, 64), resize="nearest")
+    assert np.array_equal(doubled.images[:, :, ::8, ::8], data.images)
+    assert "nearest" not in "".join(doubled.remarks)
+    uneven = reading.read_dataset(found, (12, 12), resize="nearest")
+    assert any("3 not a whole number of times" in remark for remark in uneven.remarks)
+    assert not np.array_equal(reading.read_dataset(found, (8, 8)).images, data.images)
+
+
+def test_area_is_the_mean_of_what_a_pixel_covers(place):
+    (place / "x").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(place / "x/a.png")
+    data = reading.read_dataset(list_images(place / "x"), (8, 8), "RGB", resize="area")
+    means = pixels[8:24].reshape(8, 2, 8, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    assert abs(data.images[0] - means).max() <= 1  # Pillow rounds rows, then columns
+
+
+def test_random_crops_are_parts_of_images_a_quarter_larger(place):
+    paint(place / "x", count=3, size=(20, 20))
+    found = list_images(place / "x")
+    data = reading.read_dataset(found, (8, 12), crop="random")
+    assert (data.images.shape, data.size) == ((3, 3, 10, 15), (8, 12))
+    assert np.array_equal(data.images, reading.read_dataset(found, (10, 15)).images)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--crop=random", "--flip=both"), ("--resize=nearest", "--flip=no")]
+)
+def test_a_run_with_other_crops_flips_and_sizes_resumes_to_the_bit(flags, run, place):
+    paint(place / "x", count=9, size=(20, 20))
+    for name, epochs in (("one", 2), ("two", 1), ("two", 2)):
+        words = (*TINY, *flags, "--lr_decay=none", f"--epochs={epochs}")
+        assert run("train", "--dataset=x", f"--run_name={name}", *words).status == 0
+    one, two = (checkpoints.load(name) for name in ("one", "two"))
+    assert one["step"] == two["step"] == 5
+    for name, weight in one["network"].items():
+        assert torch.equal(weight, two["network"][name]), name
+    line = refused(run("train", "--dataset=x", "--run_name=two", *TINY, "--lr_decay=none"))
+    assert f"{flags[0]}, is now".replace("=", " was ") in line
+
+
+@pytest.mark.parametrize("old, new", [(True, "horizontal"), (False, "no")])
+def test_an_older_run_that_says_yes_or_no_to_flips_resumes(old, new, run, place):
+    paint(place / "x", count=6)
+    words = ("train", "--dataset=x", *TINY)
+    assert run(*words, "--epochs=1", f"--flip={old}").status == 0
+    stored = checkpoints.load("untitled")
+    assert stored["settings"]["flip"] == new
+    for name in ("crop", "resize", "cache"):
+        del stored["settings"][name]
+    stored["settings"]["flip"] = old
+    checkpoints.save("untitled", **stored)
+    assert run(*words, "--epochs=2", f"--flip={new}").status == 0
+    assert checkpoints.load("untitled")["settings"]["flip"] == new
+    other = "no" if old else "yes"
+    assert f"--flip was {new}" in refused(run(*words, "--epochs=2", f"--flip={other}"))
+
+
+# ---- what is unpacked ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unpack(run_main):
+    """Run `python -m tools.unpack WORDS...` within this process."""
+    return lambda *words: run_main(tools.unpack.main, *words)
+
+
+def shown(folder: Path, **how) -> reading.Dataset:
+    return reading.read_dataset(list_images(folder), (8, 8), "RGB", **how)
+
+
+def two_classes(place: Path) -> Path:
+    paint(place / "x/cats", count=3, size=(8, 8))
+    paint(place / "x/dogs", count=2, size=(8, 8), first_seed=3)
+    return place / "x"
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_parquet_of_the_hub_becomes_its_folder(as_struct, unpack, place):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = two_classes(place)
+    contents = [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
+    images = [{"bytes": content, "path": None} if as_struct else content for content in contents]
+    table = pyarrow.table({"image": images, "label": [0, 0, 0, 1, 1], "text": ["a"] * 5})
+    features = {"label": {"names": ["cats", "dogs"], "_type": "ClassLabel"}}
+    about = json.dumps({"info": {"features": features}})
+    (place / "hub").mkdir()
+    named = table.replace_schema_metadata({"huggingface": about})
+    parquet.write_table(named, "hub/train-00000.parquet")
+    parquet.write_table(named, "hub/test-00000.parquet")
+    result = unpack("--source=hub", "--to=datasets/y")
+    assert result.status == 0
+    assert "5 images in 2 classes" in result.out
+    assert "1 files that are not for training, left out: test-00000.parquet" in result.out
+    assert_same(shown(place / "datasets/y"), shown(folder))
+    kept = sorted((place / "datasets/y").rglob("*.png"))
+    assert [path.read_bytes() for path in kept] == contents  # not decoded, nor packed again
+
+
+def test_what_reads_parquet_is_named_when_it_is_missing(unpack, place, monkeypatch):
+    (place / "x.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    line = refused(unpack("--source=x.parquet", "--to=y"))
+    assert "pip install pyarrow" in line
+    assert files_below(place) == {"x.parquet"}
+
+
+def tar_of(path: Path, entries: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("is_webdataset", [True, False])
+def test_a_tar_becomes_its_folder(packed, is_webdataset, unpack, place):
+    folder = two_classes(place)
+    entries = []
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        name = path.relative_to(folder).as_posix()
+        if is_webdataset:
+            name = f"{number:03d}.png"
+            entries += [(f"{number:03d}.cls", str(path.parent.name == "dogs").encode())]
+            entries += [(f"{number:03d}.json", b"{}")]
+        entries.append((name, path.read_bytes()))
+    source = tar_of(place / ("x.tar.gz" if packed else "x.tar"), entries, "w:gz" if packed else "w")
+    result = unpack(f"--source={source.name}", "--to=datasets/y")
+    assert result.status == 0, result.err
+    assert_same(shown(place / "datasets/y"), shown(folder))
+    classes = ("False", "True") if is_webdataset else ("cats", "dogs")
+    assert list_images(place / "datasets/y").classes == classes
+
+
+def mnist(place: Path, images: np.ndarray, labels: np.ndarray, packed: bool = False) -> Path:
+    opened, suffix = (gzip.open, ".gz") if packed else (open, "")
+    with opened(place / f"train-labels-idx1-ubyte{suffix}", "wb") as file:
+        file.write(struct.pack(">II", 0x801, len(labels)) + labels.astype(np.uint8).tobytes())
+    with opened(place / f"train-images-idx3-ubyte{suffix}", "wb") as file:
+        file.write(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
+    return place / f"train-images-idx3-ubyte{suffix}"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist_becomes_a_folder_of_its_digits(packed, unpack, place):
+    labels = np.array([0, 3, 3, 9])
+    source = mnist(place, LEVELS, labels, packed)
+    assert unpack(f"--source={source.name}", "--to=y").status == 0
+    np.save("x.npy", LEVELS)
+    assert np.array_equal(shown(place / "y").images, shown(place / "x.npy").images)
+    found = list_images(place / "y")
+    assert [found.classes[label] for label in found.labels] == ["0", "3", "3", "9"]
+
+
+def cifar(place: Path) -> np.ndarray:
+    """CIFAR-10 as it is downloaded, two images to a file: all (4, 3072)."""
+    rows = np.random.default_rng(0).integers(0, 256, (4, 3072)).astype(np.uint8)
+    (place / "cifar").mkdir()
+    for number in (1, 2):
+        batch = {b"data": rows[2 * number - 2 : 2 * number], b"labels": [0, 1]}
+        pickled = pickle.dumps(batch, protocol=2)
+        (place / f"cifar/data_batch_{number}").write_bytes(pickled)
+    (place / "cifar/test_batch").write_bytes(pickled)
+    meta = pickle.dumps({b"label_names": [b"cat", b"dog"]}, protocol=2)
+    (place / "cifar/batches.meta").write_bytes(meta)
+    return rows
+
+
+@pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_cifar_becomes_a_folder(core, unpack, place):
+    rows = cifar(place)
+    for path in (place / "cifar").glob("data_batch_*"):  # by an older and a newer NumPy
+        path.write_bytes(re.sub(rb"numpy\._?core\.multiarray", core, path.read_bytes()))
+    result = unpack("--source=cifar", "--to=y")
+    assert result.status == 0, result.err
+    assert "the test images are left out" in result.out
+    np.save("x.npy", rows.reshape(4, 3, 32, 32)[[0, 2, 1, 3]])  # by class
+    assert np.array_equal(shown(place / "y").images, shown(place / "x.npy").images)
+    assert list_images(place / "y").classes == ("cat", "dog")
+
+
+def test_a_sheet_becomes_its_sprites(unpack, place):
+    sprites = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 4), np.uint8)  # rows, columns
+    sprites[1, 2] = 0  # an empty place
+    sprites[0, 0, :, :, 3] = 255
+    sheet = np.zeros((9, 19, 4), np.uint8)
+    sheet[:8, :18] = sprites.transpose(0, 2, 1, 3, 4).reshape(8, 18, 4)
+    Image.fromarray(sheet).save(place / "sheet.png")
+    result = unpack("--source=sheet.png", "--to=y", "--tile=4x6")
+    assert result.status == 0, result.err
+    assert "1 rows and 1 columns of pixels are left out" in result.out
+    assert "1 tiles of one color only, left out" in result.out
+    found = sorted((place / "y").iterdir())
+    assert len(found) == 5
+    for path, sprite in zip(found, sprites.reshape(6, 4, 6, 4), strict=False):
+        assert np.array_equal(np.asarray(Image.open(path)), sprite)
+
+
+def explode(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps({b"data": Bomb(), b"labels": [1]}))
+
+
+def odd_array(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    batch = {b"data": np.zeros((2, 3072), object), b"labels": [0, 1]}
+    path.write_bytes(pickle.dumps(batch))
+
+
+def out_of_range(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    batch = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [7]}
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+    path.with_name("batches.meta").write_bytes(pickle.dumps({b"label_names": [b"a"]}))
+
+
+def with_labels(change: Callable[[Path, Path], None]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        mnist(path.parent, LEVELS, np.arange(4))
+        change(path, path.parent / "train-labels-idx1-ubyte")
+
+    return write
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def link_entry(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(info)
+
+
+def large_entry(path: Path) -> None:
+    info = tarfile.TarInfo("a.png")
+    info.size = 2**40
+    path.write_bytes(info.tobuf())
+
+
+def bomb(path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        info = tarfile.TarInfo("a.png")
+        info.size = 2**26
+        file.write(info.tobuf() + bytes(2**26))
+
+
+MNIST = "train-images-idx3-ubyte"
+HOSTILE_SOURCES = {
+    "a pickle with code": ("cifar/data_batch_1", explode, "asks for posix.mkdir"),
+    "an array of objects": ("cifar/data_batch_1", odd_array, "no CIFAR file"),
+    "a class nobody named": ("cifar/data_batch_1", out_of_range, "no CIFAR file"),
+    "no pickle": ("cifar/data_batch_1", lambda path: (explode(path), cut(path)), "no CIFAR file"),
+    "MNIST cut off": (MNIST, with_labels(lambda images, _: cut(images)), "it has 3 of 4 images"),
+    "labels cut off": (MNIST, with_labels(lambda _, labels: cut(labels)), "cut off"),
+    "fewer labels": (
+        MNIST,
+        with_labels(lambda path, _: mnist(path.parent, LEVELS, np.arange(3))),
+        "4 images, and",
+    ),
+    "no MNIST": (MNIST, lambda path: path.write_bytes(bytes(99)), "no file of images"),
+    "empty MNIST": (MNIST, lambda path: path.touch(), "cannot be read"),
+    "giant MNIST": (
+        MNIST,
+        lambda path: path.write_bytes(struct.pack(">IIII", 0x803, 1, 2**31, 2**31)),
+        "no file of images",
+    ),
+    "a path that leads out": ("x.tar", lambda path: tar_of(path, [("../a.png", PNG)]), "leads out"),
+    "an absolute path": ("x.tar", lambda path: tar_of(path, [("/a.png", PNG)]), "leads out"),
+    "a link": ("x.tar", link_entry, "holds no images"),
+    "a large entry": ("x.tar", large_entry, "has 1,099,511,627,776 bytes"),
+    "a bomb": ("x.tar.gz", bomb, "unpacks as no images do"),
+    "a tar cut off": (
+        "x.tar",
+        lambda path: path.write_bytes(tar_of(path, [("a.png", PNG)]).read_bytes()[:600]),
+        "cannot be read",
+    ),
+    "no tar": ("x.tar.gz", lambda path: path.write_bytes(b"no archive"), "cannot be read"),
+    "no images in it": ("x.tar", lambda path: tar_of(path, [("a.png", b"no")]), "no images"),
+    "no parquet": ("x.parquet", lambda path: path.write_bytes(b"PAR1" * 9), "cannot be read"),
+    "another kind": ("x.rar", lambda path: path.touch(), "no kind that is known here"),
+    "a zip": ("x.zip", lambda path: path.touch(), "need not be unpacked"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_SOURCES)
+def test_a_hostile_source_is_refused_in_one_line(case, unpack, place):
+    name, write, words = HOSTILE_SOURCES[case]
+    write(place / name)
+    before = files_below(place.parent)
+    assert words in refused(unpack(f"--source={name}", "--to=new/y"))
+    assert files_below(place.parent) == before
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "words, fault",
+    [
+        (("--to=y",), "--source is missing"),
+        (("--source=x",), "--to is missing"),
+        (("--source=nowhere", "--to=y"), "--source=nowhere does not exist"),
+        (("--source=x", "--to=x"), "--to=x exists"),
+        (("--source=x", "--to=y", "--tile=0"), "--tile=0 is not a size"),
+        (("--source=x", "--to=y", "--tile=4x4x4"), "--tile=4x4x4 is not a size"),
+        (("--source=x", "--to=y", "--tile=99"), "smaller than --tile=99"),
+    ],
+)
+def test_wrong_flags_of_unpack_are_refused(words, fault, unpack, place):
+    paint(place / "x", count=1)
+    assert fault in refused(unpack(*words))
+    assert not Path("y").exists()
+
+
+@pytest.mark.parametrize(
+    "label", ["../../a", "a/b", ".hidden", "..", "C:\\x", "/", "\0", "a" * 999]
+)
+def test_a_class_is_never_a_path(label, tmp_path):
+    out = tools.unpack.Folder(tmp_path / "images")
+    out.place.mkdir()
+    out.add(tools.unpack.Found("../x", label, PNG))
+    [made] = out.place.iterdir()
+    assert made.parent == out.place and "/" not in made.name and not made.name.startswith(".")
+    assert len(list(made.iterdir())) == 1
+
+
+def test_names_that_some_systems_take_for_the_same_are_told_apart(tmp_path):
+    out = tools.unpack.Folder(tmp_path / "images")
+    out.place.mkdir()
+    for label in ("Cat", "cat", "a/b", "a:b"):
+        out.add(tools.unpack.Found("x", label, PNG))
+        out.add(tools.unpack.Found("x", label, PNG))
+    assert {path.name for path in out.place.iterdir()} == {"Cat", "cat_2", "a_b", "a_b_2"}
+    assert all(len(list(path.iterdir())) == 2 for path in out.place.iterdir())

@@ -35,7 +35,7 @@ import utils
 from machinery import basics, command_line, devices, processes, reading, runs
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
-from machinery.listing import list_images
+from machinery.listing import CACHE, list_images
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -133,7 +133,7 @@ def extract_cached(
     """
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
-    path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npz"
+    path = CACHE / f"{key.hexdigest()[:16]}.features.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with basics.waiting_lock(path.with_suffix(".lock")):  # a second process finds the work done
         with contextlib.suppress(*BROKEN_FILE), np.load(path, allow_pickle=False) as kept:
@@ -500,7 +500,8 @@ def from_run(
     if processes.is_first():
         dataset = dataset or settings["dataset"]
         listing = list_images(Path(dataset))
-        data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
+        how = {"mode": settings["mode"], "resize": settings["resize"]}
+        data = reading.read_dataset(listing, settings["img_size"], **how)
         n = comparable(n_img, len(data.images))
         wanted = n, draw_labels(classes, data, listing.classes, n)
         folder = basics.printable(dataset)
