@@ -245,7 +245,7 @@ LR_DECAYS = {
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
-LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS}
+LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -521,6 +521,7 @@ def train(
     init_from: str = "",
     conditional: bool = False,
     mode: str = "auto",
+    depth: int = 8,
     resize: str = "lanczos",
     crop: str = "center",
     flip: Flip = "horizontal",
@@ -572,9 +573,11 @@ def train(
         run_name: names models/RUN and results/RUN.
         init_from: fine-tuning: another run, whose EMA weights this one starts from.
         conditional: class-conditional: the folders directly in the data set are the classes.
-        mode: colors of the images; auto is gray if every image is, else RGB.
+        mode: colors of the images; auto is gray if every image is, else RGB. For arrays, also a
+            number of channels: 2, or 5 to 64.
+        depth: bits of a level; with 16, arrays and gray images of more than 8 bits keep them.
         resize: how images are brought to img_size; nearest is for pixel art.
-        crop: which part of an image is learned.
+        crop: which part of an image is learned; for random ones, it is decoded a quarter larger.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
         cache: where decoded images are kept, for the next start.
         epochs: how often the network sees every image, in all.
@@ -763,7 +766,7 @@ def sample(
                 bar.update()
                 if album.is_frame_due(numbers, move):
                     album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
-            album.add(numbers, utils.to_bytes(x_t).cpu())
+            album.add(numbers, utils.to_bytes(x_t, settings["depth"]).cpu())
     print(album.close() + runs.advice(run_name, checkpoint))
 
 

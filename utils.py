@@ -26,28 +26,32 @@ __all__ += ["over_white", "save_gif", "save_png", "tile"]
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """0..255 to [-1, 1], float32; the inverse of `to_bytes`."""
+    """0..255 to [-1, 1], float32; the inverse of `to_bytes`.
+
+    Levels of 16 bits, 0..65535, come as int16 of the same bits: PyTorch's uint16 can do little.
+    """
+    if images.dtype == torch.int16:
+        return (images.int() & 0xFFFF).float() / 32767.5 - 1
     return images.float() / 127.5 - 1
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, uint8, rounded to the nearest level.
+def to_bytes(images: Tensor, depth: int = 8) -> Tensor:
+    """[-1, 1] to 0..255, uint8, rounded to the nearest level; with a depth of 16, 0..65535, int32.
 
     Raises:
         UserError: a value is infinite or NaN, which would become black or white.
     """
     if not images.isfinite().all():
         raise UserError("the network makes images that are infinite or NaN; none is written")
+    if depth == 16:
+        return ((images.float() + 1) * 32767.5).round().clamp(0, 65535).int()
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 # ---- a folder's batches --------------------------------------------------------------------------
 
-FLIPS = {
-    "no": "never",
-    "horizontal": "left to right, every second time",
-    "both": "also top to bottom",
-}
+# the axes of images (B, C, H, W) along which coins decide
+FLIPS = {"horizontal": (3,), "both": (3, 2), "no": ()}
 
 
 def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
@@ -96,7 +100,7 @@ class Loader:
     Flips and crops are drawn from PyTorch's generator, which `Training` seeds for every step.
 
     Args:
-        data: the images, uint8; kept on the GPU where they take less than half of its free memory,
+        data: the images; kept on the GPU where they take less than half of its free memory,
             else left on the disk and read as they are needed.
         batch_size: images per step, of all processes together; at most all there are.
         seed: of the order.
@@ -109,10 +113,11 @@ class Loader:
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, flip: str, device: torch.device):
         fits = device.type == "cuda" and data.images.nbytes < devices.free_memory(device) / 2
-        self.images = torch.from_numpy(data.images).to(device if fits else "cpu")  # (N, C, H, W)
+        images = data.images.view(np.int16) if data.images.dtype == np.uint16 else data.images
+        self.images = torch.from_numpy(images).to(device if fits else "cpu")  # (N, C, H, W)
         self.labels = torch.from_numpy(data.labels).to(device)  # (N,)
         self.count = len(self.images)
-        self.shape = (self.images.shape[1], *data.size)  # (C, H, W)
+        self.shape = (self.images.shape[1], *(data.size or self.images.shape[2:]))  # (C, H, W)
         self.batch_size = min(batch_size, self.count)
         if self.batch_size < processes.count():
             few = f"{self.batch_size} images a step, of {self.count:,}"
@@ -129,7 +134,7 @@ class Loader:
 
     def draw_chances(self, count: int) -> Tensor:
         """Numbers in [0, 1) for so many images: (count, 1 to 4)."""
-        draws = 1 + (self.flip == "both") + 2 * self.is_cropped
+        draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped
         return torch.rand(draws, count, device=self.device).T
 
     def load(self, indices: Tensor, chances: Tensor) -> Tensor:
@@ -142,11 +147,8 @@ class Loader:
         """
         images = devices.send(self.images[indices], self.device)
         x_0 = from_bytes(crop(images, self.shape, chances[:, -2:]) if self.is_cropped else images)
-        is_flipped = chances.view(len(chances), -1, 1, 1, 1) < 0.5
-        if self.flip != "no":
-            x_0 = torch.where(is_flipped[:, 0], x_0.flip(3), x_0)
-        if self.flip == "both":
-            x_0 = torch.where(is_flipped[:, 1], x_0.flip(2), x_0)
+        for draw, axis in enumerate(FLIPS[self.flip]):
+            x_0 = torch.where(chances[:, draw].view(-1, 1, 1, 1) < 0.5, x_0.flip(axis), x_0)
         return x_0
 
     def save_examples(self, path: Path) -> None:

@@ -90,14 +90,16 @@ class Cache:
         listing: the images.
         kind: how they are decoded: size, mode and more, in one text.
         shape: of one image, (C, H, W).
+        dtype: of its levels.
     """
 
-    def __init__(self, listing: Listing, kind: str, shape: tuple[int, ...]):
+    def __init__(self, listing: Listing, kind: str, shape: tuple[int, ...], dtype: type):
         key = hashlib.sha256(repr((4, kind, listing.fingerprint)).encode()).hexdigest()[:16]
         self.listing = listing
         self.kind = kind
         self.shape = shape
-        self.image_bytes = math.prod(shape)
+        self.dtype = np.dtype(dtype)
+        self.image_bytes = math.prod(shape) * self.dtype.itemsize
         self.path = listing.cache / f"{key}.bytes"
         self.unfinished = listing.cache / f"{key}.unfinished"
         self.note = listing.cache / f"{key}.json"
@@ -106,6 +108,10 @@ class Cache:
     def lock(self) -> contextlib.AbstractContextManager:
         """Within this block no other process makes the same cache, or prunes it."""
         return waiting_lock(self.path.with_suffix(".lock"))
+
+    def map(self, path: Path, count: int) -> np.ndarray:
+        """The images (count, C, H, W) in a file; what is written to these stays in memory."""
+        return np.memmap(path, self.dtype, mode="c", shape=(count, *self.shape))
 
     def blank(self) -> dict:
         facts = {"seen": 0, "count": 0, "skipped": [], "examples": [], "noticed": {}}
@@ -137,10 +143,10 @@ class Cache:
 
     def finish(self, facts: dict, sums: BlockSums) -> None:
         """Give the file its name, with the digests by which later caches find its images."""
-        content = self.listing.digests.tobytes()
-        write_whole(self.digests, lambda file: file.write(content))
         os.replace(self.unfinished, self.path)
         self.save(facts, sums)
+        content = self.listing.digests.tobytes()
+        write_whole(self.digests, lambda file: file.write(content))
 
     def remove(self) -> None:
         for path in (self.note, self.path, self.unfinished, self.digests):
@@ -228,7 +234,7 @@ class Known:
                     length = facts["count"] * cache.image_bytes
                     if sums_of(path, length).values() != facts["sums"]:
                         continue
-                    self.take(note, facts, places, cache.shape)
+                    self.take(note, facts, places, cache)
 
     def find(self, wanted: np.ndarray, note: Path, facts: dict) -> np.ndarray:
         """Where images of these digests (N, DIGEST) are in another data set: (N,) int64, or -1."""
@@ -241,13 +247,12 @@ class Known:
         is_there = (known[places] == wanted).all(axis=1) & ~np.isin(places, facts["skipped"])
         return np.where(is_there, places, -1)
 
-    def take(self, note: Path, facts: dict, places: np.ndarray, shape: tuple[int, ...]) -> None:
+    def take(self, note: Path, facts: dict, places: np.ndarray, cache: Cache) -> None:
         """Have the images of an earlier cache at these places."""
         self.note, self.places = note, places
         self.source = facts["source"]
         self.count = int((places >= 0).sum())
-        shape = (facts["count"], *shape)
-        self.images = np.memmap(note.with_suffix(".bytes"), np.uint8, mode="r", shape=shape)
+        self.images = cache.map(note.with_suffix(".bytes"), facts["count"])
         is_row = np.ones(facts["seen"], np.int64)
         is_row[facts["skipped"]] = 0
         self.rows = is_row.cumsum() - 1

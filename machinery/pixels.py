@@ -9,6 +9,7 @@ import io
 import threading
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,35 @@ IMAGE_SUFFIXES += (".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 # Images that are not read; they are counted, so that nobody takes them for learned.
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr")
 OTHER_SUFFIXES += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw", ".pdf")
-CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+
+
+class Modes(dict):
+    """What there is to say of each mode: of colors by name, of arrays by their channels' number.
+
+    "2" and "5" to "64" are modes, too: channels that are no colors. One, three and four channels
+    are gray, RGB and RGBA.
+
+    Args:
+        colors: of the modes with a name.
+        of_number: of a number of channels.
+    """
+
+    def __init__(self, colors: dict, of_number: Callable[[int], object]):
+        super().__init__(colors)
+        self.of_number = of_number
+
+    def __contains__(self, mode) -> bool:
+        return super().__contains__(mode) or mode in NUMBERS
+
+    def __missing__(self, mode: str):
+        if mode not in NUMBERS:
+            raise KeyError(mode)
+        return self.of_number(int(mode))
+
+
+NUMBERS = {str(number) for number in range(2, 65)} - {"3", "4"}
+CHANNELS = Modes({"L": 1, "RGB": 3, "RGBA": 4}, int)
+DEPTHS = {8: np.uint8, 16: np.uint16}  # bits of a level, and what holds it
 # how images are brought to their size: Pillow's filters
 RESIZES = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -194,16 +223,17 @@ def common_scale(scales: list[Scale]) -> Scale:
     return Scale(black, usual[0] if usual and black == 0 else white)
 
 
-def bytes_of(levels: np.ndarray, scale: Scale) -> np.ndarray:
-    """Numbers (H, W) or (H, W, C) brought to 0..255, uint8; what is out of the scale is clipped."""
+def levels_of(numbers: np.ndarray, scale: Scale, depth: int = 8) -> np.ndarray:
+    """Numbers (H, W) or (H, W, C) as levels, 0..255 or 0..65535; what is out of it is clipped."""
     black, white = scale
-    flat = np.empty(levels.shape, np.uint8)
-    rows = max(1, BLOCK // max(1, levels[:1].size))
-    for first in range(0, len(levels), rows):  # in blocks: a float takes eight times as much
-        block = levels[first : first + rows].astype(np.float64)
+    top = 2**depth - 1
+    flat = np.empty(numbers.shape, DEPTHS[depth])
+    rows = max(1, BLOCK // max(1, numbers[:1].size))
+    for first in range(0, len(numbers), rows):  # in blocks: a float takes eight times as much
+        block = numbers[first : first + rows].astype(np.float64)
         block = (np.nan_to_num(block, nan=black, posinf=white, neginf=black) - black).clip(min=0)
-        block *= 255 / ((white - black) or 1)
-        flat[first : first + rows] = block.round().clip(max=255)
+        block *= top / ((white - black) or 1)
+        flat[first : first + rows] = block.round().clip(max=top)
     return flat
 
 
@@ -217,7 +247,7 @@ def to_8_bits(picture: Image.Image, scale: Scale | None) -> tuple[Image.Image, s
     scale = scale_of(picture) or scale
     if scale is None:
         raise NeedsScale(extremes(levels))
-    flat = bytes_of(levels, scale)
+    flat = levels_of(levels, scale)
     used = np.flatnonzero(np.bincount(flat.ravel(), minlength=256))
     remarks = {FEW_LEVELS} if 1 < len(used) < 32 else set()
     gray = Image.fromarray(flat)
@@ -321,6 +351,7 @@ def to_plain(picture: Image.Image, mode: str, scale: Scale | None) -> tuple[Imag
     """An opened image, decoded: upright, of 8 bits, in sRGB and in `mode`; and remarks."""
     remarks = surprises(picture)
     if picture.mode[0] in "IF":
+        picture.load()  # of a TIFF, this turns it upright
         orientation = picture.getexif().get(ORIENTATION)
         picture, more = to_8_bits(picture, scale)
         remarks |= more
@@ -334,6 +365,66 @@ def to_plain(picture: Image.Image, mode: str, scale: Scale | None) -> tuple[Imag
     return picture, remarks | more
 
 
+def read_levels(
+    path, mode: str, depth: int, scale: Scale | None, enough: int
+) -> tuple[np.ndarray, set[str]]:
+    """An image's levels before it is resized, for what Pillow has no mode; see `read_image`.
+
+    Returns:
+        levels (H, W, C), uint8 in 0..255, or float32 in 0..65535; and remarks.
+    """
+    if hasattr(path, "levels"):  # a row of an array
+        levels = path.levels(depth)
+        return recolored(levels, mode) if depth == 8 else recolored(
+            levels.astype(np.float32), mode
+        ), set()
+    if mode in NUMBERS:
+        raise ValueError(f"--mode={mode} is for arrays of so many channels")
+    with open_source(path) as picture:
+        if picture.mode[0] in "IF" and picture.width * picture.height <= Image.MAX_IMAGE_PIXELS:
+            with memory.hold(picture.width * picture.height):
+                picture.load()
+                orientation = picture.getexif().get(ORIENTATION, 1)
+                numbers = np.asarray(picture)
+                scale = scale_of(picture) or scale
+                if scale is None:
+                    raise NeedsScale(extremes(numbers))
+                plane = Image.fromarray(levels_of(numbers, scale, depth).astype(np.float32))
+                plane.getexif()[ORIENTATION] = orientation
+                ImageOps.exif_transpose(plane, in_place=True)
+                return recolored(np.asarray(plane)[:, :, None], mode), set()
+    picture, remarks = decode(path, mode, scale, enough)
+    levels = np.asarray(picture).reshape(picture.height, picture.width, -1)
+    return levels * np.float32(257), remarks
+
+
+def recolored(levels: np.ndarray, mode: str) -> np.ndarray:
+    """Levels (H, W, C) in another mode: those of arrays, and of images of more than 8 bits.
+
+    Raises:
+        ValueError: they have no colors, or as many channels as the mode.
+    """
+    count = levels.shape[2]
+    if mode in NUMBERS or count not in (1, 3, 4):
+        if count != CHANNELS[mode]:
+            raise ValueError(f"{count} channels; --mode={mode} takes {CHANNELS[mode]}")
+        return levels
+    top = np.float32(65535)  # colors of 8 bits go by Pillow
+    colors, alpha = levels[:, :, :3], levels[:, :, 3:] / top
+    if count == 1 and mode != "L":
+        colors = np.repeat(colors, 3, axis=2)
+    if count == 4:
+        colors = colors * alpha
+    if mode == "RGBA":
+        opaque = np.full((*levels.shape[:2], 1), top)
+        return np.concatenate([colors, levels[:, :, 3:] if count == 4 else opaque], axis=2)
+    if count == 4:
+        colors = colors + (1 - alpha) * top
+    if mode == "L" and count > 1:
+        return colors @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601
+    return colors
+
+
 def is_whole(picture: Image.Image, size: tuple[int, int]) -> bool:
     """Whether each pixel becomes a whole number of pixels, or a whole number become one."""
     factor = min(picture.height / size[0], picture.width / size[1])
@@ -345,6 +436,7 @@ def read_image(
     size: tuple[int, int],
     mode: str = "RGB",
     resize: str = "lanczos",
+    depth: int = 8,
     scale: Scale | None = None,
 ) -> tuple[np.ndarray, set[str]]:
     """An image's shorter side resized, its center cropped.
@@ -354,10 +446,11 @@ def read_image(
         size: height and width.
         mode: one of CHANNELS.
         resize: one of RESIZES.
+        depth: one of DEPTHS.
         scale: of images of floats or of 32-bit numbers.
 
     Returns:
-        pixels (C, H, W) uint8, and remarks.
+        pixels (C, H, W), uint8 or uint16, and remarks.
 
     Raises:
         FileFault, MachineFault: see there.
@@ -366,13 +459,22 @@ def read_image(
     height, width = size
     enough = 0 if resize == "nearest" else 2 * max(size)
     with faults_of(Path(path).name):
-        picture, remarks = decode(path, mode, scale, enough)
+        if depth == 8 and mode not in NUMBERS:
+            picture, remarks = decode(path, mode, scale, enough)
+            planes = [picture]
+        else:
+            levels, remarks = read_levels(path, mode, depth, scale, enough)
+            planes = [Image.fromarray(plane) for plane in np.moveaxis(levels, 2, 0)]
+        picture = planes[0]
         if picture.width < width or picture.height < height:
             remarks = remarks | {ENLARGED}
         if resize == "nearest" and not is_whole(picture, size):
             remarks = remarks | {UNEVEN}
-        fitted = ImageOps.fit(picture, (width, height), RESIZES[resize])
-        pixels = np.asarray(fitted).reshape(height, width, -1)  # (H, W, C)
+        fitted = [ImageOps.fit(plane, (width, height), RESIZES[resize]) for plane in planes]
+        pixels = np.stack([np.asarray(plane) for plane in fitted], axis=-1)
+        pixels = pixels.reshape(height, width, -1)  # (H, W, C)
+        if depth == 16:
+            pixels = pixels.round().clip(0, 65535).astype(np.uint16)
     if mode == "RGBA":  # Lanczos overshoots; no color shines brighter than its alpha
         pixels = np.minimum(pixels, pixels[:, :, 3:])
     if (pixels == pixels[:1, :1]).all():

@@ -34,15 +34,22 @@ from machinery.decoded import BlockSums, Cache, Known, notice, prune, remove_cac
 from machinery.listing import Listing, keep_digests
 from machinery.pixels import (
     CHANNELS,
+    DEPTHS,
+    NUMBERS,
     FileFault,
     MachineFault,
+    Modes,
     NeedsScale,
     Scale,
     common_scale,
     read_image,
 )
+from machinery.sources import Row
 
-MODES = {"auto": "L or RGB", "L": "gray", "RGB": "color", "RGBA": "color and alpha"}
+MODES = Modes(
+    {"auto": "L or RGB", "L": "gray", "RGB": "color", "RGBA": "color and alpha"},
+    lambda number: f"{number} channels",
+)
 NOTE_EVERY = 5  # seconds; so much is decoded again after a kill -9
 # images; threads have read fewer before processes have imported PyTorch
 PROCESSES_FROM = 10_000
@@ -51,20 +58,20 @@ PORTION = 64  # images
 PORTION_BYTES = 2**22
 MARGIN = 1.25  # how much larger images are decoded of which a random part is learned
 CROPS = {
-    "center": "the square in the middle",
-    "random": "another part in every epoch, of images a quarter larger",
+    "center": "the middle",
+    "random": "another part each time",
 }
 
 
 class Dataset(NamedTuple):
     """The images of a folder, decoded."""
 
-    images: np.ndarray  # (N, C, H, W) uint8, mapped from the cache; RGBA is premultiplied
+    images: np.ndarray  # (N, C, H, W) uint8 or uint16, mapped from the cache; RGBA is premultiplied
     fingerprint: str  # of the files' names and contents: the same on every machine
     remarks: list[str]  # what was left out or changed, a sentence each
     mode: str  # one of CHANNELS
     labels: np.ndarray  # (N,) int64, as in Listing
-    size: tuple[int, int]  # what is learned; larger images are cropped to it at random
+    size: tuple[int, ...] = ()  # to which larger images are cropped at random; () for whole ones
 
 
 # ---- what sampling starts from -------------------------------------------------------------------
@@ -93,6 +100,8 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         raise UserError(f"--mask={mask} needs an image to inpaint: --init_image=...")
     if not init_image:
         return None
+    if mode in NUMBERS:
+        raise UserError(f"--init_image={init_image}: this run makes {mode} channels, no colors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of Pillow's is an error here
         image = read_flag("init_image", init_image, size, mode)
@@ -427,6 +436,7 @@ def read_dataset(
     *,
     crop: str = "center",
     resize: str = "lanczos",
+    depth: int = 8,
 ) -> Dataset:
     """Every readable image, decoded once, then cached.
 
@@ -436,32 +446,53 @@ def read_dataset(
         mode: one of MODES.
         crop: one of CROPS; for random ones, images are decoded a quarter larger.
         resize: one of pixels.RESIZES.
+        depth: bits of a level, one of pixels.DEPTHS.
 
     Raises:
         UserError: more than half of the images are unreadable, or the machine cannot read one.
     """
-    stored = "RGB" if mode == "auto" else mode
+    stored = default_mode(listing) if mode == "auto" else mode
     full = tuple(math.ceil(MARGIN * side) for side in size) if crop == "random" else size
     shape = (CHANNELS[stored], *full)
-    cache = Cache(listing, repr((stored, full, resize)), shape)
+    how = (full, stored, resize, depth)
+    cache = Cache(listing, repr(how), shape, DEPTHS[depth])
     listing.cache.mkdir(parents=True, exist_ok=True)
     keep_digests(listing)
     with cache.lock():  # a second process finds the work done
-        facts = decode(listing.paths, (full, stored, resize), cache)
+        facts = decode(listing.paths, how, cache)
         skipped = facts["skipped"]
         count = len(listing.names)
         if 2 * len(skipped) > count:
             cache.remove()
             fault = f"{len(skipped)} of {count} images cannot be read"
             raise UserError(f"{fault}, for instance {facts['examples'][0]}")
-        images = np.memmap(cache.path, np.uint8, mode="c", shape=(facts["count"], *shape))
+        images = cache.map(cache.path, facts["count"])
     prune(listing.cache, keep=cache.note)
-    if mode == "auto" and facts["is_gray"]:
+    if mode == "auto" and stored == "RGB" and facts["is_gray"]:
         stored = "L"
         images = images[:, :1]
     labels = np.delete(listing.labels, skipped)
-    remarks = listing.remarks + remarks_on(facts, listing.paths)
-    return Dataset(images, listing.fingerprint, remarks, stored, labels, size)
+    remarks = listing.remarks + remarks_on(facts, listing.paths) + remarks_on_mode(stored, depth)
+    cropped_to = size if crop == "random" else ()
+    return Dataset(images, listing.fingerprint, remarks, stored, labels, cropped_to)
+
+
+def default_mode(listing: Listing) -> str:
+    """What `--mode=auto` decodes to: RGB, of which gray is one plane; or channels of an array."""
+    first = listing.paths[0]
+    is_color = not isinstance(first, Row) or str(first.array.channels) not in NUMBERS
+    return "RGB" if is_color else str(first.array.channels)
+
+
+def remarks_on_mode(mode: str, depth: int) -> list[str]:
+    """What pictures of the images do not show."""
+    remarks = []
+    if mode in NUMBERS:
+        which = "the first one" if mode == "2" else "the first three"
+        remarks.append(f"of {mode} channels, pictures show {which}; sample writes all of them")
+    if depth == 16:
+        remarks.append("of 16 bits, pictures show the upper 8; sample writes all of them")
+    return remarks
 
 
 def remarks_on(facts: dict, paths: list) -> list[str]:

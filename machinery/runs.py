@@ -308,7 +308,7 @@ class Run:
         """
         mode = self.settings["mode"]
         size = self.settings["img_size"]
-        how = {name: self.settings[name] for name in ("crop", "resize")}
+        how = {name: self.settings[name] for name in ("crop", "resize", "depth")}
         old_mode = self.old_settings().get("mode")
         with processes.first_alone():
             data = reading.read_dataset(self.listing, size, mode, **how)

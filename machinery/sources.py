@@ -27,13 +27,15 @@ from PIL import Image
 
 from machinery.basics import BROKEN_FILE, UserError, check_file, write_whole
 from machinery.pixels import (
+    DEPTHS,
     IMAGE_SUFFIXES,
+    NUMBERS,
     OTHER_SUFFIXES,
     MachineFault,
     Scale,
-    bytes_of,
     common_scale,
     extremes,
+    levels_of,
 )
 
 OWN_FOLDERS = ("models", "results", "runs")  # what training writes is no data set to learn from
@@ -296,6 +298,7 @@ class ArrayFile(NamedTuple):
     path: str
     stamp: tuple[int, int]  # when the file was changed, and where it lies on the disk
     shown_as: str  # the source that the user named
+    channels: int
     is_channels_first: bool
     scale: Scale  # what is black and what is white, of the whole array
 
@@ -311,28 +314,38 @@ class Row(NamedTuple):
 
     __str__ = __fspath__
 
-    def levels(self) -> np.ndarray:
-        """Its numbers, (H, W) or (H, W, C)."""
+    def numbers(self) -> np.ndarray:
+        """As they are in the array, but (H, W, C)."""
         try:
-            levels = mapped(self.array)[self.index]
+            numbers = mapped(self.array)[self.index]
         except (OSError, ValueError) as error:  # it could be read when it was looked through
             raise MachineFault(f"{self.array.path}: {error}") from error
-        return np.moveaxis(levels, 0, 2) if self.array.is_channels_first else levels
+        if numbers.ndim == 2:
+            return numbers[:, :, None]
+        return np.moveaxis(numbers, 0, 2) if self.array.is_channels_first else numbers
 
     def read_bytes(self) -> bytes:
         """What it is known by: numbers, their kind, shape and scale."""
-        levels = self.levels()
-        about = (levels.dtype.str, levels.shape, self.array.scale)
-        return repr(about).encode() + levels.tobytes()
+        numbers = self.numbers()
+        about = (numbers.dtype.str, numbers.shape, self.array.scale)
+        return repr(about).encode() + numbers.tobytes()
+
+    def levels(self, depth: int) -> np.ndarray:
+        """Its numbers as levels of 8 or 16 bits, (H, W, C)."""
+        numbers = self.numbers()
+        if numbers.dtype == DEPTHS[depth]:
+            return numbers
+        return levels_of(numbers, self.array.scale, depth)
 
     def picture(self) -> Image.Image:
         """It with 8 bits, in gray, RGB or RGBA."""
-        levels = self.levels()
-        if levels.ndim == 3 and levels.shape[2] == 1:
-            levels = levels[:, :, 0]
-        if levels.dtype != np.uint8:
-            levels = bytes_of(levels, self.array.scale)
-        return Image.fromarray(np.ascontiguousarray(levels))
+        levels = self.levels(8)
+        if levels.shape[2] not in (1, 3, 4):
+            count = levels.shape[2]
+            raise ValueError(f"{count} channels are no colors; --mode={count} learns them")
+        return Image.fromarray(
+            np.ascontiguousarray(levels.squeeze(2) if levels.shape[2] == 1 else levels)
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -358,23 +371,29 @@ def load_array(path: Path, shown_as: str) -> np.ndarray:
         raise UserError(f"{shown_as} is no array that can be read: {reason}") from error
 
 
-def layout_of(array: np.ndarray, shown_as: str) -> bool:
-    """Whether an array of images has its channels first.
+def layout_of(array: np.ndarray, shown_as: str) -> tuple[int, bool]:
+    """How many channels an array of images has, and whether they come first.
+
+    One, three or four are taken for channels before any other number, the last axis before the
+    second; then the shorter of these.
 
     Raises:
         UserError: it holds no images, or numbers of another kind.
     """
     shape = "x".join(map(str, array.shape))
-    rule = "(N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels C"
-    is_last = array.ndim == 4 and array.shape[3] in (1, 3, 4)
-    is_first = array.ndim == 4 and not is_last and array.shape[1] in (1, 3, 4)
-    is_gray = array.ndim == 3 and array.shape[2] not in (1, 3, 4)
-    if not (is_last or is_first or is_gray) or 0 in array.shape:
-        raise UserError(f"{shown_as} has the shape {shape}; it takes {rule}")
     if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
         kinds = "uint8, uint16 or floats; astype of NumPy makes these"
         raise UserError(f"{shown_as} has numbers of the kind {array.dtype}; it takes {kinds}")
-    return is_first
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and 0 not in array.shape:
+        return 1, False
+    if array.ndim == 4 and 0 not in array.shape:
+        _, second, _, last = array.shape
+        is_first = last not in (1, 3, 4) and (second in (1, 3, 4) or second < last)
+        channels = second if is_first else last
+        if channels in (1, 3, 4) or str(channels) in NUMBERS:
+            return channels, is_first
+    rule = "(N, H, W), (N, H, W, C) or (N, C, H, W), with 1 to 64 channels C"
+    raise UserError(f"{shown_as} has the shape {shape}; it takes {rule}")
 
 
 def scale_of_array(array: np.ndarray, shown_as: str) -> Scale:
@@ -405,10 +424,10 @@ def open_array(
         labels: (N,) whole numbers.
     """
     array = load_array(path, shown_as)
-    is_first = layout_of(array, shown_as)
+    channels, is_first = layout_of(array, shown_as)
     scale = scale_of_array(array, shown_as)
     own = os.stat(path)
-    file = ArrayFile(str(path), (own.st_mtime_ns, own.st_ino), shown_as, is_first, scale)
+    file = ArrayFile(str(path), (own.st_mtime_ns, own.st_ino), shown_as, channels, is_first, scale)
     found = Found()
     if array.dtype != np.uint8:
         about = f"numbers of the kind {array.dtype}"

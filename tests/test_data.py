@@ -1340,9 +1340,9 @@ def test_every_epoch_and_every_seed_has_its_own_order():
     assert tuple(range(50)) not in shown
 
 
-def loader_of(images: np.ndarray, flip: str = "horizontal", size=None) -> utils.Loader:
+def loader_of(images: np.ndarray, flip: str = "horizontal", size: tuple = ()) -> utils.Loader:
     labels = np.zeros(len(images), np.int64)
-    data = reading.Dataset(images, "", [], "RGB", labels, size or images.shape[2:])
+    data = reading.Dataset(images, "", [], "RGB", labels, size)
     return utils.Loader(data, 4, seed=0, flip=flip, device=torch.device("cpu"))
 
 

@@ -890,7 +890,7 @@ def test_images_of_a_folder_are_the_first_ones_at_their_own_size(run_tool, place
 def test_a_folder_that_cannot_be_judged_is_refused_in_one_line(run_tool, place, words, message):
     (place / "empty").mkdir()
     paint(place / "made", count=20)
-    paint(place / "few", count=15)
+    paint(place / "few", count=15, first_seed=100)
     paint(paint(place / "mixed", count=20), count=1, size=(9, 9))
     result = run_tool(*words, "--device=cpu")
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)

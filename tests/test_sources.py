@@ -333,14 +333,14 @@ HOSTILE_ARRAYS = {
     ),
     "NaN": (save(np.where(LEVELS > 250, np.nan, LEVELS)), "NaN or infinite"),
     "inf": (save(np.where(LEVELS > 250, -np.inf, LEVELS).astype(np.float32)), "NaN or infinite"),
-    "text": (save(np.array([["a"]])), "shape 1x1"),
+    "text": (save(np.array([["a"]])), "numbers of the kind <U1"),
     "letters": (save(np.full((4, 8, 8), "a")), "numbers of the kind"),
     "records": (save(np.zeros((4, 8, 8), "u1,u1")), "numbers of the kind"),
     "complex": (save(LEVELS * 1j), "numbers of the kind complex128"),
     "64 bits": (save(LEVELS.astype(np.int64)), "numbers of the kind int64"),
     "two numbers": (save(LEVELS[0]), "shape 8x8"),
     "one image": (save(LEVELS[:, :, :3]), "shape 4x8x3"),
-    "many channels": (save(np.zeros((4, 8, 8, 7), np.uint8)), "shape 4x8x8x7"),
+    "many channels": (save(np.zeros((4, 80, 80, 70), np.uint8)), "shape 4x80x80x70"),
     "no images": (save(LEVELS[:0]), "shape 0x8x8"),
 }
 
@@ -710,7 +710,7 @@ def test_an_older_run_that_says_yes_or_no_to_flips_resumes(old, new, run, place)
     assert run(*words, "--epochs=1", f"--flip={old}").status == 0
     stored = checkpoints.load("untitled")
     assert stored["settings"]["flip"] == new
-    for name in ("crop", "resize", "cache"):
+    for name in ("crop", "resize", "cache", "depth"):
         del stored["settings"][name]
     stored["settings"]["flip"] = old
     checkpoints.save("untitled", **stored)
@@ -718,6 +718,148 @@ def test_an_older_run_that_says_yes_or_no_to_flips_resumes(old, new, run, place)
     assert checkpoints.load("untitled")["settings"]["flip"] == new
     other = "no" if old else "yes"
     assert f"--flip was {new}" in refused(run(*words, "--epochs=2", f"--flip={other}"))
+
+
+# ---- more bits, more channels --------------------------------------------------------------------
+
+DEEP = np.random.default_rng(1).integers(0, 65536, (5, 8, 8)).astype(np.uint16)
+
+
+def read_deep(source: Path, size: tuple[int, int] = (8, 8), mode: str = "auto") -> reading.Dataset:
+    return reading.read_dataset(list_images(source), size, mode, depth=16)
+
+
+def test_16_bits_reach_the_network_and_come_back(place):
+    """From a file or an array, through the loader, to a PNG: every level."""
+    (place / "x").mkdir()
+    for number, image in enumerate(DEEP):
+        Image.fromarray(image).save(place / f"x/{number}.png")
+    np.save("x.npy", DEEP)
+    for source in (place / "x", place / "x.npy"):
+        data = read_deep(source)
+        assert (data.mode, data.images.dtype) == ("L", np.uint16)
+        assert np.array_equal(data.images[:, 0], DEEP)
+    loader = utils.Loader(data, 5, seed=0, flip="no", device=torch.device("cpu"))
+    images = loader.load(torch.arange(5), loader.draw_chances(5))
+    assert (images.min() >= -1, images.max() <= 1, images.dtype) == (True, True, torch.float32)
+    levels = utils.to_bytes(images, depth=16)
+    assert np.array_equal(levels[:, 0], DEEP)
+    utils.save_png(levels[:1], place / "y.png")
+    with Image.open(place / "y.png") as picture:
+        assert picture.mode == "I;16"
+        assert np.array_equal(np.asarray(picture), DEEP[0])
+
+
+def test_every_level_of_16_bits_is_its_own():
+    levels = torch.arange(65536).to(torch.uint16).view(torch.int16)
+    values = utils.from_bytes(levels)
+    assert (values[0], values[-1]) == (-1, 1)
+    assert torch.equal(utils.to_bytes(values, depth=16), torch.arange(65536, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_8_bits_at_a_depth_of_16_look_the_same(mode, place):
+    """The upper 8 bits are what a depth of 8 has, up to rounding and the overshoot of Lanczos."""
+    paint(place / "x", count=4, size=(8, 8))
+    Image.fromarray(np.full((8, 8, 4), 90, np.uint8)).save(place / "x/a.png")
+    deep = read_deep(place / "x", mode=mode).images
+    flat = reading.read_dataset(list_images(place / "x"), (8, 8), mode).images
+    assert np.array_equal(deep, flat.astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_arrays_change_their_mode_at_16_bits_as_at_8(mode, channels, place):
+    array = np.random.default_rng(0).integers(0, 256, (5, 8, 8, channels)).astype(np.uint8)
+    np.save("x.npy", array)
+    deep = read_deep(place / "x.npy", mode=mode).images
+    flat = reading.read_dataset(list_images(place / "x.npy"), (8, 8), mode).images
+    assert deep.shape == flat.shape
+    assert abs(deep / 257 - flat).max() <= 1  # rounded once instead of twice
+
+
+def test_floats_keep_16_bits_under_one_scale(place):
+    (place / "x").mkdir()
+    for number, image in enumerate(DEEP):
+        Image.fromarray(image.astype(np.float32) / 65535).save(place / f"x/{number}.tif")
+    np.save("x.npy", DEEP / 65535)
+    assert np.array_equal(read_deep(place / "x").images[:, 0], DEEP)
+    assert np.array_equal(read_deep(place / "x.npy").images[:, 0], DEEP)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_16_bit_image_is_turned_upright_once(suffix, place):
+    """Pillow does so by itself as it loads a TIFF."""
+    (place / "x").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(DEEP[0]).save(place / f"x/a.{suffix}", exif=exif)
+    upright = np.rot90(DEEP[0], -1)
+    assert np.array_equal(read_deep(place / "x").images[0, 0], upright)
+    flat = reading.read_dataset(list_images(place / "x"), (8, 8)).images
+    assert abs(flat[0, 0] - upright / 257).max() <= 0.5
+
+
+def test_resizing_keeps_16_bits(place):
+    """Means of four numbers of 16 bits have more levels than 8 bits could tell apart."""
+    np.save("x.npy", DEEP)
+    found = list_images(place / "x.npy")
+    data = reading.read_dataset(found, (4, 4), resize="area", depth=16)
+    means = DEEP.reshape(5, 4, 2, 4, 2).mean(axis=(2, 4))
+    assert abs(data.images[:, 0] - means).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_channels_of_arrays_stay_apart(depth, channels, is_first, place):
+    levels = DEEP if depth == 16 else LEVELS
+    array = np.stack([np.roll(levels, number, axis=1) for number in range(channels)], axis=1)
+    np.save("x.npy", array if is_first else array.transpose(0, 2, 3, 1))
+    for mode in ("auto", str(channels)):
+        data = reading.read_dataset(list_images(place / "x.npy"), (8, 8), mode, depth=depth)
+        assert data.mode == str(channels)
+        assert np.array_equal(data.images, array)
+    assert any(f"of {channels} channels, pictures show" in remark for remark in data.remarks)
+    with pytest.raises(UserError, match=f"{channels} channels"):
+        reading.read_dataset(list_images(place / "x.npy"), (8, 8), "7", depth=depth)
+    with pytest.raises(UserError, match=f"{channels} channels"):
+        reading.read_dataset(list_images(place / "x.npy"), (8, 8), "RGB", depth=depth)
+
+
+def test_a_number_of_channels_is_for_arrays(place, run):
+    paint(place / "x", count=4)
+    assert "is for arrays" in refused(run("train", "--dataset=x", *TINY, "--mode=5"))
+    for mode in ("1", "3", "4", "65", "0", "05"):
+        assert f"--mode={mode} is not one of" in refused(run("train", f"--mode={mode}", *TINY))
+
+
+@pytest.mark.parametrize(
+    "channels, depth, suffix", [(1, 16, "png"), (3, 16, "npy"), (5, 8, "npy"), (5, 16, "npy")]
+)
+def test_what_png_cannot_hold_is_sampled_as_arrays(channels, depth, suffix, run, place):
+    np.save("x.npy", np.stack([DEEP] * (channels - 1) + [65535 - DEEP], axis=3))
+    words = ("train", "--dataset=x.npy", *TINY, f"--depth={depth}", "--noise_steps=4")
+    for epochs in (1, 2):
+        assert run(*words, f"--epochs={epochs}").status == 0
+    result = run("sample", "--run_name=untitled", "--n_img=2", "--steps=2", "--gif")
+    assert result.status == 0, result.err
+    assert f"sample_*.{suffix}" in result.out
+    made = place / f"results/untitled/samples/sample_0002.{suffix}"
+    image = np.load(made) if suffix == "npy" else np.asarray(Image.open(made))
+    assert image.shape == ((8, 8, channels) if suffix == "npy" else (8, 8))
+    assert image.dtype == (np.uint16 if depth == 16 else np.uint8)
+    if depth == 16:
+        assert len(np.unique(image % 257)) > 1  # more than 8 bits
+    with Image.open(place / "results/untitled/samples/samples.png") as grid:
+        assert (grid.mode, grid.size) == ("RGB", (16, 8))
+        if suffix == "npy" and channels > 1:
+            shown = image[:, :, :3] / (257 if depth == 16 else 1)
+            assert abs(np.asarray(grid)[:, 8:] - shown).max() <= 0.5
+    assert (place / "results/untitled/samples/samples.gif").exists()
+    if channels == 5:
+        line = refused(run("sample", "--steps=2", "--init_image=x.npy"))
+        assert "makes 5 channels, no colors" in line
 
 
 # ---- what is unpacked ----------------------------------------------------------------------------

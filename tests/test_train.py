@@ -37,6 +37,7 @@ OTHER = {
     "flip": "no",
     "crop": "random",
     "resize": "area",
+    "depth": 16,
     "img_size": 16,
     "width": 32,
     "multipliers": "1,1",
