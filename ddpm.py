@@ -28,6 +28,7 @@ from machinery.basics import UserError, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
 from machinery.listing import CACHE, check_classes, list_images
 from machinery.session import Session
+from machinery.sources import FRAMES
 from modules import UNet, update_ema
 
 # ---- noise schedules -----------------------------------------------------------------------------
@@ -245,7 +246,7 @@ LR_DECAYS = {
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
-LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS}
+LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -520,6 +521,7 @@ def train(
     run_name: str = runs.UNTITLED,
     init_from: str = "",
     conditional: bool = False,
+    frames: str = "first",
     mode: str = "auto",
     depth: int = 8,
     resize: str = "lanczos",
@@ -573,6 +575,7 @@ def train(
         run_name: names models/RUN and results/RUN.
         init_from: fine-tuning: another run, whose EMA weights this one starts from.
         conditional: class-conditional: the folders directly in the data set are the classes.
+        frames: which frames of animations, and pages of TIFF files, are learned.
         mode: colors of the images; auto is gray if every image is, else RGB. For arrays, also a
             number of channels: 2, or 5 to 64.
         depth: bits of a level; with 16, arrays and gray images of more than 8 bits keep them.
@@ -624,7 +627,7 @@ def train(
     runs.check_training(settings, LIMITS)
     settings["img_size"] = runs.full_size(img_size)
     device = devices.pick_device(device)
-    listing = list_images(Path(dataset), Path(cache))
+    listing = list_images(Path(dataset), Path(cache), frames)
     settings["classes"] = check_classes(listing) if conditional else ()
     device = processes.join(device)
     devices.keep_memory()

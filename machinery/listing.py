@@ -18,7 +18,7 @@ import numpy as np
 
 from machinery.basics import BROKEN_FILE, UserError, progress_bar, write_whole
 from machinery.pixels import IMAGE_SUFFIXES, FileFault, MachineFault, read_bytes
-from machinery.sources import Member, Row, look_into
+from machinery.sources import Frame, Member, Row, look_into
 
 CACHE = Path("datasets", ".cache")
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -41,7 +41,7 @@ class Listing(NamedTuple):
     unreadable: list[str]  # folders that may not be opened
     facts: np.ndarray  # (N, 4) int64, by which it is known that a digest still holds
     digests: np.ndarray  # (N, DIGEST) uint8, of the contents
-    members: list[Member | Row]  # of an archive or an array; empty for a folder
+    members: list  # what else than a folder's files there is: Member, Row, Frame; or empty
     cache: Path  # where decoded images are kept
 
     @property
@@ -65,17 +65,18 @@ def no_collections() -> Iterator[None]:
 
 
 @no_collections()
-def list_images(folder: Path, cache: Path = CACHE) -> Listing:
+def list_images(folder: Path, cache: Path = CACHE, frames: str = "first") -> Listing:
     """All images of a folder or another source, not opened but for their fingerprint.
 
     Args:
         folder: or a .zip archive, or a .npy or .npz file.
         cache: where their digests are kept, and decoded images will be.
+        frames: of animations, one of sources.FRAMES.
 
     Raises:
         UserError: there is no such source, it holds no images, or a file may not be read.
     """
-    found = look_into(folder, cache)
+    found = look_into(folder, cache, frames)
     if not found.files:
         more = "".join(f"; {sentence}" for sentence in found.remarks())
         raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){more}")
@@ -155,7 +156,7 @@ def check_classes(listing: Listing) -> tuple[str, ...]:
 # ---- the identity of a data set ------------------------------------------------------------------
 
 
-def digest_of(path: str | Member | Row) -> bytes:
+def digest_of(path: str | Member | Row | Frame) -> bytes:
     """A digest of an image's content: all of it, or of a large one its head, middle and tail.
 
     Raises:

@@ -23,7 +23,8 @@ FORMATS = ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif")
 IMAGE_SUFFIXES += (".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 # Images that are not read; they are counted, so that nobody takes them for learned.
-OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr")
+HEIF_SUFFIXES = (".heic", ".heif")  # read if there is `has_heif`
+OTHER_SUFFIXES = (*HEIF_SUFFIXES, ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr")
 OTHER_SUFFIXES += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw", ".pdf")
 
 
@@ -138,10 +139,21 @@ def faults_of(name: str):
 
 
 @functools.cache
+def has_heif() -> bool:
+    """Whether HEIC photos can be read: by a package of its own, if that is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+@functools.cache
 def known_formats() -> list[str]:
     """Those of FORMATS that this Pillow was built with."""
     Image.init()
-    return [kind for kind in FORMATS if kind in Image.OPEN]
+    return [kind for kind in FORMATS if kind in Image.OPEN] + ["HEIF"] * has_heif()
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -321,6 +333,13 @@ def to_mode(picture: Image.Image, mode: str) -> tuple[Image.Image, set[str]]:
 
 
 # ---- one image -----------------------------------------------------------------------------------
+
+
+def frames_of(source) -> int:
+    """How many frames an animation has, or pages a TIFF; 1 for what cannot be read."""
+    with contextlib.suppress(FileFault), faults_of(""), open_source(source) as picture:
+        return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    return 1
 
 
 def surprises(picture: Image.Image) -> set[str]:

@@ -1,9 +1,10 @@
 """Where images are: a folder of files, a .zip archive, or an array in a .npy or .npz file.
 
 A source is looked through without decoding an image. What it finds, pixels.py opens: the path of a
-file, a `Member` of an archive, or a `Row` of an array; all of them are paths to `os.fspath`.
+file, a `Member` of an archive, a `Row` of an array, or a `Frame` of an animation; all of them are
+paths to `os.fspath`.
 
-Reading order: Found; a folder; an archive; an array; look_into.
+Reading order: Found; a folder; an archive; an array; an animation; look_into.
 """
 
 import functools
@@ -19,15 +20,17 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from machinery.basics import BROKEN_FILE, UserError, check_file, write_whole
+from machinery.basics import BROKEN_FILE, UserError, check_file, progress_bar, write_whole
 from machinery.pixels import (
     DEPTHS,
+    HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
     NUMBERS,
     OTHER_SUFFIXES,
@@ -35,7 +38,11 @@ from machinery.pixels import (
     Scale,
     common_scale,
     extremes,
+    frames_of,
+    has_heif,
     levels_of,
+    open_image,
+    read_bytes,
 )
 
 OWN_FOLDERS = ("models", "results", "runs")  # what training writes is no data set to learn from
@@ -63,6 +70,8 @@ class Found:
     def is_image(self, name: str) -> bool:
         """Whether a file of this name is looked at; images of other kinds are counted."""
         lower = name.lower()
+        if lower.endswith(HEIF_SUFFIXES) and name[0] != "." and has_heif():
+            return True
         if name[:1] == "." or not lower.endswith(IMAGE_SUFFIXES):
             if lower.endswith(OTHER_SUFFIXES) and name[0] != ".":
                 self.others[os.path.splitext(lower)[1]] += 1
@@ -82,7 +91,11 @@ class Found:
         if self.others:
             kinds = ", ".join(suffix for suffix, _ in self.others.most_common(5))
             number = self.others.total()
-            sentences.append(f"{number:,} images of kinds that are not read, left out: {kinds}")
+            way_out = ""
+            if any(suffix in HEIF_SUFFIXES for suffix in self.others):
+                way_out = " (pip install pillow-heif has HEIC read)"
+            left_out = f"{number:,} images of kinds that are not read, left out: {kinds}"
+            sentences.append(left_out + way_out)
         if self.own_folders:
             sentences.append(f"left out, since training writes there: {self.own_folders[0]}")
         return sentences
@@ -573,24 +586,83 @@ def crc_of(path: Path) -> tuple[int, int]:
     return length, crc
 
 
+# ---- an animation --------------------------------------------------------------------------------
+
+FRAMES = {"first": "of animations", "all": "as images of their own"}
+MANY_FRAMES = 10_000  # of one file
+
+
+class Frame(NamedTuple):
+    """A frame of an animation, or a page of a TIFF."""
+
+    source: str | Member  # its file
+    index: int
+
+    def __fspath__(self) -> str:
+        return f"{os.fspath(self.source)}[{self.index}]"
+
+    __str__ = __fspath__
+
+    def read_bytes(self) -> bytes:
+        """What it is known by: its file, and which it is there."""
+        return self.index.to_bytes(4, "little") + read_bytes(self.source)
+
+    def picture(self) -> Image.Image:
+        """It alone."""
+        with open_image(read_bytes(self.source)) as film:
+            film.seek(self.index)
+            return film.copy()
+
+
+def take_apart(found: Found, folder: Path) -> Found:
+    """Each frame of each animation as an image of its own: NAME/00000, NAME/00001, ...
+
+    Raises:
+        UserError: a file may not be read, or says that it has more frames than MANY_FRAMES.
+    """
+    files = found.files
+    sources = [found.members.get(name, f"{folder}/{name}") for name, *_ in files]
+    found.files, found.members = [], {}
+    with progress_bar(len(files), title="counting frames") as bar, ThreadPoolExecutor() as pool:
+        try:
+            counts = pool.map(frames_of, sources)
+            for (name, *facts), source, count in zip(files, sources, counts, strict=True):
+                if count > MANY_FRAMES:
+                    raise UserError(f"{source} says that it has {count:,} frames")
+                for index in range(count) if count > 1 else ():
+                    found.files.append((f"{name}/{index:05d}", *facts))
+                    found.members[f"{name}/{index:05d}"] = Frame(source, index)
+                if count == 1:
+                    found.files.append((name, *facts))
+                    found.members[name] = source
+                bar.update()
+        except MachineFault as error:
+            pool.shutdown(cancel_futures=True)
+            raise UserError(f"{error}; every image must be readable, or be removed") from error
+    found.files.sort()
+    return found
+
+
 # ---- any of them ---------------------------------------------------------------------------------
 
 
-def look_into(source: Path, cache: Path) -> Found:
+def look_into(source: Path, cache: Path, frames: str) -> Found:
     """What there is in a folder, a .zip archive, or a .npy or .npz file.
 
     Args:
         cache: where an array is unpacked to that cannot be mapped where it is.
+        frames: one of FRAMES.
 
     Raises:
         UserError: it is none of these, or cannot be read.
     """
-    if source.is_dir():
-        return walk(source)
-    check_source(source)
+    is_folder = source.is_dir()
+    if not is_folder:
+        check_source(source)
     suffix = source.suffix.lower()
-    if suffix == ".zip":
-        return open_zip(source)
+    if is_folder or suffix == ".zip":
+        found = walk(source) if is_folder else open_zip(source)
+        return take_apart(found, source) if frames == "all" else found
     if suffix == ".npz":
         return open_npz(source, cache)
     return open_array(source, str(source), source.stat())

@@ -12,6 +12,7 @@ import struct
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from PIL import Image
 
 import tools.unpack
 import utils
-from machinery import checkpoints, decoded, reading
+from machinery import checkpoints, decoded, reading, sources
 from machinery.basics import UserError
 from machinery.listing import CACHE, check_classes, list_images
 
@@ -106,7 +107,7 @@ def test_what_is_hidden_in_an_archive_is_passed_over_and_other_kinds_are_counted
         archive.writestr("in\\b\\e.png", PNG)  # as older programs on Windows write it
     found = list_images(Path("x.zip"))
     assert found.names == ["a.png", "b/e.png"]
-    assert "1 images of kinds that are not read, left out: .heic" in found.remarks
+    assert "1 images of kinds that are not read, left out: .heic" in found.remarks[0]
 
 
 def test_the_labels_of_edm_are_the_classes(place):
@@ -710,7 +711,7 @@ def test_an_older_run_that_says_yes_or_no_to_flips_resumes(old, new, run, place)
     assert run(*words, "--epochs=1", f"--flip={old}").status == 0
     stored = checkpoints.load("untitled")
     assert stored["settings"]["flip"] == new
-    for name in ("crop", "resize", "cache", "depth"):
+    for name in ("crop", "resize", "cache", "depth", "frames"):
         del stored["settings"][name]
     stored["settings"]["flip"] = old
     checkpoints.save("untitled", **stored)
@@ -718,6 +719,73 @@ def test_an_older_run_that_says_yes_or_no_to_flips_resumes(old, new, run, place)
     assert checkpoints.load("untitled")["settings"]["flip"] == new
     other = "no" if old else "yes"
     assert f"--flip was {new}" in refused(run(*words, "--epochs=2", f"--flip={other}"))
+
+
+# ---- animations ----------------------------------------------------------------------------------
+
+
+def film_of(path: Path, count: int, **options) -> np.ndarray:
+    """An animation of noise, to the bit in these formats: (count, 8, 8, 3)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = np.random.default_rng(count).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    first, *others = map(Image.fromarray, frames)
+    first.save(path, save_all=True, append_images=others, **options)
+    return frames
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_every_frame_is_an_image_if_asked_for(is_packed, place):
+    films = {
+        "a/film.webp": film_of(place / "x/a/film.webp", 3, lossless=True),
+        "a/pages.tif": film_of(place / "x/a/pages.tif", 4),
+        "b/film.png": film_of(place / "x/b/film.png", 5),
+        "b/still.png": film_of(place / "x/b/still.png", 1),
+    }
+    zip_of(place / "x", place / "x.zip")
+    source = place / ("x.zip" if is_packed else "x")
+    found = list_images(source, frames="all")
+    data = reading.read_dataset(found, (8, 8))
+    expected = np.concatenate(list(films.values()))
+    assert np.array_equal(data.images.transpose(0, 2, 3, 1), expected)
+    assert data.labels.tolist() == [0] * 7 + [1] * 6
+    assert not any("the first" in remark for remark in data.remarks)
+    first = reading.read_dataset(list_images(source), (8, 8))
+    assert len(first.images) == 4
+    assert sum("the first" in remark for remark in first.remarks) == 2
+    assert len({found.fingerprint, first.fingerprint, list_images(source).fingerprint}) == 2
+
+
+def test_frames_of_a_file_that_is_broken_are_one_unreadable_image(place):
+    paint(place / "x", count=3)
+    (place / "x/film.gif").write_bytes(b"GIF89a no film")
+    data = reading.read_dataset(list_images(place / "x", frames="all"), (8, 8))
+    assert len(data.images) == 3
+    assert any("1 unreadable" in remark for remark in data.remarks)
+
+
+def test_a_file_of_endless_frames_is_refused(place, run):
+    film_of(place / "x/film.png", 3)
+    data = bytearray((place / "x/film.png").read_bytes())
+    start = data.index(b"acTL")
+    data[start + 4 : start + 8] = (2**31 - 1).to_bytes(4, "big")
+    crc = zlib.crc32(data[start : start + 12]).to_bytes(4, "big")
+    data[start + 12 : start + 16] = crc
+    (place / "x/film.png").write_bytes(data)
+    line = refused(run("train", "--dataset=x", "--frames=all", *TINY))
+    assert "says that it has 2,147,483,647 frames" in line
+
+
+def test_heic_photos_are_read_by_a_plugin_or_its_name_is_told(place, monkeypatch):
+    """The plugin is played: it reads what PNG is."""
+    paint(place / "x", count=2)
+    (place / "x/picture_0001.png").rename(place / "x/photo.HEIC")
+    monkeypatch.setattr(sources, "has_heif", lambda: False)
+    found = list_images(place / "x")
+    assert found.names == ["picture_0000.png"]
+    assert ".heic (pip install pillow-heif has HEIC read)" in found.remarks[0]
+    monkeypatch.setattr(sources, "has_heif", lambda: True)
+    found = list_images(place / "x")
+    assert (found.names, found.remarks) == (["photo.HEIC", "picture_0000.png"], [])
 
 
 # ---- more bits, more channels --------------------------------------------------------------------

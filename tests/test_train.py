@@ -38,6 +38,7 @@ OTHER = {
     "crop": "random",
     "resize": "area",
     "depth": 16,
+    "frames": "all",
     "img_size": 16,
     "width": 32,
     "multipliers": "1,1",

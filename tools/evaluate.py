@@ -499,7 +499,7 @@ def from_run(
     wanted = None
     if processes.is_first():
         dataset = dataset or settings["dataset"]
-        listing = list_images(Path(dataset))
+        listing = list_images(Path(dataset), frames=settings["frames"])
         how = {"mode": settings["mode"], "resize": settings["resize"]}
         data = reading.read_dataset(listing, settings["img_size"], **how)
         n = comparable(n_img, len(data.images))
