@@ -128,7 +128,8 @@ class Cache:
                 sums = sums_of(path, facts["count"] * self.image_bytes)
                 is_whole = path == self.unfinished or path.stat().st_size == sums.total
                 if sums.values() == facts["sums"] and is_whole:
-                    os.utime(self.note)  # it was used now
+                    with contextlib.suppress(OSError):
+                        os.utime(self.note)  # it was used now
                     return facts, sums
         if self.path.exists():
             print("the cache of decoded images is damaged; they are decoded again", flush=True)

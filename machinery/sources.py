@@ -7,6 +7,7 @@ paths to `os.fspath`.
 Reading order: Found; a folder; an archive; an array; an animation; look_into.
 """
 
+import errno
 import functools
 import hashlib
 import itertools
@@ -101,6 +102,18 @@ class Found:
         return sentences
 
 
+def refusal(source: str, fault: str, error: Exception) -> UserError:
+    """Why a source cannot be read, in one line: for a fault of its own, or of the machine."""
+    if isinstance(error, MemoryError):
+        return UserError(f"{source}: not enough memory")
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return UserError(f"{source}: {error.strerror}")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "allow_pickle" in reason or "Python objects" in reason:
+        reason = "it holds Python objects, which are never loaded"
+    return UserError(f"{source} {fault} ({reason})")
+
+
 # ---- a folder ------------------------------------------------------------------------------------
 
 
@@ -186,21 +199,22 @@ class Member(NamedTuple):
 
 
 def check_entry(archive: str, entry: zipfile.ZipInfo) -> None:
-    """Refuse an archive for an entry that leads out of it, or is packed as no image is."""
+    """Refuse an archive for an entry that leads out of it."""
     name = entry.filename
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or re.match("[A-Za-z]:", name):
         raise UserError(f"{archive} is refused: the path of its entry {name} leads out of it")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise UserError(f"{archive} is refused: its entry {name} is a symbolic link")
+
+
+def check_image_entry(archive: str, entry: zipfile.ZipInfo) -> None:
+    """Refuse an archive for an image that is packed as none is, or cannot be read in place."""
+    name = entry.filename
     packed_as = f"{entry.file_size:,} bytes packed into {entry.compress_size:,}"
     is_bomb = entry.file_size > max(SUSPICIOUS_ENTRY, BEST_PACKING * entry.compress_size)
     if is_bomb or entry.file_size > LARGEST_ENTRY:
         raise UserError(f"{archive} is refused: its entry {name} is no image ({packed_as})")
-
-
-def check_image_entry(archive: str, entry: zipfile.ZipInfo) -> None:
-    """Refuse an archive for an image that cannot be read in place."""
     way_out = "unpack it, and give --dataset the folder"
     if entry.flag_bits & 1:
         raise UserError(f"{archive}: {entry.filename} is encrypted; {way_out}")
@@ -218,14 +232,11 @@ def entries_of(archive: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as file:
             entries = [entry for entry in file.infolist() if not entry.is_dir()]
-    except PermissionError as error:
-        raise UserError(f"{archive}: {error.strerror}") from error
     except BROKEN_FILE as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{archive} is no .zip archive that can be read ({reason})") from error
+        raise refusal(str(archive), "is no .zip archive that can be read", error) from error
     for entry in entries:
         check_entry(str(archive), entry)
-    counts = Counter(entry.filename for entry in entries)
+    counts = Counter(entry.filename.replace("\\", "/") for entry in entries)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise UserError(f"{archive} is refused: it has several entries of the name {twice[0]}")
     packed = sum(entry.compress_size for entry in entries)
@@ -242,6 +253,7 @@ def labels_in(archive: Path, entries: list[zipfile.ZipInfo]) -> dict[str, str]:
     entry = next((entry for entry in entries if entry.filename == "dataset.json"), None)
     if entry is None:
         return {}
+    check_image_entry(str(archive), entry)
     try:
         labels = json.loads(member_of(archive, entry, entry.filename).read_bytes())["labels"]
         known = {name.replace("\\", "/"): label for name, label in labels or ()}
@@ -375,13 +387,8 @@ def load_array(path: Path, shown_as: str) -> np.ndarray:
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except PermissionError as error:
-        raise UserError(f"{shown_as}: {error.strerror}") from error
     except BROKEN_FILE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "allow_pickle" in reason or "Python objects" in reason:
-            reason = "it holds Python objects, which are never loaded"
-        raise UserError(f"{shown_as} is no array that can be read: {reason}") from error
+        raise refusal(shown_as, "is no array that can be read", error) from error
 
 
 def layout_of(array: np.ndarray, shown_as: str) -> tuple[int, bool]:
@@ -394,7 +401,7 @@ def layout_of(array: np.ndarray, shown_as: str) -> tuple[int, bool]:
         UserError: it holds no images, or numbers of another kind.
     """
     shape = "x".join(map(str, array.shape))
-    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
+    if array.dtype.kind != "f" and array.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         kinds = "uint8, uint16 or floats; astype of NumPy makes these"
         raise UserError(f"{shown_as} has numbers of the kind {array.dtype}; it takes {kinds}")
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and 0 not in array.shape:
@@ -540,10 +547,8 @@ def entries_of_npz(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
     except BROKEN_FILE as error:
-        raise UserError(f"{path} is no .npz file that can be read ({error})") from error
+        raise refusal(str(path), "is no .npz file that can be read", error) from error
     for entry in entries:
         packed_as = f"{entry.file_size:,} bytes packed into {entry.compress_size:,}"
         if entry.file_size > max(2**30, BEST_PACKING * entry.compress_size):

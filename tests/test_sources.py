@@ -1,5 +1,6 @@
 """Where images come from: archives and arrays hold what a folder holds, and do no harm."""
 
+import errno
 import gzip
 import io
 import json
@@ -188,6 +189,7 @@ HOSTILE = {
     "backslashes": ([entry("..\\a.png")], None, "leads out of it"),
     "a link": ([entry("a.png", stat.S_IFLNK | 0o777)], None, "symbolic link"),
     "twice": ([entry("a.png"), entry("a.png")], None, "several entries of the name a.png"),
+    "twice, by another slash": ([entry("b/a.png"), entry("b\\a.png")], None, "several entries"),
     "encrypted": ([entry("a.png")], with_flag, "encrypted"),
     "overlapping": ([entry("a.png")], overlapping, "overlap"),
     "cut off": (
@@ -223,6 +225,28 @@ def test_a_bomb_is_refused_before_it_is_unpacked(run, place):
         archive.writestr("a.png", bytes(20_000_000))
     line = refused(run("train", "--dataset=x.zip", *TINY))
     assert "is no image (20,000,000 bytes packed into" in line
+
+
+def test_a_large_file_beside_the_images_is_no_bomb(place):
+    """It is never read."""
+    with zipfile.ZipFile("x.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("weights.bin", bytes(20_000_000))
+        archive.writestr("a.png", PNG)
+    assert list_images(Path("x.zip")).names == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.npy", "x.npz"])
+def test_an_error_of_the_machine_is_told_in_its_own_words(name, place, monkeypatch):
+    """Not as a fault of the file."""
+    (place / name).write_bytes(b"any")
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(UserError, match=f"^{name}: {os.strerror(errno.EIO)}$"):
+        list_images(Path(name))
 
 
 def test_no_more_is_unpacked_than_an_entry_says(place):
@@ -282,6 +306,7 @@ LEVELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8)).astype(np.uint8)
         ((LEVELS / 255).astype(np.float32), LEVELS, "float32: 0 is black, 1 is white"),
         ((LEVELS / 255).astype(np.float16), LEVELS, "float16: 0 is black, 1 is white"),
         (LEVELS.astype(">f8"), LEVELS, "0 is black, 255 is white"),
+        ((LEVELS.astype(np.uint16) * 257).astype(">u2"), LEVELS, "65535 is white"),
         (np.asfortranarray(LEVELS), LEVELS, ""),
         (
             np.stack([LEVELS[0] / 255 * 7 - 3, LEVELS[0] * 0 + 4]),

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import ddpm
@@ -36,6 +35,7 @@ from machinery import basics, command_line, devices, processes, reading, runs
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
 from machinery.listing import CACHE, list_images
+from machinery.pixels import FileFault, open_source
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -562,7 +562,7 @@ def size_of(listing: reading.Listing) -> tuple[int, int]:
     """
     sizes = set()
     for path in listing.paths:
-        with contextlib.suppress(*BROKEN_FILE), Image.open(path) as picture:
+        with contextlib.suppress(*BROKEN_FILE, FileFault), open_source(path) as picture:
             sizes.add((picture.height, picture.width))
     if len(sizes) != 1:
         fault = f"--images={listing.folder} holds images of {len(sizes)} sizes"
