@@ -85,10 +85,11 @@ def crop(images: Tensor, shape: tuple[int, int, int], chances: Tensor) -> Tensor
 
     Where they begin, `chances` (B, 2) in [0, 1) say: every place is as likely.
     """
-    margins = [have - take + 1 for have, take in zip(images.shape[2:], shape[1:], strict=True)]
-    starts = (chances * chances.new_tensor(margins)).long()  # (B, 2)
-    down = torch.arange(shape[1], device=images.device) + starts[:, :1]  # (B, H)
-    across = torch.arange(shape[2], device=images.device) + starts[:, 1:]  # (B, W)
+    (height, width), (taller, wider) = shape[1:], images.shape[2:]
+    top = (chances[:, :1] * (taller - height + 1)).long()  # (B, 1)
+    left = (chances[:, 1:] * (wider - width + 1)).long()
+    down = top + torch.arange(height, device=images.device)  # (B, H)
+    across = left + torch.arange(width, device=images.device)  # (B, W)
     batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
     parts = images.permute(0, 2, 3, 1)[batch, down[:, :, None], across[:, None, :]]  # (B, H, W, C)
     return parts.permute(0, 3, 1, 2)
@@ -134,6 +135,7 @@ class Loader:
 
     def draw_chances(self, count: int) -> Tensor:
         """Numbers in [0, 1) for so many images: (count, 1 to 4)."""
+        # one also where nothing is flipped: what is drawn later stays as it always was
         draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped
         return torch.rand(draws, count, device=self.device).T
 

@@ -68,18 +68,10 @@ RANGES = {
     "downsample_padding": (0, 1),
 }
 # The flags that may have other values when a run is resumed.
-MAY_CHANGE = {
-    "dataset",
-    "cache",
-    "epochs",
-    "max_minutes",
-    "resume",
-    "device",
-    "sample_every",
-    "save_every",
-}
+MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
-MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
+# where a run and its cache lie, and where it began, change nothing
+MAY_CHANGE |= {"run_name", "init_from", "cache"}
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
