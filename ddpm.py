@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from machinery import checkpoints, command_line, devices, processes, reading, runs
+from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs
 from machinery.basics import UserError, progress_bar, seed_of
-from machinery.command_line import FilePath
-from machinery.listing import check_classes, list_images
+from machinery.command_line import FilePath, Flip
+from machinery.listing import CACHE, check_classes, list_images
 from machinery.session import Session
+from machinery.sources import FRAMES
 from modules import UNet, update_ema
 
 # ---- noise schedules -----------------------------------------------------------------------------
@@ -252,8 +253,9 @@ PRESETS = {
 }
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
-LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "preset": PRESETS}
-LIMITS |= {"precision": devices.PRECISIONS}
+LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
+LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
+LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
@@ -393,7 +395,7 @@ class Training:
         seed = self.settings["seed"]
         batch_size = self.loader.batch_size
         devices.seed(self.device, seed_of(seed, self.step))
-        indices, flips = self.loader.draw(self.step)
+        indices, chances = self.loader.draw(self.step)
         t, eps = self.diffusion.draw((batch_size, *self.loader.shape))
         labels = self.drop_labels(devices.send(self.loader.labels[indices], self.device))
         losses = torch.zeros(batch_size, device=self.device)
@@ -402,7 +404,7 @@ class Training:
             # else all would drop the same; 1 +, since (seed, step, 0) is (seed, step)
             if self.settings["dropout"]:
                 devices.seed(self.device, seed_of(seed, self.step, 1 + part.start))
-            x_0 = self.loader.load(indices[part], flips[part])  # (b, C, H, W)
+            x_0 = self.loader.load(indices[part], chances[part])  # (b, C, H, W)
             inputs = (x_0, t[part], eps[part], None if labels is None else labels[part])
             with devices.autocast(self.device, self.precision):
                 part_losses = self.diffusion.loss(self.network, *inputs)  # (b,)
@@ -580,9 +582,14 @@ def train(
     run_name: str = runs.UNTITLED,
     init_from: str = "",
     conditional: bool = False,
+    frames: str = "first",
     mode: str = "auto",
-    flip: bool = True,
+    depth: int = 8,
+    resize: str = "lanczos",
+    crop: str = "center",
+    flip: Flip = "horizontal",
     held_out: float | str = "auto",
+    cache: FilePath = str(CACHE),
     # size and length
     preset: str = "none",
     epochs: int = 500,
@@ -631,14 +638,21 @@ def train(
     the loss curve are in results/RUN/.
 
     Args:
-        dataset: a folder of images, flat or nested (jpg, png, webp, avif, bmp, gif, tif, jp2, ppm).
+        dataset: a folder of images, flat or nested (jpg, png, webp, avif, bmp, gif, tif, jp2, ppm),
+            a .zip of these, or an array in a .npy or .npz file.
         run_name: names models/RUN and results/RUN.
         init_from: fine-tuning: another run, whose EMA weights this one starts from.
         conditional: class-conditional: the folders directly in the data set are the classes.
-        mode: colors of the images; auto is gray if every image is, else RGB.
+        frames: which frames of animations, and pages of TIFF files, are learned.
+        mode: colors of the images; auto is gray if every image is, else RGB. For arrays, also a
+            number of channels: 2, or 5 to 64.
+        depth: bits of a level; with 16, arrays and gray images of more than 8 bits keep them.
+        resize: how images are brought to img_size; nearest is for pixel art.
+        crop: which part of an image is learned; for random ones, it is decoded a quarter larger.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
         held_out: share or number of images never learned from, whose loss shows memorization;
             auto is 0.02, or 0 where that is fewer than 16 images.
+        cache: where decoded images are kept, for the next start.
         preset: a set of flags for a computer without a GPU; laptop: 64x64 pixels in an hour, tiny:
             32x32 in eight minutes.
         epochs: how often the network sees every image, in all.
@@ -691,7 +705,7 @@ def train(
     runs.check_training(settings, LIMITS)
     settings["img_size"] = runs.full_size(img_size)
     device = devices.pick_device(device)
-    listing = list_images(Path(dataset))
+    listing = list_images(Path(dataset), Path(cache), frames)
     settings["classes"] = check_classes(listing) if conditional else ()
     device = processes.join(device)
     devices.keep_memory()
@@ -835,7 +849,7 @@ def sample(
                 bar.update()
                 if album.is_frame_due(numbers, move):
                     album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
-            album.add(numbers, utils.to_bytes(x_t).cpu())
+            album.add(numbers, utils.to_bytes(x_t, settings["depth"]).cpu())
     print(album.close() + runs.advice(run_name, checkpoint))
 
 

@@ -26,22 +26,32 @@ __all__ += ["over_white", "save_gif", "save_png", "tile"]
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """0..255 to [-1, 1], float32; the inverse of `to_bytes`."""
+    """0..255 to [-1, 1], float32; the inverse of `to_bytes`.
+
+    Levels of 16 bits, 0..65535, come as int16 of the same bits: PyTorch's uint16 can do little.
+    """
+    if images.dtype == torch.int16:
+        return (images.int() & 0xFFFF).float() / 32767.5 - 1
     return images.float() / 127.5 - 1
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, uint8, rounded to the nearest level.
+def to_bytes(images: Tensor, depth: int = 8) -> Tensor:
+    """[-1, 1] to 0..255, uint8, rounded to the nearest level; with a depth of 16, 0..65535, int32.
 
     Raises:
         UserError: a value is infinite or NaN, which would become black or white.
     """
     if not images.isfinite().all():
         raise UserError("the network makes images that are infinite or NaN; none is written")
+    if depth == 16:
+        return ((images.float() + 1) * 32767.5).round().clamp(0, 65535).int()
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 # ---- a folder's batches --------------------------------------------------------------------------
+
+# the axes of images (B, C, H, W) along which coins decide
+FLIPS = {"horizontal": (3,), "both": (3, 2), "no": ()}
 
 
 def load_dataset(folder: Path, size: tuple[int, int], mode: str = "auto") -> Dataset:
@@ -70,58 +80,84 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
+def crop(images: Tensor, shape: tuple[int, int, int], chances: Tensor) -> Tensor:
+    """Parts of `shape` (C, H, W) of larger images (B, C, h, w): (B, C, H, W).
+
+    Where they begin, `chances` (B, 2) in [0, 1) say: every place is as likely.
+    """
+    (height, width), (taller, wider) = shape[1:], images.shape[2:]
+    top = (chances[:, :1] * (taller - height + 1)).long()  # (B, 1)
+    left = (chances[:, 1:] * (wider - width + 1)).long()
+    down = top + torch.arange(height, device=images.device)  # (B, H)
+    across = left + torch.arange(width, device=images.device)  # (B, W)
+    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    parts = images.permute(0, 2, 3, 1)[batch, down[:, :, None], across[:, None, :]]  # (B, H, W, C)
+    return parts.permute(0, 3, 1, 2)
+
+
 class Loader:
     """The batches of a training. The order of the images depends on (seed, step) alone.
 
-    Flips are drawn from PyTorch's generator, which `Training` seeds for every step.
+    Flips and crops are drawn from PyTorch's generator, which `Training` seeds for every step.
 
     Args:
-        data: the images, uint8; kept on the GPU where they take less than half of its free memory,
+        data: the images; kept on the GPU where they take less than half of its free memory,
             else left on the disk and read as they are needed. `data.learned` are drawn.
         batch_size: images per step, of all processes together; at most all there are.
         seed: of the order.
-        flip: whether a coin decides for each image to be mirrored left to right.
+        flip: one of FLIPS.
         device: where batches go.
 
     Raises:
         UserError: some process would have no image.
     """
 
-    def __init__(self, data: Dataset, batch_size: int, seed: int, flip: bool, device: torch.device):
+    def __init__(self, data: Dataset, batch_size: int, seed: int, flip: str, device: torch.device):
         fits = device.type == "cuda" and data.images.nbytes < devices.free_memory(device) / 2
-        self.images = torch.from_numpy(data.images).to(device if fits else "cpu")  # (N, C, H, W)
+        images = data.images.view(np.int16) if data.images.dtype == np.uint16 else data.images
+        self.images = torch.from_numpy(images).to(device if fits else "cpu")  # (N, C, H, W)
         self.labels = torch.from_numpy(data.labels).to(self.images.device)  # (N,)
         learned = np.arange(len(self.images)) if data.learned is None else data.learned
         self.learned = torch.from_numpy(learned)  # (count,) indices
         self.count = len(learned)
-        self.shape = self.images.shape[1:]  # (C, H, W)
+        self.shape = (self.images.shape[1], *(data.size or self.images.shape[2:]))  # (C, H, W)
         self.batch_size = min(batch_size, self.count)
         if self.batch_size < processes.count():
             few = f"{self.batch_size} images a step, of {self.count:,}"
             raise UserError(f"{few}, are too few for {processes.count()} processes")
         self.seed = seed
         self.flip = flip
+        self.is_cropped = self.images.shape[1:] != self.shape
         self.device = device
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
-        """Step `step` (0, 1, ...): which images it is given and which are mirrored, both (B,)."""
+        """Step `step` (0, 1, ...): which images it is given (B,), and chances; see `load`."""
         indices = self.learned[batch_indices(self.count, self.batch_size, step, self.seed)]
-        return devices.send(indices, self.images.device), self.draw_flips(self.batch_size)
+        return devices.send(indices, self.images.device), self.draw_chances(self.batch_size)
 
-    def draw_flips(self, count: int) -> Tensor:
-        """Which of so many images are mirrored: (count,) bool."""
-        return torch.rand(count, device=self.device) < 0.5
+    def draw_chances(self, count: int) -> Tensor:
+        """Numbers in [0, 1) for so many images: (count, 1 to 4)."""
+        # one also where nothing is flipped: what is drawn later stays as it always was
+        draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped
+        return torch.rand(draws, count, device=self.device).T
 
-    def load(self, indices: Tensor, flips: Tensor) -> Tensor:
-        """Images by index (B,), mirrored where `flips` (B,) says so: (B, C, H, W) in [-1, 1]."""
-        x_0 = from_bytes(devices.send(self.images[indices], self.device))
-        if not self.flip:
-            return x_0
-        return torch.where(flips.view(-1, 1, 1, 1), x_0.flip(3), x_0)
+    def load(self, indices: Tensor, chances: Tensor) -> Tensor:
+        """Images by index (B,): (B, C, H, W) in [-1, 1].
+
+        Args:
+            chances: (B, n). The first decides on the flip left to right, which comes below 0.5, the
+                second on that top to bottom, the last two on the part that is cropped; so images
+                with 0.5 throughout are not flipped, and cropped in the middle.
+        """
+        images = devices.send(self.images[indices], self.device)
+        x_0 = from_bytes(crop(images, self.shape, chances[:, -2:]) if self.is_cropped else images)
+        for draw, axis in enumerate(FLIPS[self.flip]):
+            x_0 = torch.where(chances[:, draw].view(-1, 1, 1, 1) < 0.5, x_0.flip(axis), x_0)
+        return x_0
 
     def save_examples(self, path: Path) -> None:
-        """Write the first 64 images of the first epoch, some of them mirrored."""
+        """Write the first 64 images of the first epoch, flipped and cropped."""
         torch.manual_seed(seed_of(self.seed, 0))
         indices = self.learned[shuffled(self.count, self.seed, epoch=0)[:64]]
-        examples = self.load(indices, self.draw_flips(len(indices)))
+        examples = self.load(indices, self.draw_chances(len(indices)))
         save_png(to_bytes(examples).cpu(), path)

@@ -144,11 +144,13 @@ class HeldOut:
         for start in mine[::at_once]:
             part = slice(start, min(start + at_once, mine.stop))
             indices = self.indices[part]
-            as_they_are = torch.zeros(len(indices), dtype=torch.bool, device=device)
+            as_they_are = torch.full((len(indices), 4), 0.5, device=device)
             x_0 = loader.load(indices, as_they_are)  # (b, C, H, W)
             noise = [self.noise_of(place) for place in range(part.start, part.stop)]
             eps = torch.from_numpy(np.stack(noise)).to(device, x_0.dtype)
-            labels = loader.labels[indices] if training.settings["classes"] else None
+            labels = None
+            if training.settings["classes"]:
+                labels = devices.send(loader.labels[indices], device)
             with devices.autocast(device, training.precision):
                 found = training.diffusion.loss(training.ema, x_0, self.t[part], eps, labels)
             losses[part] = found.to(losses.dtype)

@@ -1,4 +1,4 @@
-"""The image files below a folder: found, told apart by their content, not opened yet.
+"""The images of a source, most often a folder: told apart by their content, not decoded yet.
 
 Reading order: Listing and list_images; classes; the identity of a data set.
 """
@@ -6,32 +6,31 @@ Reading order: Listing and list_images; classes; the identity of a data set.
 import contextlib
 import gc
 import hashlib
+import io
 import os
-import stat
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from machinery.basics import BROKEN_FILE, UserError, counted, progress_bar, write_whole
-from machinery.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES, MachineFault
+from machinery.pixels import IMAGE_SUFFIXES, FileFault, MachineFault, read_bytes
+from machinery.sources import Frame, Member, Row, look_into
 
 CACHE = Path("datasets", ".cache")
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
-OWN_FOLDERS = ("models", "results", "runs")  # what training writes is no data set to learn from
 WHOLE_FILE = 2**20  # bytes; larger files are told apart by three samples
 SAMPLE = 2**18
 DIGEST = 16  # bytes
 
 
 class Listing(NamedTuple):
-    """The image files below a folder, in one order on every system."""
+    """The images of a source (see sources.py), in one order on every system."""
 
-    folder: Path
+    folder: Path  # or an archive, or a file with an array
     names: list[str]  # below the folder, with "/"
     fingerprint: str  # of their names and contents
     old_fingerprint: str  # of their names and sizes: runs of earlier versions have it
@@ -42,42 +41,17 @@ class Listing(NamedTuple):
     unreadable: list[str]  # folders that may not be opened
     facts: np.ndarray  # (N, 4) int64, by which it is known that a digest still holds
     digests: np.ndarray  # (N, DIGEST) uint8, of the contents
+    members: list  # what else than a folder's files there is: Member, Row, Frame; or empty
+    cache: Path  # where decoded images are kept
 
     @property
-    def paths(self) -> list[str]:
-        return [f"{self.folder}/{name}" for name in self.names]
+    def paths(self) -> list:
+        """How to open each: the paths of files, or members."""
+        return self.members or [f"{self.folder}/{name}" for name in self.names]
 
     def is_known_as(self, fingerprint: str) -> bool:
         """Whether a run with this fingerprint was trained on these files."""
         return fingerprint in (self.fingerprint, self.old_fingerprint)
-
-
-class Found:
-    """What a walk through a folder meets."""
-
-    def __init__(self):
-        self.files = []  # (name, size, mtime, ctime, inode, first-level folder)
-        self.unreadable = []  # folders
-        self.dead_links = []
-        self.own_folders = []
-        self.others = Counter()  # suffixes of images that are not read
-
-    def remarks(self) -> list[str]:
-        """What was passed over, with its number and an example."""
-        sentences = []
-        if self.unreadable:
-            number = counted(len(self.unreadable), "folder")
-            sentences.append(f"{number} may not be opened, left out: {self.unreadable[0]}")
-        if self.dead_links:
-            number = counted(len(self.dead_links), "dead link")
-            sentences.append(f"{number}, such as {self.dead_links[0]}")
-        if self.others:
-            kinds = ", ".join(suffix for suffix, _ in self.others.most_common(5))
-            number = counted(self.others.total(), "image")
-            sentences.append(f"{number} of kinds that are not read, left out: {kinds}")
-        if self.own_folders:
-            sentences.append(f"left out, since training writes there: {self.own_folders[0]}")
-        return sentences
 
 
 @contextlib.contextmanager
@@ -90,70 +64,27 @@ def no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def walk(folder: Path) -> Found:
-    """All files below a folder; no hidden ones, no pipes, no circles of links."""
-    found = Found()
-    visited = set()
-    own = {os.path.realpath(name) for name in OWN_FOLDERS if os.path.isdir(name)}
-
-    def note_unreadable(error: OSError) -> None:
-        found.unreadable.append(f"{error.filename} ({error.strerror})")
-
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=note_unreadable):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        if real in own and place != str(folder):
-            found.own_folders.append(place)
-            folders.clear()
-            continue
-        # of two ways to a folder, the same one every time
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = "" if place == str(folder) else f"{Path(place).relative_to(folder).as_posix()}/"
-        top = below.partition("/")[0]
-        for name in files:
-            lower = name.lower()
-            if name[0] == "." or not lower.endswith(IMAGE_SUFFIXES):
-                if lower.endswith(OTHER_SUFFIXES) and name[0] != ".":
-                    found.others[os.path.splitext(lower)[1]] += 1
-                continue
-            try:
-                info = os.stat(f"{place}/{name}")
-            except FileNotFoundError:
-                found.dead_links.append(f"{place}/{name}")
-                continue
-            except OSError as error:
-                raise UserError(f"{place}/{name}: {error.strerror or error}") from error
-            if stat.S_ISREG(info.st_mode):
-                facts = (info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
-                found.files.append((below + name, *facts, top))
-    found.files.sort()
-    return found
-
-
 @no_collections()
-def list_images(folder: Path) -> Listing:
-    """All images below a folder, not opened but for their fingerprint.
+def list_images(folder: Path, cache: Path = CACHE, frames: str = "first") -> Listing:
+    """All images of a folder or another source, not opened but for their fingerprint.
+
+    Args:
+        folder: or a .zip archive, or a .npy or .npz file.
+        cache: where their digests are kept, and decoded images will be.
+        frames: of animations, one of sources.FRAMES.
 
     Raises:
-        UserError: there is no such folder, it holds no images, or a file may not be read.
+        UserError: there is no such source, it holds no images, or a file may not be read.
     """
-    if not folder.is_dir():
-        there = sorted(path.name for path in Path("datasets").glob("[!.]*") if path.is_dir())
-        others = ", ".join(there) or "none"
-        wrong = "is a file" if folder.exists() else "does not exist"
-        rule = f"it takes any folder of images (in datasets/ there are: {others})"
-        raise UserError(f"--dataset={folder} {wrong}; {rule}")
-    found = walk(folder)
+    found = look_into(folder, cache, frames)
     if not found.files:
         more = "".join(f"; {sentence}" for sentence in found.remarks())
         raise UserError(f"--dataset={folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){more}")
     names, sizes, *times, tops = zip(*found.files, strict=True)
     pairs = repr(list(zip(names, sizes, strict=True))).encode("utf-8", "surrogateescape")
     facts = np.array([sizes, *times], np.int64).T
-    digests = digests_of(folder, names, facts)
+    members = [found.members[name] for name in names] if found.members else []
+    digests = digests_of(note_of(folder, cache), folder, names, facts, members)
     digest = hashlib.sha256(composed("\0".join(names)).encode("utf-8", "surrogateescape"))
     digest.update(digests.tobytes())
     tops = [composed(top) for top in tops]
@@ -170,6 +101,8 @@ def list_images(folder: Path) -> Listing:
         found.unreadable,
         facts,
         digests,
+        members,
+        cache,
     )
 
 
@@ -223,38 +156,50 @@ def check_classes(listing: Listing) -> tuple[str, ...]:
 # ---- the identity of a data set ------------------------------------------------------------------
 
 
-def digest_of(path: str) -> bytes:
-    """A digest of a file's content: all of it, or of a large one its head, middle and tail.
+def digest_of(path: str | Member | Row | Frame) -> bytes:
+    """A digest of an image's content: all of it, or of a large one its head, middle and tail.
 
     Raises:
         MachineFault: it may not be read.
     """
     try:
+        if not isinstance(path, str):
+            with contextlib.suppress(FileFault):
+                content = read_bytes(path)
+                return digest_content(io.BytesIO(content), len(content))
+            return hashlib.blake2b(repr(path[1:]).encode(), digest_size=DIGEST).digest()  # damaged
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=DIGEST)
-            if size <= WHOLE_FILE:
-                digest.update(file.read())
-                return digest.digest()
-            for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
-                file.seek(start)
-                digest.update(file.read(SAMPLE))
-            return digest.digest()
+            return digest_content(file, os.fstat(file.fileno()).st_size)
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MachineFault(f"{path}: {reason}") from error
 
 
-def digests_of(folder: Path, names: tuple[str, ...], facts: np.ndarray) -> np.ndarray:
-    """The digests of files, (N, DIGEST) uint8; most of them, a later start finds in the cache.
+def digest_content(file: BinaryIO, size: int) -> bytes:
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=DIGEST)
+    if size <= WHOLE_FILE:
+        digest.update(file.read())
+        return digest.digest()
+    for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+        file.seek(start)
+        digest.update(file.read(SAMPLE))
+    return digest.digest()
+
+
+def digests_of(
+    note: Path, folder: Path, names: tuple[str, ...], facts: np.ndarray, members: list
+) -> np.ndarray:
+    """The digests of images, (N, DIGEST) uint8; most of them, a later start finds in the cache.
 
     A file is read again when its size, its times (that of its last change of name or rights, too)
     or its place on the disk is another.
 
     Args:
-        folder: where they are.
+        note: where the digests are kept.
+        folder: where the files are.
         names: of the files below it.
         facts: (N, 4) int64, of each file: size, times of change, inode.
+        members: how to open each; empty for a folder.
 
     Raises:
         UserError: a file may not be read.
@@ -263,7 +208,7 @@ def digests_of(folder: Path, names: tuple[str, ...], facts: np.ndarray) -> np.nd
     digests = np.zeros((len(names), DIGEST), np.uint8)
     missing = np.ones(len(names), bool)
     with contextlib.suppress(*BROKEN_FILE):
-        known = load_digests(folder)
+        known = load_digests(note)
         if np.array_equal(known["names"], joined):
             digests = known["digests"]
             missing = (known["facts"] != facts).any(axis=1)
@@ -277,10 +222,10 @@ def digests_of(folder: Path, names: tuple[str, ...], facts: np.ndarray) -> np.nd
     places = np.flatnonzero(missing)
     if not len(places):
         return digests
+    paths = (members[place] if members else f"{folder}/{names[place]}" for place in places)
     with progress_bar(len(places), title="checking images") as bar, ThreadPoolExecutor() as pool:
         try:
-            found = pool.map(digest_of, (f"{folder}/{names[place]}" for place in places))
-            for place, digest in zip(places, found, strict=True):
+            for place, digest in zip(places, pool.map(digest_of, paths), strict=True):
                 digests[place] = np.frombuffer(digest, np.uint8)
                 bar.update()
         except MachineFault as error:
@@ -289,10 +234,10 @@ def digests_of(folder: Path, names: tuple[str, ...], facts: np.ndarray) -> np.nd
     return digests
 
 
-def note_of(folder: Path) -> Path:
-    """Where the digests of a folder's files are kept."""
+def note_of(folder: Path, cache: Path) -> Path:
+    """Where the digests of a source's images are kept."""
     key = hashlib.sha256(os.path.realpath(folder).encode("utf-8", "surrogateescape"))
-    return CACHE / f"{key.hexdigest()[:16]}.digests.npz"
+    return cache / f"{key.hexdigest()[:16]}.digests.npz"
 
 
 def join(names: Sequence[str]) -> np.ndarray:
@@ -300,13 +245,13 @@ def join(names: Sequence[str]) -> np.ndarray:
     return np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)
 
 
-def load_digests(folder: Path) -> dict[str, np.ndarray]:
+def load_digests(note: Path) -> dict[str, np.ndarray]:
     """What `keep_digests` wrote.
 
     Raises:
         ValueError, and others of BROKEN_FILE: it is missing or damaged.
     """
-    with np.load(note_of(folder), allow_pickle=False) as file:
+    with np.load(note, allow_pickle=False) as file:
         known = {name: file[name] for name in ("names", "facts", "digests", "sum")}
     count = known["facts"].shape[0]
     shapes = known["facts"].shape == (count, 4) and known["digests"].shape == (count, DIGEST)
@@ -317,14 +262,15 @@ def load_digests(folder: Path) -> dict[str, np.ndarray]:
 
 def keep_digests(listing: Listing) -> None:
     """Keep digests with the facts by which it is known that they still hold."""
+    note = note_of(listing.folder, listing.cache)
     known = {"names": join(listing.names), "facts": listing.facts, "digests": listing.digests}
     with contextlib.suppress(*BROKEN_FILE):
-        kept = load_digests(listing.folder)
+        kept = load_digests(note)
         if all(np.array_equal(kept[name], known[name]) for name in known):
             return
     known["sum"] = np.frombuffer(sum_of(known), np.uint8)
     with contextlib.suppress(OSError):  # it only saves time
-        write_whole(note_of(listing.folder), lambda file: np.savez(file, **known))
+        write_whole(note, lambda file: np.savez(file, **known))
 
 
 def sum_of(known: dict[str, np.ndarray]) -> bytes:

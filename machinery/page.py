@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from machinery import checkpoints, journal, processes, runs
-from machinery.basics import BROKEN_FILE, printable, write_whole
+from machinery.basics import BROKEN_FILE, make_folder, printable, write_whole
 from machinery.command_line import as_typed
 
 POINTS = 400  # of a curve: no screen shows more
@@ -351,7 +351,7 @@ def write_page(name: str, stored: dict) -> Path:
         OSError: a folder or disk cannot be read or written.
     """
     results = Path("results", name)
-    results.mkdir(parents=True, exist_ok=True)
+    make_folder(results)
     previews = previews_of(results / "training_progress")
     classes = classes_in(results, previews)
     albums = albums_of(results)

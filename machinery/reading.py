@@ -1,13 +1,12 @@
-"""Many images: decoded once into one array of bytes, which is kept in a cache under check sums.
+"""Many images: decoded once into one array of bytes, which is kept in a cache (decoded.py).
 
 Files are found by machinery/listing.py; one of them is read by machinery/pixels.py.
 
-Reading order: what sampling starts from; who reads many images; the cache; read_dataset.
+Reading order: what sampling starts from; who reads many images; decoding; read_dataset.
 """
 
 import contextlib
-import hashlib
-import json
+import itertools
 import math
 import multiprocessing
 import os
@@ -16,7 +15,6 @@ import sys
 import threading
 import time
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,47 +28,52 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from machinery import pixels
-from machinery.basics import (
-    BROKEN_FILE,
-    UserError,
-    counted,
-    make_folder,
-    progress_bar,
-    waiting_lock,
-    write_whole,
-)
+from machinery.basics import UserError, counted, make_folder, progress_bar
 from machinery.command_line import SteadyStream
-from machinery.listing import CACHE, Listing, keep_digests
+from machinery.decoded import BlockSums, Cache, Known, notice, prune, remove_cache
+from machinery.listing import Listing, keep_digests
 from machinery.pixels import (
     CHANNELS,
+    DEPTHS,
+    NUMBERS,
     FileFault,
     MachineFault,
+    Modes,
     NeedsScale,
     Scale,
     common_scale,
     read_image,
 )
+from machinery.sources import Row
 
-MODES = {"auto": "L or RGB", "L": "gray", "RGB": "color", "RGBA": "color and alpha"}
+MODES = Modes(
+    {"auto": "L or RGB", "L": "gray", "RGB": "color", "RGBA": "color and alpha"},
+    lambda number: f"{number} channels",
+)
 NOTE_EVERY = 5  # seconds; so much is decoded again after a kill -9
 # images; threads have read fewer before processes have imported PyTorch
 PROCESSES_FROM = 10_000
 # what a process reads before it hands it over, at most
 PORTION = 64  # images
 PORTION_BYTES = 2**22
-BLOCK = 2**22  # bytes of the cache under one check sum
+MARGIN = 1.25  # how much larger images are decoded of which a random part is learned
+CROPS = {
+    "center": "the middle",
+    "random": "another part each time",
+}
 
 
 class Dataset(NamedTuple):
     """The images of a folder, decoded."""
 
-    images: np.ndarray  # (N, C, H, W) uint8, mapped from the cache; RGBA is premultiplied
+    images: np.ndarray  # (N, C, H, W) uint8 or uint16, mapped from the cache; RGBA is premultiplied
     fingerprint: str  # of the files' names and contents: the same on every machine
     remarks: list[str]  # what was left out or changed, a sentence each
     mode: str  # one of CHANNELS
     labels: np.ndarray  # (N,) int64, as in Listing
     names: Sequence[str] = ()  # of the N files, below the folder
     learned: np.ndarray | None = None  # indices of the images to learn from; None for all
+    size: tuple[int, ...] = ()  # to which larger images are cropped at random; () for whole ones
 
 
 # ---- what sampling starts from -------------------------------------------------------------------
@@ -99,6 +102,8 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         raise UserError(f"--mask={mask} needs an image to inpaint: --init_image=...")
     if not init_image:
         return None
+    if mode in NUMBERS:
+        raise UserError(f"--init_image={init_image}: this run makes {mode} channels, no colors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of Pillow's is an error here
         image = read_flag("init_image", init_image, size, mode)
@@ -139,7 +144,7 @@ def read_mask(path: str, size: tuple[int, int]) -> Tensor:
     Raises:
         UserError: it repaints nothing, or everything.
     """
-    picture, _ = pixels.decode(pixels.read_bytes(path), size, "RGBA", Scale(0, 1))
+    picture, _ = pixels.decode(path, "RGBA", Scale(0, 1), 2 * max(size))
     levels = np.asarray(picture)[:, :, :3].mean(axis=2).round().astype(np.uint8)  # premultiplied
     if levels.max() == 1:
         levels = levels * 255
@@ -284,124 +289,10 @@ def read_all(work: Callable, paths: list[str], image_bytes: int, *how) -> Iterat
         raise UserError(f"a process that reads images died {where}; {way_on}") from error
 
 
-# ---- the cache -----------------------------------------------------------------------------------
+# ---- decoding ------------------------------------------------------------------------------------
 
 
-class BlockSums:
-    """The check sums of a growing file, of BLOCK bytes each, the last one of what there is."""
-
-    def __init__(self):
-        self.full = []
-        self.last = 0
-        self.length = 0  # bytes under the last sum
-
-    def update(self, data: np.ndarray) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):
-            part = view[: BLOCK - self.length]
-            self.last = zlib.crc32(part, self.last)
-            self.length += len(part)
-            view = view[len(part) :]
-            if self.length == BLOCK:
-                self.full.append(self.last)
-                self.last = 0
-                self.length = 0
-
-    def values(self) -> list[int]:
-        return [*self.full, self.last] if self.length else list(self.full)
-
-
-class Cache:
-    """Decoded images behind one another in a file, and a note of what was noticed beside it.
-
-    An unfinished file has another name; a finished one is never written to again, so whoever has
-    mapped it keeps it whole. The note says what is true of the file: up to where it goes, and its
-    check sums. Any damage means decoded again.
-
-    Args:
-        key: of the images, their size and mode.
-        image_bytes: of one image.
-    """
-
-    def __init__(self, key: str, image_bytes: int):
-        self.path = CACHE / f"{key}.bytes"
-        self.unfinished = CACHE / f"{key}.unfinished"
-        self.note = CACHE / f"{key}.json"
-        self.image_bytes = image_bytes
-
-    def blank(self) -> dict:
-        facts = {"seen": 0, "count": 0, "skipped": [], "examples": [], "noticed": {}}
-        return facts | {"is_gray": True, "scale": None, "sums": []}
-
-    def load(self, count: int) -> tuple[dict, BlockSums]:
-        """What is known of `count` images, all or the first ones; nothing where there is damage."""
-        with contextlib.suppress(*BROKEN_FILE):
-            noted = json.loads(self.note.read_text())
-            facts = noted["facts"]
-            if noted["sum"] == sum_of(facts) and are_facts(facts, count):
-                path = self.path if facts["seen"] == count else self.unfinished
-                length = facts["count"] * self.image_bytes
-                sums = sums_of(path, length)
-                is_whole = path == self.unfinished or path.stat().st_size == length
-                if sums.values() == facts["sums"] and is_whole:
-                    return facts, sums
-        if self.path.exists():
-            print("the cache of decoded images is damaged; they are decoded again", flush=True)
-        self.remove()
-        return self.blank(), BlockSums()
-
-    def save(self, facts: dict, sums: BlockSums) -> None:
-        """Write the note of what the file holds by now."""
-        facts["sums"] = sums.values()
-        text = json.dumps({"facts": facts, "sum": sum_of(facts)})
-        write_whole(self.note, lambda file: file.write(text.encode()))
-
-    def remove(self) -> None:
-        for path in (self.note, self.path, self.unfinished):
-            path.unlink(missing_ok=True)
-
-
-def are_facts(facts: dict, count: int) -> bool:
-    """Whether all of a note's facts on `count` images have their types and ranges."""
-    numbers = [facts["seen"], facts["count"], *facts["skipped"], *facts["sums"]]
-    noticed = facts["noticed"].items()
-    return (
-        len(facts) == 8
-        and all(isinstance(facts[name], list) for name in ("skipped", "examples", "sums"))
-        and len(facts["examples"]) == min(3, len(facts["skipped"]))
-        and all(type(number) is int and number >= 0 for number in numbers)
-        and facts["seen"] == facts["count"] + len(facts["skipped"]) <= count
-        and facts["skipped"] == sorted({*facts["skipped"]})
-        and all(place < facts["seen"] for place in facts["skipped"])
-        and all(isinstance(example, str) for example in facts["examples"])
-        and all(type(number) is int and isinstance(name, str) for _, (number, name) in noticed)
-        and isinstance(facts["is_gray"], bool)
-        and (facts["scale"] is None or all(map(math.isfinite, Scale(*facts["scale"]))))
-    )
-
-
-def sum_of(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def sums_of(path: Path, length: int) -> BlockSums:
-    """The check sums of a file's first `length` bytes.
-
-    Raises:
-        OSError, ValueError: there are not as many.
-    """
-    sums = BlockSums()
-    with open(path, "rb") as file:
-        while length > 0:
-            data = file.read(min(BLOCK, length))
-            if not data:
-                raise ValueError("shorter than noted")
-            sums.update(np.frombuffer(data, np.uint8))
-            length -= len(data)
-    return sums
-
-
-def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Cache) -> dict:
+def decode(paths: list, how: tuple, cache: Cache) -> dict:
     """Have all readable images in the cache, and what was noticed of them.
 
     What an earlier start has done is not done again; what it could not read is tried again.
@@ -411,7 +302,7 @@ def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Cache) -> 
     """
     facts, sums = cache.load(len(paths))
     scale = facts["scale"] and Scale(*facts["scale"])
-    again = [attempt(read_one, paths[place], size, mode) for place in facts["skipped"]]
+    again = [attempt(read_one, paths[place], *how) for place in facts["skipped"]]
     if not all(isinstance(result, FileFault) for result in again):
         cache.remove()
         facts, sums = cache.blank(), BlockSums()
@@ -420,20 +311,37 @@ def decode(paths: list[str], size: tuple[int, int], mode: str, cache: Cache) -> 
     with warnings.catch_warnings(), quiet_libraries() as terminal:
         warnings.simplefilter("ignore")  # what matters of Pillow's stands in the remarks
         try:
-            decode_rest(paths, size, mode, cache, facts, sums, scale, terminal)
+            decode_rest(paths, how, cache, facts, sums, scale, terminal)
         except NeedsScale:  # begin again, with one scale for all
             cache.remove()
             facts, sums = cache.blank(), BlockSums()
             scale = survey(paths, terminal)
             facts["scale"] = list(scale)
-            decode_rest(paths, size, mode, cache, facts, sums, scale, terminal)
+            decode_rest(paths, how, cache, facts, sums, scale, terminal)
     return facts
 
 
+def results(paths: list, first: int, known: Known, image_bytes: int, *how) -> Iterator[list]:
+    """What `read_one` makes of the images from `first` on, portion by portion.
+
+    What is known already is not read again.
+    """
+    if not known.count:
+        yield from read_all(read_one, paths[first:], image_bytes, *how)
+        return
+    missing = [
+        path for path, place in zip(paths[first:], known.places[first:], strict=True) if place < 0
+    ]
+    with contextlib.closing(read_all(read_one, missing, image_bytes, *how)) as portions:
+        fresh = itertools.chain.from_iterable(portions)
+        for start in range(first, len(paths), PORTION):
+            numbers = range(start, min(len(paths), start + PORTION))
+            yield [known.image(number) or next(fresh) for number in numbers]
+
+
 def decode_rest(
-    paths: list[str],
-    size: tuple[int, int],
-    mode: str,
+    paths: list,
+    how: tuple,
     cache: Cache,
     facts: dict,
     sums: BlockSums,
@@ -445,8 +353,11 @@ def decode_rest(
     The note follows the images: it is true at any moment.
     """
     first = facts["seen"]
-    how = (size, mode, Image.Resampling.LANCZOS, scale)
-    portions = read_all(read_one, paths[first:], cache.image_bytes, *how)
+    how = (*how, scale)
+    known = Known(cache, scale)
+    if known.count:
+        print(f"{known.count:,} of {len(paths):,} images were decoded before and are taken over")
+    portions = results(paths, first, known, cache.image_bytes, *how)
     bar = progress_bar(len(paths), first, title="reading images", file=terminal)
     with open(cache.unfinished, "ab") as file, bar, contextlib.closing(portions):
         file.truncate(facts["count"] * cache.image_bytes)
@@ -464,18 +375,19 @@ def decode_rest(
                 if isinstance(result, MachineFault):
                     note()
                     raise UserError(f"{result}; the same command goes on from there")
-                take(result, paths[facts["seen"]], file, facts, sums)
+                take(result, file, facts, sums)
             bar.update(len(portion))
             if facts["seen"] < len(paths) and time.monotonic() - noted_at >= NOTE_EVERY:
                 note()
                 noted_at = time.monotonic()
         file.flush()
         os.fsync(file.fileno())
-    os.replace(cache.unfinished, cache.path)
-    cache.save(facts, sums)
+    cache.finish(facts, sums)
+    if known.count and known.source == facts["source"]:  # what the same folder was before
+        remove_cache(known.note)
 
 
-def take(result, path: str, file, facts: dict, sums: BlockSums) -> None:
+def take(result, file, facts: dict, sums: BlockSums) -> None:
     """Add one image to the cache, or the reason why it is none.
 
     Raises:
@@ -493,15 +405,13 @@ def take(result, path: str, file, facts: dict, sums: BlockSums) -> None:
         facts["count"] += 1
         facts["is_gray"] = facts["is_gray"] and bool((image == image[0]).all())
         for remark in remarks:
-            number, example = facts["noticed"].get(remark, (0, Path(path).name))
-            facts["noticed"][remark] = [number + 1, example]
+            notice(facts, remark)
     facts["seen"] += 1
 
 
 def find_extremes(path: str) -> Scale | None:
     """The smallest and the largest number of an image whose format fixes no scale."""
-    data = pixels.read_bytes(path)
-    with pixels.faults_of(Path(path).name), pixels.open_image(data) as picture:
+    with pixels.faults_of(Path(path).name), pixels.open_source(path) as picture:
         if picture.mode[0] not in "IF" or pixels.scale_of(picture):
             return None
         with pixels.memory.hold(picture.width * picture.height):
@@ -521,38 +431,74 @@ def survey(paths: list[str], terminal: TextIO) -> Scale:
 # ---- the data set --------------------------------------------------------------------------------
 
 
-def read_dataset(listing: Listing, size: tuple[int, int], mode: str = "auto") -> Dataset:
-    """Every readable image at `size` (height, width), in one of MODES: decoded once, then cached.
+def read_dataset(
+    listing: Listing,
+    size: tuple[int, int],
+    mode: str = "auto",
+    *,
+    crop: str = "center",
+    resize: str = "lanczos",
+    depth: int = 8,
+) -> Dataset:
+    """Every readable image, decoded once, then cached.
+
+    Args:
+        listing: the images.
+        size: height and width.
+        mode: one of MODES.
+        crop: one of CROPS; for random ones, images are decoded a quarter larger.
+        resize: one of pixels.RESIZES.
+        depth: bits of a level, one of pixels.DEPTHS.
 
     Raises:
         UserError: more than half of the images are unreadable, or the machine cannot read one.
     """
-    stored = "RGB" if mode == "auto" else mode
-    key = hashlib.sha256(repr((3, stored, size, listing.fingerprint)).encode()).hexdigest()[:16]
-    cache = Cache(key, CHANNELS[stored] * math.prod(size))
-    make_folder(CACHE)
+    stored = default_mode(listing) if mode == "auto" else mode
+    full = tuple(math.ceil(MARGIN * side) for side in size) if crop == "random" else size
+    shape = (CHANNELS[stored], *full)
+    how = (full, stored, resize, depth)
+    cache = Cache(listing, repr(how), shape, DEPTHS[depth])
+    make_folder(listing.cache)
     keep_digests(listing)
-    with waiting_lock(cache.path.with_suffix(".lock")):  # a second process finds the work done
-        facts = decode(listing.paths, size, stored, cache)
-    skipped = facts["skipped"]
-    count = len(listing.names)
-    if 2 * len(skipped) > count:
-        cache.remove()
-        example = facts["examples"][0]
-        unread = f"{len(skipped):,} of {counted(count, 'image')}"
-        raise UserError(f"{unread} cannot be read, for instance {example}")
-    shape = (facts["count"], CHANNELS[stored], *size)
-    images = np.memmap(cache.path, np.uint8, mode="c", shape=shape)
-    if mode == "auto" and facts["is_gray"]:
+    with cache.lock():  # a second process finds the work done
+        facts = decode(listing.paths, how, cache)
+        skipped = facts["skipped"]
+        count = len(listing.names)
+        if 2 * len(skipped) > count:
+            cache.remove()
+            unread = f"{len(skipped):,} of {counted(count, 'image')}"
+            raise UserError(f"{unread} cannot be read, for instance {facts['examples'][0]}")
+        images = cache.map(cache.path, facts["count"])
+    prune(listing.cache, keep=cache.note)
+    if mode == "auto" and stored == "RGB" and facts["is_gray"]:
         stored = "L"
         images = images[:, :1]
     labels = np.delete(listing.labels, skipped)
     names = np.delete(np.array(listing.names, object), skipped)
-    remarks = listing.remarks + remarks_on(facts)
-    return Dataset(images, listing.fingerprint, remarks, stored, labels, names)
+    remarks = listing.remarks + remarks_on(facts, listing.paths) + remarks_on_mode(stored, depth)
+    facts = {"names": names, "size": size if crop == "random" else ()}
+    return Dataset(images, listing.fingerprint, remarks, stored, labels, **facts)
 
 
-def remarks_on(facts: dict) -> list[str]:
+def default_mode(listing: Listing) -> str:
+    """What `--mode=auto` decodes to: RGB, of which gray is one plane; or channels of an array."""
+    first = listing.paths[0]
+    is_color = not isinstance(first, Row) or str(first.array.channels) not in NUMBERS
+    return "RGB" if is_color else str(first.array.channels)
+
+
+def remarks_on_mode(mode: str, depth: int) -> list[str]:
+    """What pictures of the images do not show."""
+    remarks = []
+    if mode in NUMBERS:
+        which = "the first one" if mode == "2" else "the first three"
+        remarks.append(f"of {mode} channels, pictures show {which}; sample writes all of them")
+    if depth == 16:
+        remarks.append("of 16 bits, pictures show the upper 8; sample writes all of them")
+    return remarks
+
+
+def remarks_on(facts: dict, paths: list) -> list[str]:
     """What was left out or changed, with its number and an example."""
     remarks = []
     if facts["skipped"]:
@@ -562,6 +508,7 @@ def remarks_on(facts: dict) -> list[str]:
         black, white = facts["scale"]
         kinds = "images of floats or 32-bit numbers"
         remarks.append(f"{kinds}: {black:g} is black, {white:g} is white")
-    for remark, (number, example) in sorted(facts["noticed"].items()):
-        remarks.append(f"{number:,} {remark} ({example})")
+    for remark, runs in sorted(facts["noticed"].items()):
+        number = sum(last - first + 1 for first, last in runs)
+        remarks.append(f"{number:,} {remark} ({Path(paths[runs[0][0]]).name})")
     return remarks

@@ -31,6 +31,7 @@ from machinery.command_line import (
     check_limits,
     check_name,
     did_you_mean,
+    flip_of_switch,
     in_flags,
 )
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
@@ -76,7 +77,8 @@ MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_ev
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}
 MAY_CHANGE |= {"precision"}  # a run may move to a machine that has another
 MAY_CHANGE |= {"keep_best", "track", "raw_previews", "sample_minutes"}
-MAY_CHANGE |= {"run_name", "init_from"}  # where a run lies, and where it began, change nothing
+# where a run and its cache lie, and where it began, change nothing
+MAY_CHANGE |= {"run_name", "init_from", "cache"}
 # What versions did that had no such flag, or kept no such setting, where it is not the default.
 BEFORE = {"mode": "RGB", "classes": (), "held_out": 0}
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
@@ -100,6 +102,9 @@ def check_training(settings: dict, limits: dict) -> None:
         check_name("init_from", settings["init_from"])
     if not settings["dataset"]:
         raise UserError("--dataset= is empty; it takes any folder of images")
+    cache = Path(settings["cache"])
+    if not settings["cache"] or (cache.exists() and not cache.is_dir()):
+        raise UserError(f"--cache={settings['cache']} is no folder; it takes one, which is made")
     if settings["preset"] != "none":
         values = {name: settings[name] for name in limits["preset"][settings["preset"]]}
         print(f"preset   {settings['preset']}: {in_flags(values)}")
@@ -375,11 +380,12 @@ class Run:
         """
         mode = self.settings["mode"]
         size = self.settings["img_size"]
+        how = {name: self.settings[name] for name in ("crop", "resize", "depth")}
         old_mode = self.old_settings().get("mode")
         with processes.first_alone():
-            data = reading.read_dataset(self.listing, size, mode)
+            data = reading.read_dataset(self.listing, size, mode, **how)
             if old_mode and mode == "auto" and data.mode != old_mode:
-                data = reading.read_dataset(self.listing, size, old_mode)
+                data = reading.read_dataset(self.listing, size, old_mode, **how)
         folder = self.listing.folder
         labels = data.labels if self.settings["classes"] else None
         self.split = held_out.split(data.names, self.settings["held_out"], labels)
@@ -558,6 +564,8 @@ def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Cal
     try:
         defaults = {name: flag.default for name, flag in flags.items()}
         stored["settings"] = defaults | BEFORE | stored["settings"]
+        if isinstance(stored["settings"]["flip"], bool):  # as of earlier versions
+            stored["settings"]["flip"] = flip_of_switch(stored["settings"]["flip"])
         if entry := what_is_wrong(stored, kinds, limits):
             wrong = f"entries that do not fit its settings ({entry})"
         else:

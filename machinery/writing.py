@@ -1,4 +1,6 @@
-"""Files from pixels: PNG, GIF, grids, and all that `sample` writes. Pixels are uint8, 0..255.
+"""Files from pixels: PNG, GIF, grids, and all that `sample` writes.
+
+Pixels are uint8, 0..255; those of 16 bits are int32, 0..65535.
 
 Reading order: grids and files; Album.
 """
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -25,14 +28,18 @@ from machinery.command_line import as_typed
 
 
 def over_white(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) in 0..255 as RGB (N, 3, H, W), transparent ones over white.
+    """Images (N, C, H, W) as RGB of 8 bits (N, 3, H, W), transparent ones over white.
 
-    Four channels are premultiplied: color times alpha, and alpha.
+    Four channels are premultiplied: color times alpha, and alpha. Of channels that are no colors
+    the first three are shown, or of two the first one.
     """
+    if images.dtype == torch.int32:
+        images = (images / 257).round().to(torch.uint8)
     if images.shape[1] == 4:
         colors, alpha = images[:, :3], images[:, 3:]
         return torch.minimum(colors, alpha) + (255 - alpha)
-    return images.expand(-1, 3, -1, -1)
+    shown = images[:, : 1 if images.shape[1] == 2 else 3]
+    return shown.expand(-1, 3, -1, -1)
 
 
 def natural_order(names: Sequence[str]) -> list[int]:
@@ -84,7 +91,11 @@ def tile(images: Tensor, classes: Sequence[str] = ()) -> Tensor:
 
 
 def to_pillow(image: Tensor) -> Image.Image:
-    """An image (C, H, W) in 0..255 as Pillow's L, RGB or (from premultiplied) RGBA."""
+    """An image (C, H, W) as Pillow's L, RGB or (from premultiplied) RGBA; of 16 bits as I;16."""
+    if image.dtype == torch.int32 and len(image) == 1:
+        return Image.fromarray(image[0].numpy().astype(np.uint16))
+    if image.dtype == torch.int32 or len(image) not in (1, 3, 4):
+        [image] = over_white(image[None])
     mode = {1: "L", 3: "RGB", 4: "RGBa"}[len(image)]
     pixels = image.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
     picture = Image.frombytes(mode, (image.shape[2], image.shape[1]), pixels.tobytes())
@@ -104,6 +115,22 @@ def save_png(images: Tensor, path: Path, classes: Sequence[str] = (), **facts) -
         chunks.add_text(name, str(value))
     picture = to_pillow(tile(images, classes) if len(images) > 1 else images[0])
     write_whole(path, lambda file: picture.save(file, "png", pnginfo=chunks))
+
+
+def suffix_of(images: Tensor) -> str:
+    """What keeps all there is in images (N, C, H, W): .png, or .npy where PNG cannot."""
+    fits = images.shape[1] in ((1,) if images.dtype == torch.int32 else (1, 3, 4))
+    return ".png" if fits else ".npy"
+
+
+def save_npy(images: Tensor, path: Path, **_) -> None:
+    """Write the only one of images (1, C, H, W) as an array (H, W, C), uint8 or uint16.
+
+    A .npy file has no place for facts.
+    """
+    levels = images[0].permute(1, 2, 0).numpy()  # (H, W, C)
+    levels = levels.astype(np.uint8 if images.dtype == torch.uint8 else np.uint16)
+    write_whole(path, lambda file: np.save(file, levels))
 
 
 def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
@@ -140,6 +167,7 @@ class Album:
     save_grid: bool
     gif: bool
     moves: int  # steps from noise to image
+    suffix: str = ".png"  # of the single images
     grid: list[Tensor] = field(default_factory=list)
     # by the first number of a batch, its frames (2, B, C, H, W): x_t and the guess of x_0
     film: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -189,15 +217,17 @@ class Album:
         """Write a batch (B, C, H, W), eight files at a time: they wait for the disk."""
         digits = max(4, len(str(self.flags["n_img"])))
         command = self.command(numbers)
+        self.suffix = suffix_of(images)
+        save = save_png if self.suffix == ".png" else save_npy
         with ThreadPoolExecutor(8) as writers:
             pending = []
             for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
-                path = self.folder / f"sample_{number + 1:0{digits}d}.png"
+                path = self.folder / f"sample_{number + 1:0{digits}d}{self.suffix}"
                 facts = {"seed": self.flags["seed"] + number}
                 facts["command"] = f"{command}  # this is sample_{place + 1:04d}.png there"
                 if self.labels:
                     facts["label"] = self.labels[number % len(self.labels)]
-                pending.append(writers.submit(save_png, image[None], path, **self.facts, **facts))
+                pending.append(writers.submit(save, image[None], path, **self.facts, **facts))
             for each in pending:
                 each.result()  # raises what the thread met with
         wanted = max(0, GRID_IMAGES - numbers.start)
@@ -211,7 +241,8 @@ class Album:
             return ""
         n_img = self.flags["n_img"]
         command = self.command(range(n_img))
-        sentences = [f"{counted(n_img, 'image')}: {self.folder / 'sample_*.png'}"]
+        there = self.folder / f"sample_*{self.suffix}"
+        sentences = [f"{counted(n_img, 'image')}: {there}"]
         if self.save_grid:
             path = self.folder / "samples.png"
             facts = self.facts | {"seed": self.flags["seed"], "command": command}

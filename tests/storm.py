@@ -31,7 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ddpm
-from machinery import basics, checkpoints, journal, reading
+from machinery import basics, checkpoints, journal
+from machinery.listing import CACHE
 
 # Dropout draws from PyTorch's generator in every step; 3 does not divide 16: epochs end within
 # batches.
@@ -235,7 +236,7 @@ def storm(seconds: float, seed: int) -> tuple[collections.Counter, list[str]]:
     begin_anew()
     while time.monotonic() - started < seconds and len(faults) < 10:
         if chance.random() < 0.05:
-            shutil.rmtree(reading.CACHE, ignore_errors=True)  # the next start decodes the images
+            shutil.rmtree(CACHE, ignore_errors=True)  # the next start decodes the images
         way, status = strike(chance, points, whole)
         counts["starts"] += 1
         counts["finished runs" if status == 0 else way] += 1

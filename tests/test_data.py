@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import utils
-from machinery import basics, checkpoints, pixels, reading
+from machinery import basics, checkpoints, decoded, pixels, reading
 from machinery.basics import UserError
-from machinery.listing import check_classes, list_images
+from machinery.listing import CACHE, check_classes, list_images
 from machinery.pixels import IMAGE_SUFFIXES, FileFault, MachineFault, NeedsScale, common_scale
 
 GRAY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)  # 0, 4, ..., 252
@@ -935,9 +935,7 @@ def test_half_a_cache_is_not_used(place):
     """Without its facts, which are written last, the bytes may be of anything."""
     paint(place / "x", count=3)
     whole = np.array(utils.load_dataset(place / "x", (8, 8)).images)
-    [cache], [facts] = (
-        list((place / reading.CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json")
-    )
+    [cache], [facts] = (list((place / CACHE).glob(f"*.{suffix}")) for suffix in ("bytes", "json"))
     facts.unlink()
     cache.write_bytes(b"half")
     assert np.array_equal(utils.load_dataset(place / "x", (8, 8)).images, whole)
@@ -967,7 +965,7 @@ def test_two_at_once_decode_once(place, monkeypatch):
 
 def cache_files(place: Path) -> tuple[Path, Path]:
     """The pictures' bytes, and the note beside them."""
-    files = list((place / reading.CACHE).iterdir())
+    files = list((place / CACHE).iterdir())
     [cache] = [path for path in files if path.suffix in (".bytes", ".unfinished")]
     [note] = [path for path in files if path.suffix == ".json"]
     return cache, note
@@ -975,7 +973,7 @@ def cache_files(place: Path) -> tuple[Path, Path]:
 
 def noted(place: Path) -> int:
     """How many pictures a decoding has noted so far."""
-    notes = list((place / reading.CACHE).glob("*.json"))
+    notes = list((place / CACHE).glob("*.json"))
     return json.loads(notes[0].read_text())["facts"]["seen"] if notes else 0
 
 
@@ -995,7 +993,7 @@ def decoded_at_once(place: Path, name: str) -> tuple[reading.Dataset, bytes]:
     """
     data = utils.load_dataset(Path(name), (8, 8))
     whole = cache_files(place)[0].read_bytes()
-    shutil.rmtree(place / reading.CACHE)
+    shutil.rmtree(place / CACHE)
     return data, whole
 
 
@@ -1028,7 +1026,7 @@ def test_an_interrupted_decoding_goes_on_where_it_was(stopped_at, place, monkeyp
 
 def interrupt(place: Path, monkeypatch, name: str = "x", seen: int = 6) -> None:
     """Have the decoding of a folder end when so many pictures have been noted."""
-    write_whole = reading.write_whole
+    write_whole = decoded.write_whole
 
     def write_some(path, write) -> None:
         write_whole(path, write)
@@ -1037,7 +1035,7 @@ def interrupt(place: Path, monkeypatch, name: str = "x", seen: int = 6) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(reading, "NOTE_EVERY", 0)
-        patch.setattr(reading, "write_whole", write_some)
+        patch.setattr(decoded, "write_whole", write_some)
         with pytest.raises(KeyboardInterrupt):
             utils.load_dataset(Path(name), (8, 8))
 
@@ -1127,7 +1125,7 @@ def test_a_full_disk_ends_the_decoding_and_it_goes_on_when_there_is_room(place, 
 
 def test_pictures_are_on_the_disk_before_the_note_that_tells_of_them(place, monkeypatch):
     paint(place / "x", count=4)
-    synced, fsync, write_whole = [], os.fsync, reading.write_whole
+    synced, fsync, write_whole = [], os.fsync, decoded.write_whole
     monkeypatch.setattr(
         os, "fsync", lambda number: synced.append(os.fstat(number).st_size) or fsync(number)
     )
@@ -1135,10 +1133,12 @@ def test_pictures_are_on_the_disk_before_the_note_that_tells_of_them(place, monk
     def look(path, write) -> None:
         before = synced[-1]
         write_whole(path, write)
+        if path.suffix != ".json":
+            return
         assert before == json.loads(path.read_text())["facts"]["count"] * 3 * 8 * 8
 
     monkeypatch.setattr(reading, "NOTE_EVERY", 0)
-    monkeypatch.setattr(reading, "write_whole", look)
+    monkeypatch.setattr(decoded, "write_whole", look)
     utils.load_dataset(Path("x"), (8, 8))
 
 
@@ -1236,7 +1236,7 @@ on_posix = pytest.mark.skipif(
 def test_processes_decode_what_threads_do(mode, place, monkeypatch):
     paint_many(place / "x")
     expected = utils.load_dataset(place / "x", (8, 8), mode)
-    shutil.rmtree(place / reading.CACHE)
+    shutil.rmtree(place / CACHE)
     monkeypatch.setattr(reading, "PROCESSES_FROM", 0)
     monkeypatch.setattr(reading, "PORTION", 5)  # of twelve pictures
     monkeypatch.setattr(reading, "read_image", forbid)  # in this process
@@ -1265,7 +1265,7 @@ def test_processes_end_with_the_one_that_started_them(number, moment, place):
         if moment == "as it reads":
             wait_until(lambda: noted(place) > 20)
         else:
-            wait_until(lambda: list((place / reading.CACHE).glob("*.unfinished")))
+            wait_until(lambda: list((place / CACHE).glob("*.unfinished")))
             time.sleep(0.3)  # they import PyTorch
         (os.killpg if number == signal.SIGINT else os.kill)(loader.pid, number)
         _, err = loader.communicate(timeout=100)
@@ -1340,28 +1340,60 @@ def test_every_epoch_and_every_seed_has_its_own_order():
     assert tuple(range(50)) not in shown
 
 
-def loader_of(images: np.ndarray, flip: bool = True) -> utils.Loader:
-    data = reading.Dataset(images, "", [], "RGB", np.zeros(len(images), np.int64))
+def loader_of(images: np.ndarray, flip: str = "horizontal", size: tuple = ()) -> utils.Loader:
+    labels = np.zeros(len(images), np.int64)
+    data = reading.Dataset(images, "", [], "RGB", labels, size)
     return utils.Loader(data, 4, seed=0, flip=flip, device=torch.device("cpu"))
 
 
 def test_about_half_are_mirrored():
     torch.manual_seed(0)
-    flips = loader_of(np.zeros((4, 3, 2, 5), np.uint8)).draw_flips(4000)
-    assert (flips.shape, flips.dtype) == ((4000,), torch.bool)
+    chances = loader_of(np.zeros((4, 3, 2, 5), np.uint8)).draw_chances(4000)
+    torch.manual_seed(0)
+    assert torch.equal(chances[:, 0], torch.rand(4000))  # as in earlier versions, to the bit
     # five standard deviations of 4,000 coins
-    assert abs(flips.sum() - 2000) < 5 * math.sqrt(4000) / 2
+    assert abs((chances[:, 0] < 0.5).sum() - 2000) < 5 * math.sqrt(4000) / 2
 
 
-@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("flip", utils.FLIPS)
 def test_those_drawn_are_mirrored_and_nothing_else_is_done(flip):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 2, 5), np.uint8)
-    flips = torch.tensor([True, False, False, True, True])
+    chances = torch.tensor([[0.4, 0.1], [0.5, 0.5], [0.9, 0.2], [0.0, 0.9], [0.49, 0.0]])
     order = torch.tensor([5, 0, 3, 1, 4])
-    expected = utils.from_bytes(torch.from_numpy(pixels[order]))
-    seen = loader_of(pixels, flip).load(order, flips)
-    assert torch.equal(seen[flips], expected[flips].flip(3) if flip else expected[flips])
-    assert torch.equal(seen[~flips], expected[~flips])
+    seen = loader_of(pixels, flip).load(order, chances)
+    for image, source, (left_right, top_bottom) in zip(seen, order, chances, strict=True):
+        expected = utils.from_bytes(torch.from_numpy(pixels[source]))
+        if flip != "no" and left_right < 0.5:
+            expected = expected.flip(2)
+        if flip == "both" and top_bottom < 0.5:
+            expected = expected.flip(1)
+        assert torch.equal(image, expected)
+
+
+def test_every_part_of_a_larger_image_is_as_likely():
+    """And it is a part of that image: 3 x 4 places of 2x5 pixels in 4x8."""
+    pixels = np.arange(4 * 8, dtype=np.uint8).reshape(1, 1, 4, 8).repeat(2, axis=0)
+    loader = loader_of(pixels, "no", size=(2, 5))
+    torch.manual_seed(0)
+    chances = loader.draw_chances(6000)
+    assert chances.shape == (6000, 3)
+    parts = utils.to_bytes(loader.load(torch.zeros(6000, dtype=torch.int64), chances))
+    assert parts.shape == (6000, 1, 2, 5)
+    starts = collections.Counter(parts[:, 0, 0, 0].tolist())
+    assert set(starts) == {8 * row + column for row in range(3) for column in range(4)}
+    # five standard deviations of 6,000 throws of 12 sides
+    assert all(abs(number - 500) < 5 * math.sqrt(6000 * 11) / 12 for number in starts.values())
+    for part, start in zip(parts[:50], parts[:50, 0, 0, 0], strict=True):
+        row, column = divmod(int(start), 8)
+        expected = pixels[0, :, row : row + 2, column : column + 5]
+        assert np.array_equal(part, expected)
+
+
+def test_images_of_even_chances_are_cropped_in_the_middle():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 10, 10), np.uint8)
+    loader = loader_of(pixels, "both", size=(8, 8))
+    seen = loader.load(torch.tensor([1, 0]), torch.full((2, 4), 0.5))
+    assert np.array_equal(utils.to_bytes(seen), pixels[[1, 0], :, 1:9, 1:9])
 
 
 # ---- levels and files ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 import ddpm
 import utils
 from machinery import basics, command_line, reading, writing
-from machinery.listing import list_images
+from machinery.listing import CACHE, list_images
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
@@ -450,7 +450,7 @@ def test_damaged_features_are_computed_again(damage, place):
     features = evaluate.Features("mean", "1", lambda part: part.float().mean(dim=(2, 3)))
     how = (images, features, torch.device("cpu"), 4)
     expected = evaluate.extract_cached(*how)
-    [kept] = reading.CACHE.glob("*.npz")
+    [kept] = CACHE.glob("*.npz")
     data = kept.read_bytes()
     if damage == "flip":
         place_of_features = data.index(expected.numpy().tobytes())
@@ -890,7 +890,7 @@ def test_images_of_a_folder_are_the_first_ones_at_their_own_size(run_tool, place
 def test_a_folder_that_cannot_be_judged_is_refused_in_one_line(run_tool, place, words, message):
     (place / "empty").mkdir()
     paint(place / "made", count=20)
-    paint(place / "few", count=15)
+    paint(place / "few", count=15, first_seed=100)
     paint(paint(place / "mixed", count=20), count=1, size=(9, 9))
     result = run_tool(*words, "--device=cpu")
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)

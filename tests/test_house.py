@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import ddpm
 from machinery import command_line
-from tools import evaluate, exchange, report
+from tools import evaluate, exchange, report, unpack
 
 pytestmark = pytest.mark.quick
 
@@ -26,6 +26,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob
 # the program of a documented command -> its commands and limits
 PROGRAMS = {
     "ddpm.py": ({"train": ddpm.train, "sample": ddpm.sample}, ddpm.LIMITS),
+    "tools.unpack": ({"unpack": unpack.unpack}, unpack.LIMITS),
     "tools.evaluate": ({"evaluate": evaluate.evaluate}, evaluate.LIMITS),
     "tools.exchange": (
         {"publish": exchange.publish, "export": exchange.export, "import": exchange.import_},

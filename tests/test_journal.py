@@ -122,9 +122,9 @@ def test_reading_the_images_takes_from_the_budget(run, place, clock, monkeypatch
     paint(place / "pictures")
     read_dataset = reading.read_dataset
 
-    def read_for_a_minute(*inputs) -> reading.Dataset:
+    def read_for_a_minute(*inputs, **how) -> reading.Dataset:
         clock.seconds += 60
-        return read_dataset(*inputs)
+        return read_dataset(*inputs, **how)
 
     monkeypatch.setattr(reading, "read_dataset", read_for_a_minute)
     result = run(*TRAIN, "--max_minutes=1")

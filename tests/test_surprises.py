@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image, ImageCms, ImageDraw
 
 import utils
-from machinery import checkpoints, listing, pixels, reading, runs
+from machinery import checkpoints, decoded, listing, pixels, reading, runs
 from machinery.basics import UserError
 from machinery.listing import list_images
 from machinery.pixels import FileFault, MachineFault, NeedsScale, Scale, common_scale, read_image
@@ -179,18 +179,18 @@ def test_a_note_of_other_types_is_not_believed_even_under_its_sum(name, value, p
     expected = utils.load_dataset(place / "x", (8, 8))
     [note] = Path("datasets/.cache").glob("*.json")
     facts = json.loads(note.read_text())["facts"] | {name: value}
-    note.write_text(json.dumps({"facts": facts, "sum": reading.sum_of(facts)}))
+    note.write_text(json.dumps({"facts": facts, "sum": decoded.sum_of(facts)}))
     data = utils.load_dataset(place / "x", (8, 8))
     assert np.array_equal(data.images, expected.images)
     assert (data.remarks, data.mode) == (expected.remarks, expected.mode)
 
 
 def test_check_sums_are_of_blocks_however_the_data_arrives(monkeypatch):
-    monkeypatch.setattr(reading, "BLOCK", 10)
+    monkeypatch.setattr(decoded, "BLOCK", 10)
     data = np.random.default_rng(0).integers(0, 256, 35, np.uint8)
     expected = [zlib.crc32(data[start : start + 10]) for start in (0, 10, 20, 30)]
     for length in (1, 7, 10, 35):
-        sums = reading.BlockSums()
+        sums = decoded.BlockSums()
         for start in range(0, 35, length):
             sums.update(data[start : start + length])
         assert sums.values() == expected

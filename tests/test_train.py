@@ -35,6 +35,10 @@ LOG, PREVIEWS = Path("results/run/log.csv"), Path("results/run/training_progress
 OTHER = {
     "seed": 1,
     "flip": "no",
+    "crop": "random",
+    "resize": "area",
+    "depth": 16,
+    "frames": "all",
     "img_size": 16,
     "width": 32,
     "multipliers": "1,1",
@@ -901,7 +905,7 @@ def test_a_checkpoint_describes_its_run(train, finished):
         "multipliers": (1, 2),
         "lr": 1e-3,
         "epochs": 1,
-        "flip": True,
+        "flip": "horizontal",
     }
     assert finished["settings"].keys() == inspect.signature(ddpm.train).parameters.keys() | {
         "classes"

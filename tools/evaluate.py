@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import ddpm
@@ -35,7 +34,8 @@ import utils
 from machinery import basics, command_line, devices, held_out, processes, reading, runs
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
-from machinery.listing import list_images
+from machinery.listing import CACHE, list_images
+from machinery.pixels import FileFault, open_source
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -133,7 +133,7 @@ def extract_cached(
     """
     key = hashlib.sha256(repr((features.measure, features.version, images.shape)).encode())
     key.update(np.ascontiguousarray(images))  # gray ones are one plane, three times
-    path = reading.CACHE / f"{key.hexdigest()[:16]}.features.npz"
+    path = CACHE / f"{key.hexdigest()[:16]}.features.npz"
     basics.make_folder(path.parent)
     with basics.waiting_lock(path.with_suffix(".lock")):  # a second process finds the work done
         with contextlib.suppress(*BROKEN_FILE), np.load(path, allow_pickle=False) as kept:
@@ -531,8 +531,9 @@ def from_run(
     wanted = None
     if processes.is_first():
         dataset = dataset or settings["dataset"]
-        listing = list_images(Path(dataset))
-        data = reading.read_dataset(listing, settings["img_size"], settings["mode"])
+        listing = list_images(Path(dataset), frames=settings["frames"])
+        how = {"mode": settings["mode"], "resize": settings["resize"]}
+        data = reading.read_dataset(listing, settings["img_size"], **how)
         n = comparable(n_img, len(data.images))
         wanted = n, draw_labels(classes, data, listing.classes, n)
         folder = basics.printable(dataset)
@@ -601,7 +602,7 @@ def size_of(listing: reading.Listing) -> tuple[int, int]:
     """
     sizes = set()
     for path in listing.paths:
-        with contextlib.suppress(*BROKEN_FILE), Image.open(path) as picture:
+        with contextlib.suppress(*BROKEN_FILE, FileFault), open_source(path) as picture:
             sizes.add((picture.height, picture.width))
     if len(sizes) != 1:
         fault = f"--images={listing.folder} holds images of {len(sizes)} sizes"

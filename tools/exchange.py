@@ -24,6 +24,7 @@ import ddpm
 from machinery import basics, checkpoints, command_line, reading, runs
 from machinery.basics import UserError
 from machinery.command_line import FilePath
+from machinery.pixels import NUMBERS
 from modules import SelfAttention, UNet
 from tools.model_card import write_card
 
@@ -220,6 +221,8 @@ def export(run_name: str = "", to: FilePath = "", license: str = "unknown") -> N
     settings = stored["settings"]
     network, diffusion = ddpm.build(settings, torch.device("cpu"))
     try:
+        if settings["mode"] in NUMBERS:
+            raise UserError(f"its pipelines make no images of {settings['mode']} channels")
         configs = {"unet/config.json": unet_config(network, settings)}
         configs["scheduler/scheduler_config.json"] = scheduler_config(
             diffusion, settings["schedule"]
