@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from machinery import checkpoints, page, processes, trackers
+from machinery import checkpoints, journal, page, processes, trackers
 from machinery.basics import counted, printable
 from machinery.command_line import StopSignals
 from machinery.held_out import HeldOut
@@ -25,7 +25,6 @@ from machinery.journal import (
     Log,
     cells_of,
     describe_network,
-    gflop_per_image,
     last_loss,
     longer,
     warning,
@@ -459,7 +458,7 @@ class Session:
             return
         images = (progress.last_step - training.step) * progress.batch_size
         # forward and backward: three times the operations of an answer
-        gflop = 3 * gflop_per_image(training.network, self.run.settings["img_size"])
+        gflop = 3 * journal.gflop_per_image(training.network, self.run.settings["img_size"])
         if images * gflop / SLOWEST_CPU / 3600 < MANY_HOURS:
             return
         for _ in range(2):  # the first one is slow

@@ -108,7 +108,7 @@ def test_what_is_hidden_in_an_archive_is_passed_over_and_other_kinds_are_counted
         archive.writestr("in\\b\\e.png", PNG)  # as older programs on Windows write it
     found = list_images(Path("x.zip"))
     assert found.names == ["a.png", "b/e.png"]
-    assert "1 images of kinds that are not read, left out: .heic" in found.remarks[0]
+    assert "1 image of kinds that are not read, left out: .heic" in found.remarks[0]
 
 
 def test_the_labels_of_edm_are_the_classes(place):
