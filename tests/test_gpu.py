@@ -346,6 +346,23 @@ def test_only_the_generators_in_use_are_seeded(monkeypatch):
     assert seeded == [("cuda", 5), ("xpu", 5)]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputing_keeps_the_generators_only_where_something_is_dropped(monkeypatch, dropout):
+    """Their state is copied from the GPU and back, for every block."""
+    kept = []
+    compute = modules.checkpoint
+    monkeypatch.setattr(
+        modules,
+        "checkpoint",
+        lambda *what, **how: kept.append(how["preserve_rng_state"]) or compute(*what, **how),
+    )
+    shape = {"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
+    network = modules.UNet(**shape, dropout=dropout)
+    network.recompute = True
+    network(torch.zeros(1, 3, 8, 8), torch.ones(1)).sum().backward()
+    assert set(kept) == {dropout > 0}
+
+
 # ---- what grows with a GPU's speed ---------------------------------------------------------------
 
 
