@@ -310,7 +310,8 @@ class Log:
         epochs = images / self.progress.count
         return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
-previews, log.csv and loss.png in {self.path.parent}{hint(images, way_on)}
+previews, log.csv and loss.png in {self.path.parent},
+all of it for a browser in {self.path.with_name("index.html")}{hint(images, way_on)}
 to make images:
   python ddpm.py sample --run_name={run_name} --n_img=16{sample_flags}
 to judge them, and see whether they are copies:

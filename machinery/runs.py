@@ -350,6 +350,8 @@ class Run:
             self.is_small = not self.checkpoint["step"] and not share
             before = self.checkpoint.get("settings", {})
             self.settings["held_out"] = before.get("held_out", share)
+        # or refuse it, before the images are read
+        held_out.number_of(self.settings["held_out"], len(self.listing.names))
         if self.settings["keep_best"]:
             self.check_best()
 

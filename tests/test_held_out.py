@@ -226,6 +226,8 @@ def test_the_loss_does_not_depend_on_the_batch_size_nor_on_the_number_of_process
     alone = measuring().measure()
     assert measuring(batch_size=13).measure() == alone
     other = measuring()
+    torch.manual_seed(1)
+    assert other.measure() == other.measure() == alone, "noise and steps are fixed"
     parts = []
     monkeypatch.setattr(processes, "add_up", lambda tensors: parts.append(tensors[0].clone()))
     for share in (range(0, 7), range(7, 20)):
@@ -339,6 +341,13 @@ def test_the_weights_of_the_best_held_out_loss_are_kept_as_a_run(run, place, oft
     assert sampled.status == 0
     again = run(*NAMELESS, "--run_name=run_best", "--epochs=8")
     assert "holds EMA weights only" in refused(again)
+
+
+@pytest.mark.parametrize("value", ["1.5", "6", "0.01", "-1", "some", "nan"])
+def test_a_wrong_number_is_refused_before_anything_is_written(run, place, value):
+    paint(place / "pictures")
+    assert f"--held_out={value}" in refused(run(*TRAIN, f"--held_out={value}"))
+    assert {path.name for path in place.iterdir()} == {"pictures"}
 
 
 def test_keeping_the_best_needs_held_out_images_and_a_free_name(run, place):
