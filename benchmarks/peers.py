@@ -138,7 +138,7 @@ def our_training(network: UNet, precision: str, images: Tensor, **settings) -> d
     pixels = utils.to_bytes(images).cpu().numpy()
     labels = np.zeros(len(images), np.int64)
     data = reading.Dataset(pixels, fingerprint="", remarks=[], mode="RGB", labels=labels)
-    loader = utils.Loader(data, len(images), seed=0, flip=True, device=images.device)
+    loader = utils.Loader(data, len(images), seed=0, flip="horizontal", device=images.device)
     parameters = inspect.signature(ddpm.train).parameters.values()
     settings = {parameter.name: parameter.default for parameter in parameters} | settings
     settings["precision"] = str(PRECISIONS[precision]).removeprefix("torch.")

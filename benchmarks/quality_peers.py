@@ -97,7 +97,7 @@ class Task(NamedTuple):
         """Images (B, 3, H, W) in [-1, 1], epoch after epoch, each mirrored or not."""
         labels = np.zeros(len(self.images), np.int64)
         data = reading.Dataset(self.images, "", [], "RGB", labels)
-        loader = utils.Loader(data, batch_size, self.seed, flip=True, device=self.device)
+        loader = utils.Loader(data, batch_size, self.seed, flip="horizontal", device=self.device)
         for step in itertools.count():
             yield loader.load(*loader.draw(step))
 

@@ -249,7 +249,7 @@ def test_an_error_of_the_machine_is_told_in_its_own_words(name, place, monkeypat
         list_images(Path(name))
 
 
-def test_no_more_is_unpacked_than_an_entry_says(place):
+def test_no_more_is_unpacked_than_an_entry_says(place, monkeypatch):
     with zipfile.ZipFile("x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
     data = bytearray((place / "x.zip").read_bytes())
@@ -257,8 +257,27 @@ def test_no_more_is_unpacked_than_an_entry_says(place):
     data[directory + 24 : directory + 28] = (1000).to_bytes(4, "little")
     (place / "x.zip").write_bytes(data)
     [member] = list_images(Path("x.zip")).members
+    unpacked = []
+    monkeypatch.setattr(zlib, "decompressobj", lambda *how: Watched(how, unpacked))
     with pytest.raises(zipfile.BadZipFile, match="check sum"):
         member.read_bytes()
+    assert unpacked == [1001]
+
+
+class Watched:
+    """A decompressor that tells how much it gave."""
+
+    def __init__(self, how: tuple, unpacked: list[int]):
+        self.whole = DECOMPRESSOR(*how)
+        self.unpacked = unpacked
+
+    def decompress(self, *inputs) -> bytes:
+        data = self.whole.decompress(*inputs)
+        self.unpacked.append(len(data))
+        return data
+
+
+DECOMPRESSOR = zlib.decompressobj
 
 
 def test_zip64_is_read(place):
@@ -658,8 +677,9 @@ def test_a_cache_that_is_being_made_is_not_removed(place, monkeypatch):
     with FileLock(cache.with_suffix(".lock")):
         utils.load_dataset(place / "y", (8, 8))
         assert cache.exists()
-    utils.load_dataset(place / "y", (8, 8))
+    kept = utils.load_dataset(place / "y", (8, 8)).images
     assert not cache.exists()
+    assert Path(kept.filename).exists()  # what is in use stays, however large it is
 
 
 def test_the_cache_lies_where_it_is_asked_for(run, place):
