@@ -34,6 +34,7 @@ from machinery.command_line import (
 )
 from machinery.journal import COLUMNS, SUMS, check_tensorboard, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
+from machinery.writing import GRID_IMAGES
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -60,6 +61,7 @@ RANGES = {
     "n_img": COUNT,
     "guidance": (0, 1000),
     "strength": (0, 1),
+    "variation": (0, 1),
     "steps": COUNT,
     "head_width": WHOLE,
     "norm_groups": WHOLE,
@@ -200,6 +202,23 @@ def check_sampling(settings: dict, steps: int, guidance: float, default_guidance
     if guidance != default_guidance and not settings["classes"]:
         rule = "for class-conditional runs, trained with --conditional"
         raise UserError(f"--guidance={guidance:g} is {rule}")
+
+
+def check_seeds(flags: dict) -> None:
+    """Refuse what `sample` cannot interpolate, and a second word on where the noise comes from."""
+    if not flags["interpolate"]:
+        return
+    flag = f"--interpolate={as_typed('interpolate', flags['interpolate'])}"
+    if len(flags["interpolate"]) != 2:
+        raise UserError(f"{flag} is not two seeds, such as --interpolate=3,8")
+    for seed in flags["interpolate"]:
+        check_limits({"interpolate": seed}, {"interpolate": RANGES["seed"]})
+    if not 2 <= flags["n_img"] <= GRID_IMAGES:
+        rule = f"--n_img is how many images lead from one to the other, 2 to {GRID_IMAGES}"
+        raise UserError(f"{flag}: {rule}; {flags['n_img']} is not")
+    for other in ("seed", "variation"):
+        if flags[other]:
+            raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")
 
 
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
