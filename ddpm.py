@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import utils
 from machinery import checkpoints, command_line, devices, processes, reading, runs
-from machinery.basics import UserError, progress_bar, seed_of
+from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath
 from machinery.listing import check_classes, list_images
 from machinery.session import Session
@@ -442,9 +442,6 @@ class Training:
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-# what an image's noise comes from: a seed, or two and a fraction of the way between their noises
-Seed = int | tuple[int, int, float]
-
 
 def labels_in_turn(classes: Sequence[int], numbers: Sequence[int]) -> Tensor | None:
     """The class of each image (B,), by its number alone; None for an unconditional network."""
@@ -468,40 +465,6 @@ def guided(network: UNet, x_t: Tensor, t: Tensor, labels: Tensor | None, guidanc
     both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none])).float()
     with_class, without = both.chunk(2)
     return without + guidance * (with_class - without)
-
-
-def between(first: np.ndarray, second: np.ndarray, fraction: float) -> np.ndarray:
-    """Noise that is turned from `first` to `second`: spherical interpolation (Shoemake 1985).
-
-    A straight line would leave noise: its middle is shorter than noise ever is.
-    """
-    cosine = np.vdot(first, second) / (np.linalg.norm(first) * np.linalg.norm(second))
-    angle = max(1e-6, math.acos(min(1.0, cosine)))  # 0 if both are of the same seed
-    shares = math.sin((1 - fraction) * angle), math.sin(fraction * angle)
-    return (shares[0] * first + shares[1] * second) / math.sin(angle)
-
-
-def noise_of(seed: Seed, shape: Sequence[int]) -> Iterator[np.ndarray]:
-    """All noise of one image, drawn on the CPU: `shape`, again and again, float32."""
-    if isinstance(seed, tuple):
-        *two, fraction = seed
-        for first, second in zip(*(noise_of(each, shape) for each in two), strict=True):
-            yield between(first, second, fraction)
-    generator = np.random.default_rng(seed)
-    while True:
-        yield generator.standard_normal(shape, np.float32)
-
-
-def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
-    """What the noise of each image comes from, by its number and the flags of `sample` alone."""
-    seed = flags["seed"]
-    if flags["interpolate"]:
-        last = flags["n_img"] - 1
-        return [(*flags["interpolate"], number / last) for number in numbers]
-    if flags["variation"]:
-        turned = [(seed, seed + number, flags["variation"]) for number in numbers]
-        return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
-    return [seed + number for number in numbers]
 
 
 def generate(
@@ -579,10 +542,7 @@ class Sampling:
         self.flags = flags
         self.chosen = runs.check_labels(flags["label"], settings["classes"])
         runs.check_sampling(settings, flags["steps"], flags["guidance"], GUIDANCE)
-        runs.check_seeds(flags)
-        if flags["strength"] != STRENGTH and not flags["init_image"]:
-            strength = f"--strength={flags['strength']:g}"
-            raise UserError(f"{strength} needs an image to change: --init_image=...")
+        runs.check_start(flags, STRENGTH)
         self.size = runs.full_size(flags["img_size"] or settings["img_size"])
         runs.check_size(self.size, settings["multipliers"])
         if self.size != settings["img_size"]:
@@ -606,21 +566,9 @@ class Sampling:
         facts |= {"sampler": flags["sampler"], "steps": flags["steps"], "device": device.type}
         folder = Path("results", flags["run_name"], flags["name"])
         labels = [settings["classes"][number] for number in self.chosen]
+        told = runs.flags_of_images(flags, settings["classes"], self.size, self.batch_size)
         files = {"save_grid": flags["save_grid"], "gif": flags["gif"]}
-        self.album = utils.Album(folder, self.told(), labels, facts, **files, moves=moves)
-
-    def told(self) -> dict:
-        """The flags that decide what the images look like, as they are written."""
-        height, width = self.size
-        exact = {"img_size": f"{height}x{width}", "batch_size": self.batch_size}
-        names = ["run_name", "n_img", "seed", "img_size", "sampler", "steps", "batch_size"]
-        names += ["label", "guidance"] if self.chosen else []
-        names += ["init_image", "strength"] if self.start else []
-        names += [name for name in ("mask", "variation", "interpolate") if self.flags[name]]
-        if self.flags["interpolate"]:
-            names.remove("seed")
-            exact["interpolate"] = command_line.as_typed("interpolate", self.flags["interpolate"])
-        return {name: (self.flags | exact)[name] for name in names}
+        self.album = utils.Album(folder, told, labels, facts, **files, moves=moves)
 
     def make(self, network: UNet, diffusion: Diffusion) -> Iterator[tuple[Tensor, Tensor]]:
         """Make and write the images of this process: (x_t, guess of x_0) of a batch after a step.
@@ -638,7 +586,7 @@ class Sampling:
                 denoising = generate(
                     network,
                     diffusion,
-                    seeds_in_turn(self.flags, numbers),
+                    runs.seeds_in_turn(self.flags, numbers),
                     self.size,
                     visited_steps=self.visited_steps,
                     sampler=self.flags["sampler"],

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from machinery import checkpoints, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
+    Seed,
     UserError,
     acquire,
     folder_while_used,
@@ -204,8 +205,11 @@ def check_sampling(settings: dict, steps: int, guidance: float, default_guidance
         raise UserError(f"--guidance={guidance:g} is {rule}")
 
 
-def check_seeds(flags: dict) -> None:
-    """Refuse what `sample` cannot interpolate, and a second word on where the noise comes from."""
+def check_start(flags: dict, default_strength: float) -> None:
+    """Refuse a start of `sample` that is none: strength without an image, seeds that contradict."""
+    if flags["strength"] != default_strength and not flags["init_image"]:
+        strength = f"--strength={flags['strength']:g}"
+        raise UserError(f"{strength} needs an image to change: --init_image=...")
     if not flags["interpolate"]:
         return
     flag = f"--interpolate={as_typed('interpolate', flags['interpolate'])}"
@@ -236,6 +240,33 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
             known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
             raise UserError(f"--label={name} is not a class of this run{known}")
     return [classes.index(name) for name in names]
+
+
+def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
+    """What the noise of each image comes from, by its number and the flags of `sample` alone."""
+    seed = flags["seed"]
+    if flags["interpolate"]:
+        last = flags["n_img"] - 1
+        return [(*flags["interpolate"], number / last) for number in numbers]
+    if flags["variation"]:
+        turned = [(seed, seed + number, flags["variation"]) for number in numbers]
+        return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
+    return [seed + number for number in numbers]
+
+
+def flags_of_images(
+    flags: dict, classes: tuple[str, ...], size: tuple[int, int], batch_size: int
+) -> dict:
+    """The flags of `sample` that decide what the images look like, as they are written."""
+    exact = {"img_size": f"{size[0]}x{size[1]}", "batch_size": batch_size}
+    names = ["run_name", "n_img", "seed", "img_size", "sampler", "steps", "batch_size"]
+    names += ["label", "guidance"] if classes else []
+    names += ["init_image", "strength"] if flags["init_image"] else []
+    names += [name for name in ("mask", "variation", "interpolate") if flags[name]]
+    if flags["interpolate"]:
+        names.remove("seed")
+        exact["interpolate"] = as_typed("interpolate", flags["interpolate"])
+    return {name: (flags | exact)[name] for name in names}
 
 
 # ---- a run while it is trained -------------------------------------------------------------------

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import ddpm
 from machinery import command_line
-from tools import evaluate, exchange
+from tools import evaluate, exchange, play
 
 pytestmark = pytest.mark.quick
 
@@ -27,6 +27,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob
 PROGRAMS = {
     "ddpm.py": ({"train": ddpm.train, "sample": ddpm.sample}, ddpm.LIMITS),
     "tools.evaluate": ({"evaluate": evaluate.evaluate}, evaluate.LIMITS),
+    "tools.play": ({"play": play.play}, play.LIMITS),
     "tools.exchange": (
         {"publish": exchange.publish, "export": exchange.export, "import": exchange.import_},
         {},

@@ -17,7 +17,7 @@ from PIL import Image
 
 import ddpm
 import utils
-from machinery import checkpoints, command_line, devices, writing
+from machinery import basics, checkpoints, command_line, devices, writing
 
 NOISE_STEPS = 30
 RUN = Path("results/tiny")
@@ -337,13 +337,13 @@ def test_the_command_in_a_picture_between_seeds_makes_all_of_them(sample, run, h
 def test_between_two_noises_lies_an_arc():
     """Of vectors at right angles and of one length, all points in between have that length."""
     first, second = np.float32([3, 0, 4]), np.float32([0, 5, 0])
-    assert np.array_equal(ddpm.between(first, second, 0), first)
-    assert np.array_equal(ddpm.between(first, second, 1), second)
-    middle = ddpm.between(first, second, 0.5)
+    assert np.array_equal(basics.between(first, second, 0), first)
+    assert np.array_equal(basics.between(first, second, 1), second)
+    middle = basics.between(first, second, 0.5)
     assert np.allclose(middle, (first + second) / np.sqrt(2))
-    third = ddpm.between(first, second, 1 / 3)
+    third = basics.between(first, second, 1 / 3)
     assert np.allclose((third @ first / 25, third @ second / 25), (np.sqrt(0.75), 0.5))
-    assert np.allclose(ddpm.between(first, first, 0.3), first)
+    assert np.allclose(basics.between(first, first, 0.3), first)
     assert third.dtype == np.float32
 
 

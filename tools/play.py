@@ -30,9 +30,8 @@ def first_run(run_name: str) -> str:
 
 def check_address(host: str, port: int) -> None:
     """Refuse an address that is in use, or not on this machine."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.socket(family) as probe:
+        with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
             probe.bind((host, port))
     except OSError as error:
@@ -73,7 +72,7 @@ def play(run_name: str = "", host: str = "127.0.0.1", port: int = 7860) -> None:
         with command_line.StopSignals() as stop:
             while not stop.status:
                 time.sleep(0.1)
-        page.close()
+        page.close(verbose=False)
     sys.exit(stop.status)
 
 

@@ -29,6 +29,7 @@ MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
 LARGER = 16  # times the pixels a run was trained at: a visitor must not take all memory
 MASK_BYTES = 2**22
+PACE = 0.1  # seconds between two steps that are shown: more often, a browser falls behind
 VARIATION = 0.2  # of the way to another seed: another picture of the same scene
 # what the page asks for, in the order of its inputs
 FORM = ("run_name", "seed", "n_img", "sampler", "steps", "img_size", "label", "guidance")
@@ -198,17 +199,20 @@ def make(kind: str, form: dict) -> Iterator[tuple[str, dict | None]]:
             checkpoint, trained = load(flags["run_name"])
             size_of(form["img_size"], checkpoint["settings"])
             sampling = ddpm.Sampling(flags, checkpoint, trained[1].signal.device)
+        shown_at = 0.0
         for done, (_, x_0) in enumerate(sampling.make(*trained), 1):
-            yield show_step(done, sampling, x_0), None
+            if time.monotonic() - shown_at >= PACE:
+                yield show_step(done, sampling, x_0), None
+                shown_at = time.monotonic()
         album = sampling.album
         album.close()
         paths = sorted(map(str, album.folder.glob("sample_*.png")))
-        film = album.folder / "interpolation.gif"
         outcome = {"kind": kind, "form": form, "paths": paths, "film": ""}
-        outcome["command"] = album.command(range(len(paths)))
         done = f"{counted(len(paths), 'image')} in {time.monotonic() - began:.1f} seconds"
-        text = f"{done}, in {album.folder}. {said.getvalue()}{runs.advice('', checkpoint)}"
+        hints = said.getvalue() + runs.advice(flags["run_name"], checkpoint)
+        text = f"{done}, in {album.folder}. {hints}"
         if kind == "walk":
+            film = album.folder / "interpolation.gif"
             outcome["film"] = str(film)
             yield show(text, image=as_url(film.read_bytes(), "gif"), about="The film"), outcome
         else:
@@ -236,7 +240,7 @@ def facts_in(outcome: dict, index: int) -> dict[str, str]:
 
 
 def changed(action: str, outcome: dict, index: int) -> dict:
-    """What "variations" and "more steps" of an image fill in.
+    """What "Variations" and "More steps" of an image fill in.
 
     Raises:
         UserError: variations of an image without a seed of its own.
@@ -246,7 +250,7 @@ def changed(action: str, outcome: dict, index: int) -> dict:
     new = {"seed": int(told["seed"]), "n_img": 1, "variation": 0} if "seed" in told else {}
     if "label" in told:
         new["label"] = [told["label"]]
-    if action == "more steps":
+    if action == "More steps":
         most = load(form["run_name"])[0]["settings"]["noise_steps"]
         return new | {"steps": min(2 * int(form["steps"]), most)}
     if not new:

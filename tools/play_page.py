@@ -56,6 +56,8 @@ class Page:
                 with gr.Column(scale=3, min_width=320):
                     self.lay_out_results()
             self.connect()
+            # runs that were trained since the start are offered, too
+            page.load(lambda: gr.Dropdown(checkpoints.run_names()), None, self.form["run_name"])
         self.blocks = page
 
     def lay_out_run(self, run_name: str, settings: dict) -> None:
@@ -69,8 +71,8 @@ class Page:
         with gr.Accordion("Sampler, steps, size", open=False):
             form["sampler"] = gr.Dropdown(list(ddpm.SAMPLERS), value="dpm++", label="Sampler")
             form["steps"] = gr.Number(min(ddpm.STEPS, settings["noise_steps"]), label="Steps")
-            about = "Height x width; empty: as the run was trained"
-            form["img_size"] = gr.Textbox("", label="Size", info=about, placeholder="such as 48x96")
+            hint = "as the run was trained"
+            form["img_size"] = gr.Textbox("", label="Size (height x width)", placeholder=hint)
 
     def lay_out_tabs(self) -> None:
         form = self.form
@@ -84,9 +86,9 @@ class Page:
         form["variation"] = gr.Slider(0, 1, 0, step=0.01, label="Variation", info=about)
         self.buttons = {}
         with gr.Tabs() as self.tabs:
-            with gr.Tab("New images", id="images"):
+            with gr.Tab("New", id="images"):
                 self.buttons["images"] = gr.Button("Make images", variant="primary")
-            with gr.Tab("From a picture", id="change"):
+            with gr.Tab("Picture", id="change"):
                 self.upload = gr.File(label="A picture of yours, up to 20 MB", height=120)
                 form["init_image"] = gr.State("")
                 texts = {kind: asset(kind) for kind in ("html", "js")}
@@ -97,7 +99,7 @@ class Page:
                     0, 1, ddpm.STRENGTH, step=0.01, label="Strength", info=about
                 )
                 self.buttons["change"] = gr.Button("Change the picture", variant="primary")
-            with gr.Tab("Between two seeds", id="walk"):
+            with gr.Tab("Film", id="walk"):
                 with gr.Row():
                     form["seed_from"] = gr.Number(3, label="From seed", min_width=100)
                     form["seed_to"] = gr.Number(8, label="To seed", min_width=100)
