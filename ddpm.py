@@ -542,7 +542,7 @@ class Sampling:
         self.flags = flags
         self.chosen = runs.check_labels(flags["label"], settings["classes"])
         runs.check_sampling(settings, flags["steps"], flags["guidance"], GUIDANCE)
-        runs.check_start(flags, STRENGTH)
+        runs.check_start(flags, STRENGTH, len(self.chosen))
         self.size = runs.full_size(flags["img_size"] or settings["img_size"])
         runs.check_size(self.size, settings["multipliers"])
         if self.size != settings["img_size"]:

@@ -205,8 +205,11 @@ def check_sampling(settings: dict, steps: int, guidance: float, default_guidance
         raise UserError(f"--guidance={guidance:g} is {rule}")
 
 
-def check_start(flags: dict, default_strength: float) -> None:
-    """Refuse a start of `sample` that is none: strength without an image, seeds that contradict."""
+def check_start(flags: dict, default_strength: float, classes: int) -> None:
+    """Refuse a start of `sample` that is none: strength without an image, seeds that contradict.
+
+    `classes` is how many take turns: from image to image of a film, none may.
+    """
     if flags["strength"] != default_strength and not flags["init_image"]:
         strength = f"--strength={flags['strength']:g}"
         raise UserError(f"{strength} needs an image to change: --init_image=...")
@@ -220,6 +223,8 @@ def check_start(flags: dict, default_strength: float) -> None:
     if not 2 <= flags["n_img"] <= GRID_IMAGES:
         rule = f"--n_img is how many images lead from one to the other, 2 to {GRID_IMAGES}"
         raise UserError(f"{flag}: {rule}; {flags['n_img']} is not")
+    if classes > 1:
+        raise UserError(f"{flag} leads through images of one class: choose it with --label")
     for other in ("seed", "variation"):
         if flags[other]:
             raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")

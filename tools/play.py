@@ -8,13 +8,14 @@ asks for is in play_images.py, how it looks in play_page.py.
 
 import importlib.util
 import os
+import signal
 import socket
-import sys
 import tempfile
 import time
 
 from machinery import checkpoints, command_line, runs
 from machinery.basics import UserError
+from tools import play_images
 
 LIMITS = {"port": (1, 65535)}
 UPLOAD = "20mb"  # the largest file that a visitor may hand in
@@ -57,23 +58,27 @@ def play(run_name: str = "", host: str = "127.0.0.1", port: int = 7860) -> None:
         UserError: a flag, package or checkpoint that does not fit.
     """
     command_line.check_limits(locals(), LIMITS)
+    run_name = first_run(run_name)
     if not importlib.util.find_spec("gradio"):
         raise UserError("the page needs Gradio: pip install gradio")
-    run_name = first_run(run_name)
     check_address(host, port)
+    play_images.load(run_name)
     with tempfile.TemporaryDirectory() as folder:
         # Gradio reads these when it is imported
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         from tools.play_page import open_page
 
+        # the end of a service or of its terminal is one as by Ctrl-C
+        for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
         page = open_page(run_name, server_name=host, server_port=port, max_file_size=UPLOAD)
         print(f"the page is http://{host}:{port}; Ctrl-C ends it", flush=True)
-        with command_line.StopSignals() as stop:
-            while not stop.status:
-                time.sleep(0.1)
-        page.close(verbose=False)
-    sys.exit(stop.status)
+        try:
+            while True:
+                time.sleep(1)
+        finally:
+            page.close(verbose=False)
 
 
 def main() -> None:

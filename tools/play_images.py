@@ -14,7 +14,7 @@ import io
 import math
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -44,7 +44,8 @@ memory = types.SimpleNamespace(key=None, checkpoint=None, trained=None, busy=Fal
 def load(run_name: str) -> tuple[dict, tuple]:
     """A run's checkpoint, and its network and noising process; the one before is let go first."""
     command_line.check_name("run_name", run_name)
-    key = run_name, [path.stat().st_mtime for path in checkpoints.paths_of(run_name)[:1]]
+    paths = checkpoints.paths_of(run_name)
+    key = run_name, [path.stat().st_mtime for path in paths if path.exists()]
     if memory.key != key:
         memory.key = memory.checkpoint = memory.trained = None
         checkpoint = ddpm.load_run(run_name)
@@ -99,7 +100,9 @@ def flags_of(kind: str, form: dict) -> dict:
         wanted |= {"init_image": form["init_image"], "strength": form["strength"]}
         if form["mask"]:
             wanted["mask"] = keep_mask(form["run_name"], form["mask"])
-    words = ["sample", *(f"--{flag}={value}" for flag, value in wanted.items())]
+    # an empty field is None
+    typed = {flag: "" if value is None else value for flag, value in wanted.items()}
+    words = ["sample", *(f"--{flag}={value}" for flag, value in typed.items())]
     planned = command_line.plan("ddpm.py", {"sample": ddpm.sample}, words)
     flags = dict(zip(inspect.signature(ddpm.sample).parameters, planned.args, strict=True))
     command_line.check_limits(flags, ddpm.LIMITS)
@@ -134,6 +137,7 @@ def keep_mask(run_name: str, mask: str) -> str:
     if kind != "data:image/png;base64" or len(text) > MASK_BYTES:
         raise UserError("the mask is not a picture of the painter's")
     data = base64.b64decode(text)
+    # what is no PNG is refused where it is read
     path = inputs_folder(run_name) / f"mask_{hashlib.sha256(data).hexdigest()[:12]}.png"
     writing.write_whole(path, lambda file: file.write(data))
     return str(path)
@@ -188,8 +192,15 @@ def explain(error: Exception) -> str:
     raise error
 
 
-def make(kind: str, form: dict) -> Iterator[tuple[str, dict | None]]:
-    """Make what the page asks for: what to show after every step, and at last the outcome."""
+def make(
+    kind: str, form: dict, is_stopped: Callable[[], bool]
+) -> Iterator[tuple[str, dict | None]]:
+    """Make what the page asks for: what to show after every step, and at last the outcome.
+
+    `is_stopped` is asked before every step. Nothing is kept of a batch that is stopped.
+    """
+    if is_stopped():  # while it waited for its turn
+        return
     memory.busy = True
     began = time.monotonic()
     try:
@@ -200,10 +211,14 @@ def make(kind: str, form: dict) -> Iterator[tuple[str, dict | None]]:
             size_of(form["img_size"], checkpoint["settings"])
             sampling = ddpm.Sampling(flags, checkpoint, trained[1].signal.device)
         shown_at = 0.0
-        for done, (_, x_0) in enumerate(sampling.make(*trained), 1):
-            if time.monotonic() - shown_at >= PACE:
-                yield show_step(done, sampling, x_0), None
-                shown_at = time.monotonic()
+        with contextlib.closing(sampling.make(*trained)) as steps:
+            for done, (_, x_0) in enumerate(steps, 1):
+                if is_stopped():
+                    yield show("Stopped."), None
+                    return
+                if time.monotonic() - shown_at >= PACE:
+                    yield show_step(done, sampling, x_0), None
+                    shown_at = time.monotonic()
         album = sampling.album
         album.close()
         paths = sorted(map(str, album.folder.glob("sample_*.png")))
@@ -223,11 +238,12 @@ def make(kind: str, form: dict) -> Iterator[tuple[str, dict | None]]:
         memory.busy = False
 
 
-def wait() -> str:
-    """What is shown until it is one's turn."""
-    if memory.busy:
-        return show("Another visitor's images are being made; yours come next.")
-    return show("It begins.")
+def wait() -> tuple[str, float]:
+    """What is shown until it is one's turn, and since when one waits."""
+    text = (
+        "Another visitor's images are being made; yours come next." if memory.busy else "It begins."
+    )
+    return show(text), time.monotonic()
 
 
 # ---- an image that is there ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ The brush is in play.js and play.html, the looks are in play.css.
 
 import html
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,10 +45,10 @@ class Page:
 
     def __init__(self, run_name: str):
         self.form = {}
+        self.stopped_at = {}  # by visitor; Gradio's own way to cancel lets the work go on at times
         settings = load(run_name)[0]["settings"]
-        with gr.Blocks(
-            title="Diffusion", analytics_enabled=False, delete_cache=(600, 3600)
-        ) as page:
+        manners = {"analytics_enabled": False, "delete_cache": (3600, 86400)}  # seconds
+        with gr.Blocks(title="Play with a diffusion model", **manners) as page:
             gr.Markdown("# Play with a diffusion model")
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
@@ -57,7 +58,8 @@ class Page:
                     self.lay_out_results()
             self.connect()
             # runs that were trained since the start are offered, too
-            page.load(lambda: gr.Dropdown(checkpoints.run_names()), None, self.form["run_name"])
+            offer = lambda: gr.Dropdown(checkpoints.run_names())  # noqa: E731
+            page.load(offer, None, self.form["run_name"], queue=False, show_progress="hidden")
         self.blocks = page
 
     def lay_out_run(self, run_name: str, settings: dict) -> None:
@@ -112,6 +114,7 @@ class Page:
         self.live = gr.HTML(show("Choose a seed and press Make images."))
         self.stop = gr.Button("Stop", size="sm")
         self.outcome = gr.State()
+        self.asked_at = gr.State(0.0)
         self.index = gr.State(0)
         self.kind = gr.State("images")
         how = {"columns": 4, "height": "auto", "object_fit": "contain", "allow_preview": False}
@@ -130,9 +133,14 @@ class Page:
 
     # what a click does
 
-    def make(self, kind: str, *values) -> Iterator[tuple]:
+    def make(self, request: gr.Request, asked_at: float, kind: str, *values) -> Iterator[tuple]:
         """After every step, what to show; see the outputs in `connect`."""
-        for live, outcome in play_images.make(kind, dict(zip(FORM, values, strict=True))):
+
+        def is_stopped() -> bool:
+            return self.stopped_at.get(request.session_hash, 0) > asked_at
+
+        form = dict(zip(FORM, values, strict=True))
+        for live, outcome in play_images.make(kind, form, is_stopped):
             if outcome is None:
                 yield live, *[gr.skip()] * (len(self.outputs) - 1)
             else:
@@ -167,6 +175,10 @@ class Page:
         said = show("Now press Change the picture; paint first, if only a part may change.")
         return said, painter, str(kept), strength, 0, gr.Tabs(selected="change")
 
+    def note_stop(self, request: gr.Request) -> str:
+        self.stopped_at[request.session_hash] = time.monotonic()
+        return show("Stopped.")
+
     def change(self, action: str, outcome: dict, index: int) -> tuple:
         """What an action on an image fills in: the button it stands for, and FILLED."""
         try:
@@ -189,12 +201,11 @@ class Page:
         hidden = {"show_progress": "hidden", "api_visibility": "private"}
         now = hidden | {"queue": False}
         queued = hidden | {"concurrency_id": "model", "concurrency_limit": 1}
-        made = []
 
         def make_after(event, kind: gr.State) -> None:
-            waiting = event(play_images.wait, None, self.live, **now)
-            inputs = [kind, *(form[name] for name in FORM)]
-            made.append(waiting.then(self.make, inputs, self.outputs, **queued))
+            waiting = event(play_images.wait, None, [self.live, self.asked_at], **now)
+            inputs = [self.asked_at, kind, *(form[name] for name in FORM)]
+            waiting.then(self.make, inputs, self.outputs, **queued)
 
         for kind, button in self.buttons.items():
             make_after(button.click, gr.State(kind))
@@ -213,7 +224,7 @@ class Page:
             inputs = [self.outcome, self.index, *how, gr.State(strength)]
             self.actions[action].click(self.take_image, inputs, start, **queued)
 
-        self.stop.click(lambda: show("Stopped."), None, self.live, cancels=made, **now)
+        self.stop.click(self.note_stop, None, self.live, **now)
         self.dice.click(lambda: secrets.randbelow(10**6), None, form["seed"], **now)
         self.gallery.select(self.select, self.outcome, view, **now)
         shown = [self.facts, form["label"], form["guidance"], form["steps"], form["img_size"]]
