@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import utils
 from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs
-from machinery.basics import UserError, progress_bar, seed_of
+from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
 from machinery.listing import CACHE, check_classes, list_images
 from machinery.session import Session
@@ -518,7 +518,7 @@ def guided(
 def generate(
     network: UNet,
     diffusion: Diffusion,
-    seeds: Sequence[int],
+    seeds: Sequence[Seed],
     size: tuple[int, int],
     *,
     visited_steps: Sequence[int],
@@ -535,7 +535,7 @@ def generate(
     nor on the device.
 
     Args:
-        seeds: one for each image.
+        seeds: one for each image; see `Seed`.
         size: height and width.
         visited_steps: of `diffusion`; with less than T as the first, `start` is noised to that.
         sampler: one of SAMPLERS.
@@ -545,16 +545,16 @@ def generate(
         precision: one of devices.PRECISIONS.
     """
     device = diffusion.signal.device
-    generators = [np.random.default_rng(seed) for seed in seeds]
     shape = (network.channels, *size)
+    sources = [noise_of(seed, shape) for seed in seeds]
     labels = None if labels is None else labels.to(device)
     if start:
         image = utils.from_bytes(start.image).to(device)
         mask = start.mask.to(device)
 
     def draw_noise() -> Tensor:
-        noise = [generator.standard_normal(shape, np.float32) for generator in generators]
-        return devices.send(torch.from_numpy(np.stack(noise)), device)  # (B, C, H, W)
+        noise = torch.from_numpy(np.stack([*map(next, sources)]))
+        return devices.send(noise, device)  # (B, C, H, W)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
@@ -571,6 +571,93 @@ def generate(
     if first == 0:
         return iter([(x_t, x_t)])
     return diffusion.denoise(predict_clean, x_t, visited_steps, sampler, draw_noise)
+
+
+class Sampling:
+    """What `sample` makes of a run: images in batches, step by step, and their files.
+
+    Args:
+        flags: those of `sample`, in their ranges; here they are checked against the run.
+        checkpoint: of the run.
+        device: where to compute.
+
+    Attributes:
+        album: the files.
+        moves: steps of this process, of all its batches.
+
+    Raises:
+        UserError: a flag does not fit the run or another flag.
+    """
+
+    def __init__(self, flags: dict, checkpoint: dict, device: torch.device):
+        settings = checkpoint["settings"]
+        self.flags = flags
+        self.checkpoint = checkpoint
+        self.chosen = runs.check_labels(flags["label"], settings["classes"])
+        guidance = GUIDANCE if flags["guide"] else flags["guidance"]
+        runs.check_sampling(settings, flags["steps"], guidance, GUIDANCE)
+        runs.check_start(flags, STRENGTH, len(self.chosen))
+        self.size = runs.full_size(flags["img_size"] or settings["img_size"])
+        runs.check_size(self.size, settings["multipliers"])
+        if self.size != settings["img_size"]:
+            height, width = settings["img_size"]
+            trained = f"{flags['run_name']} was trained at {height}x{width}"
+            print(f"{trained}; another size may look worse")
+        images = flags["init_image"], flags["mask"]
+        self.start = reading.read_start(*images, self.size, settings["mode"])
+        self.batch_size = flags["batch_size"]
+        if self.batch_size == "auto":
+            self.batch_size = devices.images_at_once(device, self.size, settings["width"])
+        strength = flags["strength"] if flags["init_image"] else 1.0
+        # which steps are visited does not depend on the schedule
+        steps = Diffusion(settings["noise_steps"]).visited_steps(flags["steps"], strength)
+        self.visited_steps = steps
+        self.starts = processes.share_of(range(0, flags["n_img"], self.batch_size))
+        moves = max(1, len(steps) - 1)
+        self.moves = moves * len(self.starts)
+        weights = checkpoints.fingerprint_of(checkpoint["average"])
+        facts = {"run": flags["run_name"], "step": checkpoint["step"], "weights": weights}
+        facts |= {"sampler": flags["sampler"], "steps": flags["steps"], "device": device.type}
+        folder = Path("results", flags["run_name"], flags["name"])
+        labels = [settings["classes"][number] for number in self.chosen]
+        told = runs.flags_of_images(flags, settings["classes"], self.size, self.batch_size)
+        files = {"save_grid": flags["save_grid"], "gif": flags["gif"]}
+        self.album = utils.Album(folder, told, labels, facts, **files, moves=moves)
+
+    def make(self, network: UNet, diffusion: Diffusion) -> Iterator[tuple[Tensor, Tensor]]:
+        """Make and write the images of this process: (x_t, guess of x_0) of a batch after a step.
+
+        Args:
+            network, diffusion: see `build_trained`.
+        """
+        count = self.flags["n_img"]
+        # what is beyond all memory ends here, before there is a list as long
+        shape = (min(count, self.batch_size), network.channels, *self.size)
+        torch.empty(shape, device=diffusion.signal.device)
+        guide = load_guide(self.flags["guide"], self.checkpoint, diffusion.signal.device)
+        with self.album:
+            for first in self.starts:
+                numbers = range(first, min(first + self.batch_size, count))
+                denoising = generate(
+                    network,
+                    diffusion,
+                    runs.seeds_in_turn(self.flags, numbers),
+                    self.size,
+                    visited_steps=self.visited_steps,
+                    sampler=self.flags["sampler"],
+                    labels=labels_in_turn(self.chosen, numbers),
+                    guidance=self.flags["guidance"],
+                    guide=guide,
+                    precision=self.flags["precision"],
+                    start=self.start,
+                )
+                for move, (x_t, x_0) in enumerate(denoising, 1):
+                    if self.album.is_frame_due(numbers, move):
+                        frames = (utils.to_bytes(side).cpu() for side in (x_t, x_0))
+                        self.album.add_frame(numbers, *frames)
+                    yield x_t, x_0
+                depth = self.checkpoint["settings"]["depth"]
+                self.album.add(numbers, utils.to_bytes(x_t, depth).cpu())
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -740,6 +827,8 @@ def sample(
     save_grid: bool = True,
     gif: bool = False,
     seed: int = 0,
+    variation: float = 0.0,
+    interpolate: tuple = (),
     img_size: tuple = (),
     # classes and guidance
     label: str = "all",
@@ -773,6 +862,10 @@ def sample(
         gif: also save samples.gif, the denoising of the first images (16 at most): x_t on the
             left, the guess of the image on the right.
         seed: image number i depends on seed + i and its class alone, not on n_img or batch_size.
+        variation: the images are variations of the first one: their noise is that of seed, turned
+            towards that of seed + i by this fraction of the way; 0 for images of their own.
+        interpolate: two seeds (3,8): the images lead from the one's to the other's, and
+            interpolation.gif shows them in turn; the noise is interpolated spherically.
         img_size: another size than the run was trained at, such as 48x96; it may not look as good.
         label: the classes to make, in turn: a name, several (cats,dogs), or all; for runs trained
             with --conditional.
@@ -797,60 +890,16 @@ def sample(
     flags = dict(locals())
     command_line.check_limits(flags, LIMITS)
     command_line.check_name("name", name)
-    run_name = runs.choose(run_name)
+    flags["run_name"] = runs.choose(run_name)
     device = processes.join(devices.pick_device(device))
-    checkpoint = processes.from_first(load_run(run_name) if processes.is_first() else None)
-    settings = checkpoint["settings"]
-    classes = settings["classes"]
-    chosen = runs.check_labels(label, classes)
-    runs.check_sampling(settings, steps, GUIDANCE if guide else guidance, GUIDANCE)
-    if strength != STRENGTH and not init_image:
-        raise UserError(f"--strength={strength:g} needs an image to change: --init_image=...")
-    size = runs.full_size(img_size or settings["img_size"])
-    runs.check_size(size, settings["multipliers"])
-    if size != settings["img_size"]:
-        height, width = settings["img_size"]
-        print(f"{run_name} was trained at {height}x{width}; another size may look worse")
-    start = reading.read_start(init_image, mask, size, settings["mode"])
-    if batch_size == "auto":
-        batch_size = devices.images_at_once(device, size, settings["width"])
-
-    network, diffusion = build_trained(checkpoint, device)
-    weaker = load_guide(guide, checkpoint, device)
-    visited_steps = diffusion.visited_steps(steps, strength if init_image else 1.0)
-    facts = {"run": run_name, "step": checkpoint["step"], "sampler": sampler, "steps": steps}
-    facts |= {"weights": checkpoints.fingerprint_of(checkpoint["average"]), "device": device.type}
-    flags |= {"run_name": run_name, "img_size": size, "batch_size": batch_size}
-    flags = runs.deciding_flags(flags, classes)
-    moves = max(1, len(visited_steps) - 1)
-    labels = [classes[number] for number in chosen]
-    folder = Path("results", run_name, name)
-    album = utils.Album(folder, flags, labels, facts, save_grid=save_grid, gif=gif, moves=moves)
-    starts = processes.share_of(range(0, n_img, batch_size))
-    # what is beyond all memory ends here, before there is a list as long
-    torch.empty(min(n_img, batch_size), network.channels, *size, device=device)
-    with album, progress_bar(moves * len(starts), unit="step") as bar:
-        for first in starts:
-            numbers = range(first, min(first + batch_size, n_img))
-            denoising = generate(
-                network,
-                diffusion,
-                [seed + number for number in numbers],
-                size,
-                visited_steps=visited_steps,
-                sampler=sampler,
-                labels=labels_in_turn(chosen, numbers),
-                guidance=guidance,
-                guide=weaker,
-                start=start,
-                precision=precision,
-            )
-            for move, (x_t, x_0) in enumerate(denoising, 1):
-                bar.update()
-                if album.is_frame_due(numbers, move):
-                    album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
-            album.add(numbers, utils.to_bytes(x_t, settings["depth"]).cpu())
-    print(album.close() + runs.advice(run_name, checkpoint))
+    is_first = processes.is_first()
+    checkpoint = processes.from_first(load_run(flags["run_name"]) if is_first else None)
+    sampling = Sampling(flags, checkpoint, device)
+    made = sampling.make(*build_trained(checkpoint, device))
+    with progress_bar(sampling.moves, unit="step") as bar:
+        for _ in made:
+            bar.update()
+    print(sampling.album.close() + runs.advice(flags["run_name"], checkpoint))
 
 
 def main() -> None:

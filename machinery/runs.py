@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from machinery import checkpoints, held_out, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
+    Seed,
     UserError,
     acquire,
     counted,
@@ -37,6 +38,7 @@ from machinery.command_line import (
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, composed, tell_classes
 from machinery.trackers import check_trackers
+from machinery.writing import GRID_IMAGES
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -65,6 +67,7 @@ RANGES = {
     "n_img": COUNT,
     "guidance": (0, 1000),
     "strength": (0, 1),
+    "variation": (0, 1),
     "steps": COUNT,
     "head_width": WHOLE,
     "norm_groups": WHOLE,
@@ -242,17 +245,29 @@ def check_sampling(settings: dict, steps: int, guidance: float, default_guidance
         raise UserError(f"--guidance={guidance:g} is {rule}")
 
 
-def deciding_flags(flags: dict, classes: tuple[str, ...]) -> dict:
-    """The flags of a sampling that decide what its images look like, as its PNG files tell them."""
-    idle = {"name", "save_grid", "gif", "device"}
-    if not classes:
-        idle |= {"label"}
-    if not classes and not flags["guide"]:
-        idle |= {"guidance"}
-    if not flags["init_image"]:
-        idle |= {"strength"}
-    idle |= {flag for flag, value in flags.items() if value in ("", "auto")}
-    return {flag: value for flag, value in flags.items() if flag not in idle}
+def check_start(flags: dict, default_strength: float, classes: int) -> None:
+    """Refuse a start of `sample` that is none: strength without an image, seeds that contradict.
+
+    `classes` is how many take turns: from image to image of a film, none may.
+    """
+    if flags["strength"] != default_strength and not flags["init_image"]:
+        strength = f"--strength={flags['strength']:g}"
+        raise UserError(f"{strength} needs an image to change: --init_image=...")
+    if not flags["interpolate"]:
+        return
+    flag = f"--interpolate={as_typed('interpolate', flags['interpolate'])}"
+    if len(flags["interpolate"]) != 2:
+        raise UserError(f"{flag} is not two seeds, such as --interpolate=3,8")
+    for seed in flags["interpolate"]:
+        check_limits({"interpolate": seed}, {"interpolate": RANGES["seed"]})
+    if not 2 <= flags["n_img"] <= GRID_IMAGES:
+        rule = f"--n_img is how many images lead from one to the other, 2 to {GRID_IMAGES}"
+        raise UserError(f"{flag}: {rule}; {flags['n_img']} is not")
+    if classes > 1:
+        raise UserError(f"{flag} leads through images of one class: choose it with --label")
+    for other in ("seed", "variation"):
+        if flags[other]:
+            raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")
 
 
 def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
@@ -270,6 +285,38 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
             known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
             raise UserError(f"--label={name} is not a class of this run{known}")
     return [classes.index(name) for name in names]
+
+
+def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
+    """What the noise of each image comes from, by its number and the flags of `sample` alone."""
+    seed = flags["seed"]
+    if flags["interpolate"]:
+        last = flags["n_img"] - 1
+        return [(*flags["interpolate"], number / last) for number in numbers]
+    if flags["variation"]:
+        turned = [(seed, seed + number, flags["variation"]) for number in numbers]
+        return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
+    return [seed + number for number in numbers]
+
+
+def flags_of_images(
+    flags: dict, classes: tuple[str, ...], size: tuple[int, int], batch_size: int
+) -> dict:
+    """The flags of `sample` that decide what its images look like, as its PNG files tell them."""
+    flags = flags | {"img_size": size, "batch_size": batch_size}
+    idle = {"name", "save_grid", "gif", "device"}
+    idle |= {flag for flag, value in flags.items() if value in ("", "auto", ())}
+    if not classes:
+        idle |= {"label"}
+    if not classes and not flags["guide"]:
+        idle |= {"guidance"}
+    if not flags["init_image"]:
+        idle |= {"strength"}
+    if not flags["variation"]:
+        idle |= {"variation"}
+    if flags["interpolate"]:
+        idle |= {"seed"}
+    return {flag: value for flag, value in flags.items() if flag not in idle}
 
 
 # ---- a run while it is trained -------------------------------------------------------------------

@@ -183,12 +183,17 @@ class Album:
     def __exit__(self, *error) -> None:
         self.exits.close()
 
+    def __post_init__(self):
+        # then an image has no seed of its own: it depends on its number
+        self.goes_by_number = not {"interpolate", "variation"}.isdisjoint(self.flags)
+
     def command(self, numbers: range) -> str:
         """What makes these images again, to the bit: as the batch they were made in."""
         first = numbers.start
         batch_size = min(len(numbers), self.flags["batch_size"])
         flags = self.flags | {"n_img": len(numbers), "batch_size": batch_size}
-        flags["seed"] += first
+        if first:
+            flags["seed"] += first
         if self.labels:
             count = len(self.labels)
             turns = (self.labels[(first + turn) % count] for turn in range(count))
@@ -216,14 +221,16 @@ class Album:
     def add(self, numbers: range, images: Tensor) -> None:
         """Write a batch (B, C, H, W), eight files at a time: they wait for the disk."""
         digits = max(4, len(str(self.flags["n_img"])))
-        command = self.command(numbers)
+        again = range(self.flags["n_img"]) if self.goes_by_number else numbers
+        command = self.command(again)
         self.suffix = suffix_of(images)
         save = save_png if self.suffix == ".png" else save_npy
         with ThreadPoolExecutor(8) as writers:
             pending = []
-            for place, (image, number) in enumerate(zip(images, numbers, strict=True)):
+            for image, number in zip(images, numbers, strict=True):
                 path = self.folder / f"sample_{number + 1:0{digits}d}{self.suffix}"
-                facts = {"seed": self.flags["seed"] + number}
+                facts = {} if self.goes_by_number else {"seed": self.flags["seed"] + number}
+                place = again.index(number)
                 facts["command"] = f"{command}  # this is sample_{place + 1:04d}.png there"
                 if self.labels:
                     facts["label"] = self.labels[number % len(self.labels)]
@@ -245,7 +252,8 @@ class Album:
         sentences = [f"{counted(n_img, 'image')}: {there}"]
         if self.save_grid:
             path = self.folder / "samples.png"
-            facts = self.facts | {"seed": self.flags["seed"], "command": command}
+            seed = {} if self.goes_by_number else {"seed": self.flags["seed"]}
+            facts = self.facts | seed | {"command": command}
             save_png(torch.stack(grid), path, self.labels, **facts)
             where = f"; its {describe_grid(self.labels, len(grid))}" if self.labels else ""
             sentences.append(f"{len(grid)} of them in one: {path}{where}")
@@ -254,4 +262,8 @@ class Album:
             frames = self.frames({start: film for each in films for start, film in each.items()})
             save_gif(frames, path, comment=f"{command} --gif")
             sentences.append(f"the denoising of {min(n_img, GIF_IMAGES)} as a GIF: {path}")
+        if "interpolate" in self.flags:
+            path = self.folder / "interpolation.gif"
+            save_gif(list(over_white(torch.stack(grid))), path, comment=command)
+            sentences.append(f"they lead from seed to seed in a film: {path}")
         return "\n".join(sentences)

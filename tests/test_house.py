@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import ddpm
 from machinery import command_line
-from tools import evaluate, exchange, report, unpack
+from tools import evaluate, exchange, play, report, unpack
 
 pytestmark = pytest.mark.quick
 
@@ -28,6 +28,7 @@ PROGRAMS = {
     "ddpm.py": ({"train": ddpm.train, "sample": ddpm.sample}, ddpm.LIMITS),
     "tools.unpack": ({"unpack": unpack.unpack}, unpack.LIMITS),
     "tools.evaluate": ({"evaluate": evaluate.evaluate}, evaluate.LIMITS),
+    "tools.play": ({"play": play.play}, play.LIMITS),
     "tools.exchange": (
         {"publish": exchange.publish, "export": exchange.export, "import": exchange.import_},
         {},

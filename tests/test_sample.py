@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, files_below, paint
+from conftest import TINY, files_below, paint, refused
 from PIL import Image
 
 import ddpm
 import utils
-from machinery import checkpoints, command_line, devices, writing
+from machinery import basics, checkpoints, command_line, devices, writing
 
 NOISE_STEPS = 30
 RUN = Path("results/tiny")
@@ -315,6 +315,84 @@ def test_the_command_in_a_picture_makes_it_again_to_the_pixel(sample, run, how):
         again = comment.split()[0] if comment else "samples.png"
         assert np.array_equal(pixels(RUN / "again" / again), pixels(RUN / f"samples/{name}.png"))
         shutil.rmtree(RUN / "again")
+
+
+@pytest.mark.parametrize("how", [("--interpolate=3,9",), ("--seed=3", "--variation=0.2")])
+def test_the_command_in_a_picture_between_seeds_makes_all_of_them(sample, run, how):
+    """Such a picture depends on its number: it has no seed of its own to begin with."""
+    assert sample("--n_img=5", "--batch_size=2", "--steps=3", *how).status == 0
+    with Image.open(RUN / "samples/sample_0004.png") as picture:
+        command, _, comment = picture.text["command"].partition("  # this is ")
+        assert "seed" not in picture.text
+    _, _, *words = shlex.split(command)
+    assert {"--n_img=5", "--batch_size=2", *how} <= {*words}
+    assert run(*words, "--name=again", "--device=cpu").status == 0
+    assert comment == "sample_0004.png there"
+    assert np.array_equal(images("again"), images())
+
+
+# ---- between seeds -------------------------------------------------------------------------------
+
+
+def test_between_two_noises_lies_an_arc():
+    """Of vectors at right angles and of one length, all points in between have that length."""
+    first, second = np.float32([3, 0, 4]), np.float32([0, 5, 0])
+    assert np.array_equal(basics.between(first, second, 0), first)
+    assert np.array_equal(basics.between(first, second, 1), second)
+    middle = basics.between(first, second, 0.5)
+    assert np.allclose(middle, (first + second) / np.sqrt(2))
+    third = basics.between(first, second, 1 / 3)
+    assert np.allclose((third @ first / 25, third @ second / 25), (np.sqrt(0.75), 0.5))
+    assert np.allclose(basics.between(first, first, 0.3), first)
+    assert third.dtype == np.float32
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddpm"])
+def test_an_interpolation_leads_from_seed_to_seed(sample, float32, sampler):
+    how = (f"--sampler={sampler}", "--steps=4", "--batch_size=1")
+    result = sample("--n_img=5", "--interpolate=3,9", *how)
+    assert (result.status, "interpolation.gif" in result.out) == (0, True)
+    for number, seed in ((0, 3), (4, 9)):
+        assert sample("--n_img=1", f"--seed={seed}", f"--name=from_{seed}", *how).status == 0
+        assert np.array_equal(images(f"from_{seed}")[0], images()[number])
+    moves = [abs(a - b).mean() for a, b in itertools.pairwise(images())]
+    assert max(moves) < abs(images()[0] - images()[-1]).mean()
+    with Image.open(RUN / "samples/interpolation.gif") as film:
+        assert (film.n_frames, film.size) == (5, (8, 8))
+
+
+def test_variations_are_nearer_than_other_seeds_and_begin_with_the_seed(sample):
+    assert sample("--n_img=9", "--seed=3", "--steps=4").status == 0
+    for number, variation in ((2, 0.01), (3, 0.2), (4, 1)):
+        words = ("--n_img=9", "--seed=3", "--steps=4", f"--variation={variation}")
+        assert sample(*words).status == 0
+        assert np.array_equal(images(f"samples_{number}")[0], images()[0])
+    differences = [
+        abs(images(f"samples_{number}")[1:] - images()[0]).mean() for number in (2, 3, 4)
+    ]
+    assert differences == sorted(differences)
+    assert abs(images("samples_4") - images()).max() <= 1  # 1 is the other seed itself
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--interpolate=3"], "--interpolate=3 is not two seeds"),
+        (["--interpolate=1,2,3"], "is not two seeds"),
+        (["--interpolate=-1,2"], "--interpolate=-1 is out of range"),
+        (["--interpolate=3,9", "--seed=1"], "leave out --seed=1"),
+        (["--interpolate=3,9", "--variation=0.5"], "leave out --variation=0.5"),
+        (["--interpolate=3,9", "--n_img=1"], "2 to 256; 1 is not"),
+        (["--interpolate=3,9", "--n_img=257"], "2 to 256; 257 is not"),
+        (["--variation=1.5"], "--variation=1.5 is out of range"),
+    ],
+)
+def test_what_is_not_between_two_seeds_is_refused(sample, words, reason):
+    assert reason in refused(sample(*words))
+    assert not RUN.exists()
+
+
+# ---- what a picture and a film show --------------------------------------------------------------
 
 
 def test_other_weights_have_another_fingerprint():
