@@ -930,6 +930,8 @@ def test_a_run_writes_only_where_it_should(finished, place):
         LOG.as_posix(),
         "results/run/loss.png",
         "results/run/data.png",
+        "results/run/index.html",
+        "results/run/command.txt",
         f"{PREVIEWS.as_posix()}/epoch_0001.png",
     }
     assert outside == {CHECKPOINT.as_posix()} | results
