@@ -293,7 +293,8 @@ def test_stop_leaves_nothing_and_the_next_begins(page):
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped.").wait_for()
     fill(page, Steps=2)
-    make(page, "Make images", 4)
+    command, _ = make(page, "Make images", 4)
+    assert "--steps=2" in command  # the other has not come to its end
     new = {Path(name).parts[0] for name in files_below(PLAY) - before}
     assert len(new) == 1
 
