@@ -150,12 +150,7 @@ class Diffusion:
         return t, torch.randn(*shape, device=device)
 
     def loss(
-        self,
-        network: nn.Module,
-        x_0: Tensor,
-        t: Tensor,
-        eps: Tensor,
-        labels: Tensor | None = None,
+        self, network: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None
     ) -> Tensor:
         """Each image's weighted mean squared error (B,): Ho et al. 2020, Algorithm 1, line 5.
 
@@ -286,29 +281,22 @@ def build_trained(checkpoint: dict, device: torch.device) -> tuple[UNet, Diffusi
 def load_run(run_name: str) -> dict:
     """A run's checkpoint, checked; see `runs.load`.
 
-    Flags that are missing from an older checkpoint get today's default: the default of a new flag
-    must mean what older versions did.
+    Flags that are missing from an older checkpoint get today's default: that of a new flag must
+    mean what older versions did, or stand in runs.BEFORE.
     """
     return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build)
 
 
-def load_guide(name: str, checkpoint: dict, device: torch.device) -> UNet | None:
-    """A weaker network for autoguidance of `checkpoint`: its own early one, another run's, or none.
-
-    Args:
-        name: "early", a run, or "".
-        checkpoint: of the run that is guided.
-        device: where the network goes.
-    """
+def load_guide(name: str, checkpoint: dict, size: tuple[int, int]) -> dict | None:
+    """The checkpoint of a weaker network, for autoguidance at `size`: "early", a run, or ""."""
     if not name:
         return None
     if name == "early":
-        return build_trained(checkpoint | {"average": runs.early_weights(checkpoint)}, device)[0]
+        return checkpoint | {"average": runs.early_weights(checkpoint)}
+    command_line.check_name("guide", name)
     guide = processes.from_first(load_run(name) if processes.is_first() else None)
-    alike = (*NOISING, "mode", "classes")
-    needed = {flag: checkpoint["settings"][flag] for flag in alike}
-    runs.check_guide(name, guide["settings"], needed)
-    return build_trained(guide, device)[0]
+    runs.check_guide(name, guide["settings"], checkpoint["settings"], size)
+    return guide
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -331,7 +319,8 @@ class Training:
     Attributes:
         step: how many are done.
         ema: the network with EMA weights, which makes the images.
-        early: the EMA weights after a fourth of the training, in half precision; else empty.
+        early: the EMA weights after a fourth of the training, in half precision; empty before
+            that, and None for a run of an older version, which had it behind it.
         blank_loss: what an output of nothing but zeros costs, at most.
         preview_seeds: of the images that `preview` makes; classes take turns.
     """
@@ -377,7 +366,7 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["average"])
         checkpoints.restore_adamw(self.optimizer, state["optimizer"])
-        self.early = state.get("early", {})  # older versions kept none
+        self.early = state.get("early")
         self.scaler.restore(state)
         self.step = state["step"]
 
@@ -439,9 +428,9 @@ class Training:
         self.optimizer.zero_grad()
         self.step += 1
         update_ema(self.ema, self.network, self.step, self.settings["ema_decay"])
-        if not self.early and fraction_done >= EARLY:
+        if self.early == {} and fraction_done >= EARLY:
             weights = self.ema.state_dict().items()
-            self.early = {name: weight.to("cpu", torch.float16) for name, weight in weights}
+            self.early = {name: weight.half() for name, weight in weights}
         return losses, t, self.scaler.norm_taken(grad_norm), lr
 
     def learning_rate(self, fraction_done: float) -> float:
@@ -505,14 +494,14 @@ def guided(
     if guidance == 1 or (labels is None and guide is None):
         return network(x_t, t, labels)
     if guide:
-        better, worse = network(x_t, t, labels).float(), guide(x_t, t, labels).float()
-        return worse + guidance * (better - worse)
-    none = torch.full_like(labels, network.null_class)
-    if guidance == 0:
-        return network(x_t, t, none)
-    both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none])).float()
-    better, worse = both.chunk(2)
-    return worse + guidance * (better - worse)
+        better, worse = network(x_t, t, labels), guide(x_t, t, labels)
+    else:
+        no_class = torch.full_like(labels, network.null_class)
+        if guidance == 0:
+            return network(x_t, t, no_class)
+        both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, no_class]))
+        better, worse = both.chunk(2)
+    return worse.float() + guidance * (better.float() - worse.float())
 
 
 def generate(
@@ -594,17 +583,13 @@ class Sampling:
         self.flags = flags
         self.checkpoint = checkpoint
         self.chosen = runs.check_labels(flags["label"], settings["classes"])
-        guidance = GUIDANCE if flags["guide"] else flags["guidance"]
-        runs.check_sampling(settings, flags["steps"], guidance, GUIDANCE)
+        runs.check_sampling(settings, flags, GUIDANCE)
         runs.check_start(flags, STRENGTH, len(self.chosen))
-        self.size = runs.full_size(flags["img_size"] or settings["img_size"])
-        runs.check_size(self.size, settings["multipliers"])
-        if self.size != settings["img_size"]:
-            height, width = settings["img_size"]
-            trained = f"{flags['run_name']} was trained at {height}x{width}"
-            print(f"{trained}; another size may look worse")
+        self.size = runs.sampling_size(flags, settings)
+        self.guide = load_guide(flags["guide"], checkpoint, self.size)
         images = flags["init_image"], flags["mask"]
-        self.start = reading.read_start(*images, self.size, settings["mode"])
+        how = (settings["mode"], settings["resize"], settings["depth"])
+        self.start = reading.read_start(*images, self.size, *how)
         self.batch_size = flags["batch_size"]
         if self.batch_size == "auto":
             self.batch_size = devices.images_at_once(device, self.size, settings["width"])
@@ -615,9 +600,7 @@ class Sampling:
         self.starts = processes.share_of(range(0, flags["n_img"], self.batch_size))
         moves = max(1, len(steps) - 1)
         self.moves = moves * len(self.starts)
-        weights = checkpoints.fingerprint_of(checkpoint["average"])
-        facts = {"run": flags["run_name"], "step": checkpoint["step"], "weights": weights}
-        facts |= {"sampler": flags["sampler"], "steps": flags["steps"], "device": device.type}
+        facts = runs.facts_of_images(flags, checkpoint, self.guide, device)
         folder = Path("results", flags["run_name"], flags["name"])
         labels = [settings["classes"][number] for number in self.chosen]
         told = runs.flags_of_images(flags, settings["classes"], self.size, self.batch_size)
@@ -625,16 +608,13 @@ class Sampling:
         self.album = utils.Album(folder, told, labels, facts, **files, moves=moves)
 
     def make(self, network: UNet, diffusion: Diffusion) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make and write the images of this process: (x_t, guess of x_0) of a batch after a step.
-
-        Args:
-            network, diffusion: see `build_trained`.
-        """
+        """Make and write the images of this process: (x_t, guess of x_0) after every step."""
         count = self.flags["n_img"]
-        # what is beyond all memory ends here, before there is a list as long
+        # fail now if a batch cannot fit, before the list of its noise is built
         shape = (min(count, self.batch_size), network.channels, *self.size)
-        torch.empty(shape, device=diffusion.signal.device)
-        guide = load_guide(self.flags["guide"], self.checkpoint, diffusion.signal.device)
+        device = diffusion.signal.device
+        torch.empty(shape, device=device)
+        guide = build_trained(self.guide, device)[0] if self.guide else None
         with self.album:
             for first in self.starts:
                 numbers = range(first, min(first + self.batch_size, count))
@@ -870,9 +850,11 @@ def sample(
         label: the classes to make, in turn: a name, several (cats,dogs), or all; for runs trained
             with --conditional.
         guidance: classifier-free guidance (CFG), how strictly an image keeps to its class: 0 not
-            at all, 1 as learned, more for clearer and less varied images.
+            at all, 1 as learned, more for clearer and less varied images; with a guide, how far it
+            leads away from that (try 1.5).
         guide: autoguidance, for runs without classes too: early, or a weaker run of the same data,
-            from which --guidance leads away; early is the run after a fourth of its training.
+            from which --guidance leads away; early is the run after a fourth of its training, as
+            long as that was planned when it came to it.
         init_image: image-to-image (SDEdit): an image to start from, instead of noise.
         strength: how much of init_image changes: 0 nothing, 1 everything.
         mask: inpainting: an image of the same size, white where to repaint, black where every
@@ -892,8 +874,7 @@ def sample(
     command_line.check_name("name", name)
     flags["run_name"] = runs.choose(run_name)
     device = processes.join(devices.pick_device(device))
-    is_first = processes.is_first()
-    checkpoint = processes.from_first(load_run(flags["run_name"]) if is_first else None)
+    checkpoint = processes.from_first(load_run(flags["run_name"]) if processes.is_first() else None)
     sampling = Sampling(flags, checkpoint, device)
     made = sampling.make(*build_trained(checkpoint, device))
     with progress_bar(sampling.moves, unit="step") as bar:

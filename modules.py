@@ -54,17 +54,12 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        embedding_size: int,
-        norm: Callable,
-        dropout: float,
+        self, channels_in: int, channels_out: int, time_size: int, norm: Callable, dropout: float
     ):
         super().__init__()
         self.norm1 = norm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_size, channels_out)
+        self.time_emb_proj = nn.Linear(time_size, channels_out)
         self.norm2 = norm(channels_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
@@ -146,7 +141,7 @@ class UNet(nn.Module):
 
     Args:
         img_size: height and width in pixels, each a multiple of 2^(levels - 1), or one number.
-        channels: of the image: 1 gray, 3 RGB, 4 RGBA.
+        channels: of the image: 1 gray, 3 RGB, 4 RGBA; other numbers for arrays.
         width: channels, to be multiplied; a multiple of 4 up to 128, of 32 above.
         multipliers: channels of each level, as multiples of `width`; levels halve the resolution.
         blocks: residual blocks per level on the way down (and one more on the way up).

@@ -28,7 +28,8 @@ __all__ += ["over_white", "save_gif", "save_png", "tile"]
 def from_bytes(images: Tensor) -> Tensor:
     """0..255 to [-1, 1], float32; the inverse of `to_bytes`.
 
-    Levels of 16 bits, 0..65535, come as int16 of the same bits: PyTorch's uint16 can do little.
+    Levels of 16 bits, 0..65535, come as int16 of the same bits, since PyTorch's uint16 can do
+    little, and leave `to_bytes` as int32.
     """
     if images.dtype == torch.int16:
         return (images.int() & 0xFFFF).float() / 32767.5 - 1
@@ -50,7 +51,7 @@ def to_bytes(images: Tensor, depth: int = 8) -> Tensor:
 
 # ---- a folder's batches --------------------------------------------------------------------------
 
-# the axes of images (B, C, H, W) along which coins decide
+# the axes of images (B, C, H, W) along which chance decides
 FLIPS = {"horizontal": (3,), "both": (3, 2), "no": ()}
 
 
@@ -85,14 +86,10 @@ def crop(images: Tensor, shape: tuple[int, int, int], chances: Tensor) -> Tensor
 
     Where they begin, `chances` (B, 2) in [0, 1) say: every place is as likely.
     """
-    (height, width), (taller, wider) = shape[1:], images.shape[2:]
-    top = (chances[:, :1] * (taller - height + 1)).long()  # (B, 1)
-    left = (chances[:, 1:] * (wider - width + 1)).long()
-    down = top + torch.arange(height, device=images.device)  # (B, H)
-    across = left + torch.arange(width, device=images.device)  # (B, W)
-    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    parts = images.permute(0, 2, 3, 1)[batch, down[:, :, None], across[:, None, :]]  # (B, H, W, C)
-    return parts.permute(0, 3, 1, 2)
+    windows = images.unfold(2, shape[1], 1).unfold(3, shape[2], 1)  # (B, C, tops, lefts, H, W)
+    top = (chances[:, 0] * windows.shape[2]).long()  # (B,)
+    left = (chances[:, 1] * windows.shape[3]).long()
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
 class Loader:

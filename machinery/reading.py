@@ -82,17 +82,24 @@ class Dataset(NamedTuple):
 class Start(NamedTuple):
     """What image-to-image and inpainting start from, instead of noise."""
 
-    image: Tensor  # (C, H, W) uint8
+    image: Tensor  # (C, H, W) uint8, or int16 of 16 bits
     mask: Tensor  # (1, H, W) in [0, 1]: 1 = repaint; 0 = keep, so that it comes out as it went in
 
 
-def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> Start | None:
+def read_start(
+    init_image: str,
+    mask: str,
+    size: tuple[int, int],
+    mode: str,
+    resize: str = "lanczos",
+    depth: int = 8,
+) -> Start | None:
     """The image and the mask that sampling starts from; None if no image is named.
 
     Args:
         init_image, mask: paths; without a mask, everything is repainted.
         size: height and width; both are resized and cropped to it, as a data set is.
-        mode: one of CHANNELS.
+        mode, resize, depth: those of the run.
 
     Raises:
         UserError: a file is missing or unreadable, the two differ in size, so that they would be
@@ -106,7 +113,7 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
         raise UserError(f"--init_image={init_image}: this run makes {mode} channels, no colors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of Pillow's is an error here
-        image = read_flag("init_image", init_image, size, mode)
+        image = read_flag("init_image", init_image, size, mode, resize, depth)
         if not mask:
             return Start(image, torch.ones(1, *size))
         read_flag("mask", mask, size, "L")  # or refuse it in its own words
@@ -118,7 +125,7 @@ def read_start(init_image: str, mask: str, size: tuple[int, int], mode: str) -> 
 
 
 def read_flag(flag: str, path: str, *how) -> Tensor:
-    """The image that a flag names: pixels (C, H, W) uint8; see `read_image`."""
+    """The image that a flag names (C, H, W): uint8, or int16 of 16 bits; see `read_image`."""
     if not os.path.isfile(path):
         raise UserError(f"--{flag}={path} is not a file; it takes an image")
     try:
@@ -133,7 +140,7 @@ def read_flag(flag: str, path: str, *how) -> Tensor:
         raise UserError(f"--{flag}={path} is not an image that can be read{reason}") from error
     if flag == "init_image" and pixels.CONVERTED in remarks:
         print(f"{path} is converted to sRGB from another color profile")
-    return torch.from_numpy(found)
+    return torch.from_numpy(found.view(np.int16) if found.dtype == np.uint16 else found)
 
 
 def read_mask(path: str, size: tuple[int, int]) -> Tensor:

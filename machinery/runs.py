@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from machinery import checkpoints, held_out, processes, reading
+from machinery import checkpoints, devices, held_out, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
     Seed,
@@ -214,18 +214,23 @@ def early_weights(checkpoint: dict) -> dict[str, torch.Tensor]:
         UserError: there are none.
     """
     if not checkpoint.get("early"):
-        reason = "that is kept after a fourth of a training, and not in published runs"
+        reason = "those are kept after a fourth of a training, not in published or older runs"
         raise UserError(f"--guide=early: this run has no early weights; {reason}")
     return checkpoint["early"]
 
 
-def check_guide(name: str, source: dict, needed: dict) -> None:
-    """Refuse the run `name`, of settings `source`, as a guide where it lacks what is needed.
+def check_guide(name: str, source: dict, settings: dict, size: tuple[int, int]) -> None:
+    """Refuse the run `name`, of settings `source`, as a guide of a run with `settings` at `size`.
 
     Raises:
         UserError: naming what differs.
     """
-    differs = [flag for flag, value in needed.items() if source[flag] != value]
+    alike = ("noise_steps", "schedule", "objective", "mode", "classes")
+    differs = [flag for flag in alike if source[flag] != settings[flag]]
+    try:
+        check_size(size, source["multipliers"])
+    except UserError as error:
+        raise UserError(f"--guide={name} does not fit: {error}") from error
     if differs:
         flag = differs[0]
         has = f"it has --{flag}={as_typed(flag, source[flag])}"
@@ -235,14 +240,32 @@ def check_guide(name: str, source: dict, needed: dict) -> None:
         raise UserError(f"--guide={name} does not fit: {has}; {rule}")
 
 
-def check_sampling(settings: dict, steps: int, guidance: float, default_guidance: float) -> None:
-    """Refuse more steps than a run has, and guidance that is not the default without classes."""
+def check_sampling(settings: dict, flags: dict, default_guidance: float) -> None:
+    """Refuse more steps than a run has, and guidance without classes or a guide.
+
+    Args:
+        settings: of the run.
+        flags: of the sampling: `steps`, `guidance` and `guide`.
+        default_guidance: what nobody has asked for.
+    """
+    steps, guidance = flags["steps"], flags["guidance"]
     if steps > settings["noise_steps"]:
         limit = f"the {settings['noise_steps']} noising steps of this run"
         raise UserError(f"--steps={steps} is more than {limit}")
-    if guidance != default_guidance and not settings["classes"]:
+    if guidance != default_guidance and not settings["classes"] and not flags["guide"]:
         rule = "for class-conditional runs, trained with --conditional; others need a --guide"
         raise UserError(f"--guidance={guidance:g} is {rule}")
+
+
+def sampling_size(flags: dict, settings: dict) -> tuple[int, int]:
+    """The height and width of a sampling; those of the run if left out, and told if others."""
+    size = full_size(flags["img_size"] or settings["img_size"])
+    check_size(size, settings["multipliers"])
+    if size != settings["img_size"]:
+        height, width = settings["img_size"]
+        trained = f"{flags['run_name']} was trained at {height}x{width}"
+        print(f"{trained}; another size may look worse")
+    return size
 
 
 def check_start(flags: dict, default_strength: float, classes: int) -> None:
@@ -297,6 +320,19 @@ def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
         turned = [(seed, seed + number, flags["variation"]) for number in numbers]
         return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
     return [seed + number for number in numbers]
+
+
+def facts_of_images(
+    flags: dict, checkpoint: dict, guide: dict | None, device: torch.device
+) -> dict[str, str | int]:
+    """What a PNG file tells beside its command: what that has to find for the same image."""
+    weights = checkpoints.fingerprint_of(checkpoint["average"])
+    facts = {"run": flags["run_name"], "step": checkpoint["step"], "weights": weights}
+    if guide:
+        facts["guide_weights"] = checkpoints.fingerprint_of(guide["average"])
+    precision = str(devices.precision_of(flags["precision"], device)).removeprefix("torch.")
+    facts |= {"sampler": flags["sampler"], "steps": flags["steps"]}
+    return facts | {"device": device.type, "computed_in": precision}
 
 
 def flags_of_images(
@@ -634,7 +670,8 @@ def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Cal
 def check_finite(run_name: str, stored: dict) -> None:
     """Refuse a checkpoint whose numbers are infinite or NaN: nothing can be made of these."""
     tensors = {f"{name} (EMA)": weight for name, weight in stored["average"].items()}
-    tensors |= {f"{name} (early)": weight for name, weight in stored.get("early", {}).items()}
+    early = stored.get("early") or {}
+    tensors |= {f"{name} (early)": weight for name, weight in early.items()}
     if "network" in stored:
         tensors |= stored["network"] | {"sums": stored["sums"]}
         for number, moments in stored["optimizer"]["state"].items():

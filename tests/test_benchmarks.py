@@ -854,12 +854,13 @@ def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_r
     flags = command_line.read_flags(
         "train", parameters, command.group(1).replace("\\\n", "").split()
     )
-    settings = {
+    preset = ddpm.PRESETS[flags.pop("preset")]
+    settings = preset | {
         name: command_line.FLAG_TYPES[parameters[name]][0](text) for name, text in flags.items()
     }
     by_default = inspect.signature(ddpm.train).parameters
     settings |= {name: by_default[name].default for name in first if name not in settings}
-    assert settings == first | {"run_name": "first", "epochs": settings["epochs"]}
+    assert settings == first | {"run_name": "first", "max_minutes": preset["max_minutes"]}
 
 
 @pytest.mark.parametrize(

@@ -1342,7 +1342,7 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 def loader_of(images: np.ndarray, flip: str = "horizontal", size: tuple = ()) -> utils.Loader:
     labels = np.zeros(len(images), np.int64)
-    data = reading.Dataset(images, "", [], "RGB", labels, size)
+    data = reading.Dataset(images, "", [], "RGB", labels, size=size)
     return utils.Loader(data, 4, seed=0, flip=flip, device=torch.device("cpu"))
 
 

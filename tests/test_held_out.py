@@ -206,7 +206,7 @@ def measuring(
     chosen = held_out.split(names, number)
     labels = np.zeros(count, np.int64)
     data = reading.Dataset(images, "", [], "RGB", labels, names, chosen.learned)
-    loader = utils.Loader(data, batch_size, seed=0, flip=True, device=torch.device("cpu"))
+    loader = utils.Loader(data, batch_size, seed=0, flip="no", device=torch.device("cpu"))
     settings = {"seed": 0, "img_size": (8, 8), "width": 16, "multipliers": (1, 2), "blocks": 1}
     settings |= {"attention_size": 4, "dropout": 0.0, "mode": "RGB", "classes": ()}
     settings |= {"noise_steps": 100, "schedule": "cosine", "objective": objective, "min_snr": 5.0}

@@ -202,13 +202,14 @@ def look(browser) -> Iterator[Callable]:
     faults = []
     opened = []
 
-    def open_page(address: str, width: int = 800, scheme: str = "light", asked: tuple | list = ()):
+    def open_page(address: str, width: int = 800, scheme: str = "light", asked: list | None = None):
         viewport = {"width": width, "height": 900}
         tab = browser.new_page(viewport=viewport, color_scheme=scheme)
         opened.append(tab)
         tab.on("console", lambda message: faults.append(message.text))
         tab.on("pageerror", lambda error: faults.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
+        if asked is not None:
+            tab.on("request", lambda request: asked.append(request.url))
         tab.on("requestfailed", lambda request: faults.append(request.url))
         tab.on("response", lambda got: got.ok or faults.append(got.url))
         tab.goto(address)

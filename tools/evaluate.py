@@ -462,7 +462,8 @@ def make_samples(
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
-    weaker = ddpm.load_guide(guide, stored, device)
+    weaker = ddpm.load_guide(guide, stored, settings["img_size"])
+    weaker = ddpm.build_trained(weaker, device)[0] if weaker else None
     images = []
     if labels is None:
         labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
@@ -727,8 +728,8 @@ def evaluate(
     stored = None
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
-        asked = ddpm.GUIDANCE if guide else guidance
-        runs.check_sampling(stored["settings"], steps, asked, ddpm.GUIDANCE)
+        asked = {"steps": steps, "guidance": guidance, "guide": guide}
+        runs.check_sampling(stored["settings"], asked, ddpm.GUIDANCE)
     table = Path("results", run_name, "evaluation.csv")
     if is_first:
         if os.path.lexists(save_images):

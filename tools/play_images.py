@@ -24,6 +24,7 @@ import ddpm
 import utils
 from machinery import checkpoints, command_line, devices, reading, runs, writing
 from machinery.basics import UserError, counted
+from machinery.pixels import NUMBERS
 
 MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
@@ -49,6 +50,11 @@ def load(run_name: str) -> tuple[dict, tuple]:
     if memory.key != key:
         memory.key = memory.checkpoint = memory.trained = None
         checkpoint = ddpm.load_run(run_name)
+        settings = checkpoint["settings"]
+        is_gray = settings["mode"] == "L"
+        if settings["mode"] in NUMBERS or (settings["depth"] == 16 and not is_gray):
+            way_on = f"`python ddpm.py sample --run_name={run_name}` makes them"
+            raise UserError(f"{run_name} makes .npy files, which no page shows; {way_on}")
         for name in ("network", "optimizer"):  # only a training needs these
             checkpoint.pop(name, None)
         memory.trained = ddpm.build_trained(checkpoint, devices.pick_device("auto"))
@@ -148,7 +154,7 @@ def keep_start(run_name: str, path: str, img_size: str) -> Path:
     settings = load(run_name)[0]["settings"]
     size = size_of(img_size, settings)
     try:
-        image = reading.read_start(path, "", size, settings["mode"]).image
+        image = reading.read_start(path, "", size, settings["mode"], settings["resize"]).image
     except UserError as error:
         raise UserError(str(error).replace(f"--init_image={path}", Path(path).name)) from error
     digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12]
