@@ -5,6 +5,7 @@ Reading order: how many and which; HeldOut, what they cost; the gap.
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,9 +55,9 @@ def number_of(held_out: float, count: int) -> int:
 
 
 def hash_of(name: str) -> bytes:
-    return hashlib.blake2b(
-        composed(name).encode("utf-8", "surrogateescape"), digest_size=8
-    ).digest()
+    """Decides who is held out; frames of one file (film.gif/00017) are alike, and stay together."""
+    name = re.sub(r"(?i)(\.(gif|webp|tiff?|png|avif|heic|heif))/\d{5}$", r"\1", composed(name))
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
 def split(names: Sequence[str], held_out: float, labels: np.ndarray | None = None) -> Split:
@@ -108,7 +109,8 @@ class HeldOut:
 
     Args:
         chosen: the split of the data set.
-        training: has `ema`, `diffusion`, `loader`, `settings`, `device` and `precision`.
+        training: has `ema`, `diffusion`, `loader`, `settings`, `device`, `precision` and
+            `micro_batches`.
     """
 
     def __init__(self, chosen: Split, training):
@@ -139,6 +141,9 @@ class HeldOut:
         device = training.device
         size = training.settings["img_size"]
         at_once = devices.images_at_once(device, size, training.settings["width"])
+        parts = training.micro_batches
+        if parts.size < len(parts.share):  # memory is known to be short
+            at_once = min(at_once, parts.size)
         losses = torch.zeros(2 * self.number, device=device)
         mine = processes.share(2 * self.number)
         for start in mine[::at_once]:

@@ -140,3 +140,36 @@ def test_early_guides_and_a_run_without_it_says_so(two_runs, run, sample):
     checkpoints.save("run", **stored)
     line = refused(run("sample", "--run_name=run", "--guide=early", STEPS))
     assert "--guide=early: this run has no early weights" in line
+
+
+def test_a_guide_must_fit_the_size_and_be_named_plainly(two_runs, run):
+    flags = dict(word.split("=") for word in (*TINY, "--noise_steps=8", "--epochs=1"))
+    words = [f"{flag}={value}" for flag, value in (flags | {"--multipliers": "1,1,1"}).items()]
+    assert run("train", "--dataset=pictures", "--run_name=deep", *words).status == 0
+    line = refused(run("sample", "--run_name=run", "--guide=deep", "--img_size=10", STEPS))
+    assert "--guide=deep does not fit: --img_size=10x10" in line
+    line = refused(run("sample", "--run_name=run", "--guide=../models/run", STEPS))
+    assert "--guide=../models/run is not a usable name" in line
+    assert not Path("results/run/samples").exists()
+
+
+def test_a_guide_of_another_loss_weight_fits_and_its_weights_are_told(two_runs, run):
+    flags = dict(word.split("=") for word in (*TINY, "--noise_steps=8", "--epochs=1"))
+    words = [f"{flag}={value}" for flag, value in (flags | {"--min_snr": "1"}).items()]
+    assert run("train", "--dataset=pictures", "--run_name=other", *words).status == 0
+    assert run("sample", "--run_name=run", "--guide=other", "--n_img=1", STEPS).status == 0
+    told = Image.open("results/run/samples/sample_0001.png").info
+    weights = checkpoints.load("other")["average"]
+    assert told["guide_weights"] == checkpoints.fingerprint_of(weights)
+    assert told["computed_in"] in ("float32", "bfloat16")
+
+
+def test_a_run_of_an_older_version_keeps_no_late_weights_as_early_ones(place, run):
+    paint(place / "pictures")
+    words = ["train", "--dataset=pictures", "--noise_steps=8", *TINY, "--run_name=run"]
+    assert run(*words, "--epochs=2").status == 0
+    stored = checkpoints.load("run")
+    del stored["early"]
+    checkpoints.save("run", **stored)
+    assert run(*words, "--epochs=3").status == 0
+    assert not checkpoints.load("run")["early"]

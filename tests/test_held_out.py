@@ -410,3 +410,28 @@ def test_all_rows_of_a_log_have_the_same_columns():
     long, short = [*row.values()], [*(row | {"step": 2}).values()][: len(journal.COLUMNS)]
     assert not journal.is_log([long, short], 5)
     assert not journal.is_log([long[:-1]], 5)
+
+
+def test_frames_of_one_file_are_on_one_side():
+    """But for the film in which the number is reached; else a neighbor would tell of a frame."""
+    names = [f"{film}.gif/{frame:05d}" for film in range(20) for frame in range(10)]
+    chosen = held_out.split(names, 0.2)
+    films = [{names[index].partition("/")[0] for index in side} for side in chosen[:2]]
+    assert len(chosen.held_out) == 40
+    assert len(films[0]) <= 5
+    assert len(films[0] & films[1]) <= 1
+
+
+def test_no_more_images_at_once_than_a_micro_batch(monkeypatch):
+    """A GPU that trains in micro-batches has no memory for more."""
+    held = measuring(number=16)
+    held.training.micro_batches.size = 3
+    sizes = []
+    diffusion = held.training.diffusion
+    loss = diffusion.loss
+    monkeypatch.setattr(
+        diffusion, "loss", lambda *inputs: sizes.append(len(inputs[1])) or loss(*inputs)
+    )
+    held.measure()
+    assert sum(sizes) == 32
+    assert max(sizes) == 3
