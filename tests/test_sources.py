@@ -863,6 +863,26 @@ def test_16_bits_reach_the_network_and_come_back(place):
         assert np.array_equal(np.asarray(picture), DEEP[0])
 
 
+def test_inpainting_keeps_every_bit_of_16(place, run):
+    """And image-to-image with a strength of 0; 8 bits would round each level to one of 256."""
+    (place / "x").mkdir()
+    for number, image in enumerate(DEEP):
+        Image.fromarray(image).save(place / f"x/{number}.png")
+    flags = dict(word.split("=") for word in (*TINY, "--noise_steps=8", "--epochs=1"))
+    flags |= {"--dataset": "x", "--run_name": "deep", "--depth": "16"}
+    assert run("train", *(f"{flag}={value}" for flag, value in flags.items())).status == 0
+    mask = np.zeros(DEEP[0].shape, np.uint8)
+    mask[0, 0] = 255
+    Image.fromarray(mask).save("mask.png")
+    words = ["sample", "--run_name=deep", "--n_img=1", "--steps=4", "--init_image=x/0.png"]
+    assert run(*words, "--name=kept", "--strength=0").status == 0
+    assert run(*words, "--name=painted", "--strength=1", "--mask=mask.png").status == 0
+    for name in ("kept", "painted"):
+        with Image.open(f"results/deep/{name}/sample_0001.png") as picture:
+            same = np.asarray(picture) == DEEP[0]
+        assert same.reshape(-1)[1:].all()
+
+
 def test_every_level_of_16_bits_is_its_own():
     levels = torch.arange(65536).to(torch.uint16).view(torch.int16)
     values = utils.from_bytes(levels)
