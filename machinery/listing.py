@@ -88,6 +88,10 @@ def list_images(folder: Path, cache: Path = CACHE, frames: str = "first") -> Lis
     digest = hashlib.sha256(composed("\0".join(names)).encode("utf-8", "surrogateescape"))
     digest.update(digests.tobytes())
     tops = [composed(top) for top in tops]
+    folders = (composed(name.partition("/")[0]) for name in names)
+    # classes that names do not tell: an archive's or an array's labels
+    if any(top not in ("", own) for top, own in zip(tops, folders, strict=True)):
+        digest.update("\0".join(tops).encode("utf-8", "surrogateescape"))
     classes = tuple(sorted({*tops} - {""}))
     numbers = {"": -1} | {name: number for number, name in enumerate(classes)}
     return Listing(
@@ -137,6 +141,11 @@ def check_classes(listing: Listing) -> tuple[str, ...]:
     outside = np.flatnonzero(listing.labels == -1)
     if listing.unreadable:
         raise UserError(f"--conditional: a folder may not be opened: {listing.unreadable[0]}")
+    if len(classes) < 2 and not folder.is_dir():
+        rule = (
+            "a .npz has `labels`, a whole number for each image; a .zip has folders or EDM's labels"
+        )
+        raise UserError(f"--conditional: {folder} holds no labels of two classes; {rule}")
     if len(classes) < 2:
         found = f"only {classes[0]} holds" if classes else "none holds"
         fault = f"--conditional takes the folders in {folder} for classes, but {found} images"
@@ -145,6 +154,8 @@ def check_classes(listing: Listing) -> tuple[str, ...]:
         example = listing.paths[outside[0]]
         fault = f"{counted(len(outside), 'image')} in no class, for instance {example}"
         way_out = f"move them into one of the folders in {folder}"
+        if not folder.is_dir():
+            way_out = "each image needs a label"
         raise UserError(f"--conditional: {fault}; {way_out}")
     for name in classes:
         if "," in name or name == "all" or not name.isprintable():

@@ -39,6 +39,8 @@ class Modes(dict):
         of_number: of a number of channels.
     """
 
+    more = ", or of arrays a number of channels: 2, or 5 to 64"
+
     def __init__(self, colors: dict, of_number: Callable[[int], object]):
         super().__init__(colors)
         self.of_number = of_number

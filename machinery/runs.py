@@ -164,7 +164,11 @@ def check_same_run(stored: dict, settings: dict, listing: Listing) -> None:
     if not listing.is_known_as(stored["data"]):
         there = f"the images in {settings['dataset']} ({len(listing.names):,})"
         count = learned(stored).count
-        number = "" if count == math.inf else f"{count:,} of "
+        held = before["held_out"] or 0
+        number = f"{count:,} of "
+        if held and count < math.inf:
+            number = f"{count:,} and the held-out ones of "
+        number = "" if count == math.inf else number
         trained_on = f"those it was trained on ({number}{before['dataset']})"
         differences.append(f"{there} are not {trained_on}")
     if differences:

@@ -1275,3 +1275,46 @@ def test_names_that_some_systems_take_for_the_same_are_told_apart(tmp_path):
         out.add(tools.unpack.Found("x", label, PNG))
     assert {path.name for path in out.place.iterdir()} == {"Cat", "cat_2", "a_b", "a_b_2"}
     assert all(len(list(path.iterdir())) == 2 for path in out.place.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["npz", "zip"])
+def test_other_labels_make_another_data_set(place, kind):
+    """A class-conditional run must not resume with other classes; a folder's names tell them."""
+    paint(place / "x", count=4)
+    found = []
+    for labels in ([0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1]):
+        if kind == "npz":
+            images = np.zeros((4, 8, 8), np.uint8)
+            np.savez("x.npz", images=images, labels=np.array(labels))
+        else:
+            names = sorted(path.name for path in (place / "x").iterdir())
+            with zipfile.ZipFile("x.zip", "w") as archive:
+                for name in names:
+                    archive.write(place / "x" / name, name)
+                pairs = [list(pair) for pair in zip(names, labels, strict=True)]
+                archive.writestr("dataset.json", json.dumps({"labels": pairs}))
+        found.append(list_images(place / f"x.{kind}").fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+def test_labels_that_are_none_are_refused_by_what_they_must_be(place, run):
+    np.savez("x.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.zeros(4, np.float32))
+    line = refused(run("train", *TINY, "--dataset=x.npz", "--conditional"))
+    assert "x.npz holds no labels of two classes; a .npz has `labels`, a whole number" in line
+
+
+def test_a_wrong_mode_names_the_numbers_too(place, run):
+    paint(place / "x", count=4)
+    line = refused(run("train", *TINY, "--dataset=x", "--mode=65"))
+    assert "--mode=65 is not one of: auto, L, RGB, RGBA, or of arrays" in line
+
+
+def test_folders_that_hold_everything_in_a_tar_are_passed_over(place, unpack):
+    """As in a .zip: the folders in them are the classes."""
+    paint(place / "x", count=1)
+    content = next((place / "x").iterdir()).read_bytes()
+    names = ["all/cats/a.png", "all/dogs/a.png", "all/dogs/more/b.png"]
+    tar_of(place / "x.tar", [(name, content) for name in names])
+    assert unpack("--source=x.tar", "--to=y").status == 0
+    found = list_images(place / "y")
+    assert found.names == ["cats/a.png", "dogs/a.png", "dogs/more_b.png"]

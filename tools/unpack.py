@@ -12,6 +12,7 @@ Reading order: Found images; the kinds of sources, one by one; the folder they g
 
 import contextlib
 import gzip
+import itertools
 import json
 import pickle
 import re
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from machinery import basics, command_line
-from machinery.basics import BROKEN_FILE, UserError
+from machinery.basics import BROKEN_FILE, UserError, counted
 from machinery.command_line import FilePath, as_typed
 from machinery.pixels import IMAGE_SUFFIXES, open_image
 from machinery.sources import BEST_PACKING, LARGEST_ENTRY, SUSPICIOUS_ENTRY
@@ -146,6 +147,19 @@ class Unzipped:
 # ---- tar -----------------------------------------------------------------------------------------
 
 
+def shared_folders(source: Path) -> int:
+    """How many folders hold all images of a .tar: the next ones may be classes."""
+    shared = None
+    with Unzipped(source) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
+                folders = check_path(source, member.name).parent.parts
+                pairs = zip(folders if shared is None else shared, folders, strict=False)
+                alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+                shared = [folder for folder, _ in alike]
+    return len(shared or ())
+
+
 def read_tar(source: Path, tell: Callable[[str], None]) -> Iterator[Found]:
     """The images of an archive; those of a webdataset have their class beside them, in X.cls.
 
@@ -154,6 +168,7 @@ def read_tar(source: Path, tell: Callable[[str], None]) -> Iterator[Found]:
     passed_over = Counter()
     waiting = []  # images whose key is the last one; their class may follow
     last_key, label = "", ""
+    shared = shared_folders(source)
     with Unzipped(source) as file, tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
             path = check_path(source, member.name)
@@ -168,8 +183,8 @@ def read_tar(source: Path, tell: Callable[[str], None]) -> Iterator[Found]:
             if member.size > LARGEST_ENTRY:
                 raise UserError(f"{source} is refused: {member.name} has {member.size:,} bytes")
             if dot and f".{suffix}".lower().endswith(IMAGE_SUFFIXES):
-                folder = "" if path.parent == Path() else path.parts[0]
-                place = "_".join((*path.parts[1:-1], path.name.rpartition(".")[0]))
+                folder, *others = path.parts[shared:-1] or [""]
+                place = "_".join((*others, path.name.rpartition(".")[0]))
                 waiting.append(Found(place, folder, archive.extractfile(member).read()))
             elif suffix == "cls":
                 label = archive.extractfile(member).read(1000).decode(errors="replace").strip()
@@ -517,7 +532,7 @@ def unpack(source: FilePath = "", to: FilePath = "", tile: tuple = ()) -> None:
     for sentence in told:
         print(basics.printable(sentence, limit=500))
     classes = [label for label in folder.folders if label]
-    known = f" in {len(classes):,} classes" if classes else ""
+    known = f" in {counted(len(classes), 'class')}" if classes else ""
     print(f"{folder.count:,} images{known}: {target}")
 
 
