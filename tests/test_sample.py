@@ -298,6 +298,8 @@ def test_every_picture_tells_how_it_was_made(sample):
     for name, seed in (("sample_0001", "40"), ("sample_0003", "42"), ("samples", "40")):
         with Image.open(RUN / f"told/{name}.png") as picture:
             assert picture.text.pop("command").startswith("python ddpm.py sample --run_name=tiny ")
+            precision = devices.precision_of("auto", torch.device("cpu"))
+            assert picture.text.pop("computed_in") == str(precision).removeprefix("torch.")
             assert picture.text == facts | {"seed": seed}
 
 
