@@ -446,3 +446,14 @@ def test_twice_the_resolution_is_every_pixel_four_times_then_3x3(size):
     assert distance(*outputs) < 1e-12
     assert all(distance(one, two) < 1e-12 for one, two in zip(*gradients, strict=True))
     assert resample.state_dict().keys() == {"conv.weight", "conv.bias"}
+
+
+def test_under_autocast_upsampling_is_what_it_always_was():
+    """So images in bfloat16 are those of earlier versions, to the bit."""
+    torch.manual_seed(0)
+    resample = Resample(8, up=True)
+    x = torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = resample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert torch.equal(resample(x), expected)
+    assert not torch.equal(resample(x), expected.float())
