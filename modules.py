@@ -104,7 +104,7 @@ class Resample(nn.Module):
 
     In float32, twice is one transposed 4x4 convolution, of less than half the operations: a 3x3
     window over pixels that all stand there four times meets some of them twice or more, and their
-    weights can be added first. Under autocast that gains nothing (benchmarks/README.md, "Levers").
+    weights can be added first. In bfloat16 that gains nothing (benchmarks/README.md, "Levers").
     """
 
     def __init__(self, channels: int, up: bool, padding: int = 1):
@@ -117,7 +117,7 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.up:
             return self.conv(self.pad(x))
-        if torch.is_autocast_enabled(x.device.type):
+        if x.dtype in (torch.bfloat16, torch.float16):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         weight = self.conv.weight.flip(2, 3)  # a transposed convolution turns it round
         shifts = [(left, 1 - left, top, 1 - top) for left in (0, 1) for top in (0, 1)]
