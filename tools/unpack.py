@@ -147,13 +147,30 @@ class Unzipped:
 # ---- tar -----------------------------------------------------------------------------------------
 
 
+def check_path(source: Path, name: str) -> Path:
+    """Refuse an archive for an entry that leads out of it."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name) or "\\" in name:
+        raise UserError(f"{source} is refused: the path of its entry {name} leads out of it")
+    return path
+
+
+def check_entry(source: Path, member: tarfile.TarInfo) -> Path:
+    """The path of an entry of a .tar that leads nowhere else, and is no bomb."""
+    path = check_path(source, member.name)
+    if member.isfile() and member.size > LARGEST_ENTRY:
+        raise UserError(f"{source} is refused: {member.name} has {member.size:,} bytes")
+    return path
+
+
 def shared_folders(source: Path) -> int:
     """How many folders hold all images of a .tar: the next ones may be classes."""
     shared = None
     with Unzipped(source) as file, tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
-            if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                folders = check_path(source, member.name).parent.parts
+            path = check_entry(source, member)
+            if member.isfile() and path.name.lower().endswith(IMAGE_SUFFIXES):
+                folders = path.parent.parts
                 pairs = zip(folders if shared is None else shared, folders, strict=False)
                 alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
                 shared = [folder for folder, _ in alike]
@@ -171,7 +188,7 @@ def read_tar(source: Path, tell: Callable[[str], None]) -> Iterator[Found]:
     shared = shared_folders(source)
     with Unzipped(source) as file, tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
-            path = check_path(source, member.name)
+            path = check_entry(source, member)
             stem, dot, suffix = path.name.partition(".")
             key = f"{path.parent}/{stem}"
             if key != last_key:
@@ -180,8 +197,6 @@ def read_tar(source: Path, tell: Callable[[str], None]) -> Iterator[Found]:
             if not member.isfile() or stem == "":
                 passed_over["links or special files"] += not (member.isdir() or member.isfile())
                 continue
-            if member.size > LARGEST_ENTRY:
-                raise UserError(f"{source} is refused: {member.name} has {member.size:,} bytes")
             if dot and f".{suffix}".lower().endswith(IMAGE_SUFFIXES):
                 folder, *others = path.parts[shared:-1] or [""]
                 place = "_".join((*others, path.name.rpartition(".")[0]))
@@ -199,14 +214,6 @@ def read_tar(source: Path, tell: Callable[[str], None]) -> Iterator[Found]:
 def labelled(images: list[Found], label: str) -> Iterator[Found]:
     for found in images:
         yield found._replace(label=label) if label else found
-
-
-def check_path(source: Path, name: str) -> Path:
-    """Refuse an archive for an entry that leads out of it."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name) or "\\" in name:
-        raise UserError(f"{source} is refused: the path of its entry {name} leads out of it")
-    return path
 
 
 # ---- MNIST ---------------------------------------------------------------------------------------
