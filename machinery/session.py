@@ -394,7 +394,7 @@ class Session:
         """Write results/RUN/index.html."""
         network = self.training.network
         stored = {"settings": self.run.settings, "step": self.training.step, "log": self.log.rows}
-        stored |= {"minutes": self.progress.minutes_used(), "count": self.progress.count}
+        stored |= {"minutes": self.progress.minutes_to_keep(), "count": self.progress.count}
         stored["weights"] = sum(weight.numel() for weight in network.parameters())
         page.write_page(self.run.name, stored)
 

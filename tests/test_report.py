@@ -328,3 +328,14 @@ def test_runs_of_other_colors_and_of_classes_are_shown(place, run, run_main, loo
     tab.locator("#album_0 .thumbs button").first.click()
     assert "label <plums>" in tab.inner_text("#album_0 .about")
     assert "--init_image=" in tab.inner_text("#album_0 pre")
+
+
+def test_a_run_whose_budget_is_used_up_is_finished_on_its_page(place, run):
+    """It ends before the last minute is over: the last preview is part of the budget."""
+    paint(place / "pictures")
+    words = ["train", "--dataset=pictures", "--noise_steps=8", *TINY, "--run_name=brief"]
+    assert run(*words, "--epochs=100000", "--max_minutes=0.03").status == 0
+    assert checkpoints.load("brief")["step"] < 10_000
+    text = Path("results/brief/index.html").read_text()
+    assert "finished" in text
+    assert "% is done" not in text
