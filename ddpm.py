@@ -5,9 +5,10 @@
     python ddpm.py --help
 
 Reading order: the noise schedules; Diffusion, all of the mathematics; Training, Algorithm 1 of
-Ho et al. 2020; generate, Algorithm 2 or a faster sampler with a network; the commands train and
-sample. The network is in modules.py, images come and go through utils.py. What any training needs
-(reading files, checkpoints, the log, several processes, the command line) is in machinery/.
+Ho et al. 2020; generate, Algorithm 2 or a faster sampler with a network; Sampling, a run's images
+and their files; the commands train and sample. The network is in modules.py, images come and go
+through utils.py. What any training needs (reading files, checkpoints, the log, several processes,
+the command line) is in machinery/.
 """
 
 import copy
@@ -713,7 +714,7 @@ def train(
         frames: which frames of animations, and pages of TIFF files, are learned.
         mode: colors of the images; auto is gray if every image is, else RGB. For arrays, also a
             number of channels: 2, or 5 to 64.
-        depth: bits of a level; with 16, arrays and gray images of more than 8 bits keep them.
+        depth: bits of a pixel's value; with 16, arrays and gray images of more than 8 keep them.
         resize: how images are brought to img_size; nearest is for pixel art.
         crop: which part of an image is learned; for random ones, it is decoded a quarter larger.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
