@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import ddpm
 import utils
 from benchmarks import measuring, peers, quality
-from machinery import basics, command_line, devices, reading
+from machinery import basics, command_line, devices, reading, writing
 from machinery.basics import UserError
 from machinery.command_line import FilePath
 from machinery.listing import list_images
@@ -321,7 +321,7 @@ def measure(
     name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}"
     name = name.replace(",", "").replace(" ", "_")
     path = measuring.RESULTS / "quality_peers" / f"{name}.png"
-    utils.save_png(samples[:64], path)
+    writing.save_png(samples[:64], path)
     print(f"{min(64, n)} of its images: {path}")
     return row
 

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 import ddpm
-import utils
 from machinery import basics, command_line, reading, writing
 from machinery.listing import CACHE, list_images
 from tools import evaluate
@@ -418,7 +417,7 @@ def test_pictures_of_every_mode_are_judged_as_they_are_seen_over_white(place, mo
     """The same as RGB pictures that look so, to the last digit."""
     images, samples = in_mode(mode, pictures(120, seed=0)), in_mode(mode, pictures(50, seed=20))
     samples[:9] = images[:9]
-    seen, shown = (utils.over_white(side).contiguous() for side in (images, samples))
+    seen, shown = (writing.over_white(side).contiguous() for side in (images, samples))
     few = few_features()
     assert judge(samples, images.numpy(), few, CPU) == judge(shown, seen.numpy(), few, CPU)
     for one, other in zip(

@@ -31,7 +31,17 @@ from torch import Tensor
 
 import ddpm
 import utils
-from machinery import basics, command_line, devices, held_out, processes, reading, runs
+from machinery import (
+    basics,
+    command_line,
+    devices,
+    held_out,
+    processes,
+    reading,
+    runs,
+    sampling,
+    writing,
+)
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
 from machinery.listing import CACHE, list_images
@@ -209,11 +219,11 @@ def find_nearest(
     found = []
     with basics.progress_bar(len(queries), title="nearest images") as bar:
         for part in queries.split(CHUNK):
-            wanted = utils.from_bytes(utils.over_white(part.to(device))).flatten(1)
+            wanted = utils.from_bytes(writing.over_white(part.to(device))).flatten(1)
             columns = []
             for start in range(0, len(among), CHUNK):
                 portion = torch.from_numpy(images[among[start : start + CHUNK]]).to(device)
-                others = utils.from_bytes(utils.over_white(portion))  # (B, 3, H, W)
+                others = utils.from_bytes(writing.over_white(portion))  # (B, 3, H, W)
                 distances = [
                     torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))
                 ]
@@ -236,7 +246,7 @@ def find_distinct(images: np.ndarray, among: np.ndarray | None = None) -> np.nda
     among = np.arange(len(images)) if among is None else among
     for start in range(0, len(among), CHUNK):
         places = among[start : start + CHUNK]
-        portion = utils.over_white(torch.from_numpy(images[places]))
+        portion = writing.over_white(torch.from_numpy(images[places]))
         sides = zip(places, portion.numpy(), portion.flip(3).numpy(), strict=True)
         for index, image, mirrored in sides:
             pixels = min(image.tobytes(), mirrored.tobytes())
@@ -343,9 +353,9 @@ def judge(
     order = in_fixed_order(len(images))
     if split:
         order = order[np.argsort(~np.isin(order, split.held_out), kind="stable")]
-    samples = utils.over_white(samples[:n])  # (n, 3, H, W)
+    samples = writing.over_white(samples[:n])  # (n, 3, H, W)
     drawn = images[order[: 2 * n]]
-    real = utils.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
+    real = writing.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
     first, second = extract_cached(real, features, device, batch_size).split(n)
     generated = extract_all(samples, features, device, batch_size)
     figures = {"measure": features.measure, "n": n}
@@ -369,8 +379,8 @@ def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor
     The nearest image is mirrored if that makes it nearer.
     """
     _, indices = find_nearest(samples, images, 1, device)
-    samples = utils.over_white(samples)
-    nearest = utils.over_white(torch.from_numpy(images[indices[:, 0].numpy()]))
+    samples = writing.over_white(samples)
+    nearest = writing.over_white(torch.from_numpy(images[indices[:, 0].numpy()]))
     sides = torch.stack([nearest, nearest.flip(3)])  # (2, N, 3, H, W)
     side = (sides.float() - samples).square().mean(dim=(2, 3, 4)).argmin(dim=0)
     return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
@@ -462,11 +472,11 @@ def make_samples(
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
-    weaker = ddpm.load_guide(guide, stored, settings["img_size"])
+    weaker = sampling.load_guide(guide, stored, settings["img_size"], ddpm.load_run)
     weaker = ddpm.build_trained(weaker, device)[0] if weaker else None
     images = []
     if labels is None:
-        labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
+        labels = sampling.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
     parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     parts = processes.share_of(parts)
     with basics.progress_bar(steps * len(parts), unit="step", title="samples") as bar:
@@ -501,7 +511,7 @@ def save_all(samples: Tensor, folder: Path, seed: int, labels: list[str], **fact
         for number, image in enumerate(samples):
             path = folder / f"sample_{number + 1:0{digits}d}.png"
             own = {"seed": seed + number} | ({"label": labels[number]} if labels else {})
-            pending.append(writers.submit(utils.save_png, image[None], path, **facts | own))
+            pending.append(writers.submit(writing.save_png, image[None], path, **facts | own))
         for each in pending:
             each.result()  # raises what the thread met with
 
@@ -729,7 +739,7 @@ def evaluate(
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
         asked = {"steps": steps, "guidance": guidance, "guide": guide}
-        runs.check_sampling(stored["settings"], asked, ddpm.GUIDANCE)
+        sampling.check_sampling(stored["settings"], asked, ddpm.GUIDANCE)
     table = Path("results", run_name, "evaluation.csv")
     if is_first:
         if os.path.lexists(save_images):
@@ -749,7 +759,7 @@ def evaluate(
     print(report(figures))
     pairs = table.with_suffix(".png")
     shown = {name: value for name, value in facts.items() if name != "dataset"}
-    utils.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **shown)
+    writing.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **shown)
     now = datetime.datetime.now().isoformat(" ", "seconds")
     add_row(table, {"date": now, "copies": "", **facts, **figures})
     print(f"added to {table}; images above their nearest of {near}: {pairs}")

@@ -13,8 +13,17 @@ from pathlib import Path
 from PIL import Image
 
 import ddpm
-import utils
-from machinery import basics, checkpoints, command_line, devices, journal, reading, runs
+from machinery import (
+    basics,
+    checkpoints,
+    command_line,
+    devices,
+    journal,
+    reading,
+    runs,
+    sampling,
+    writing,
+)
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -93,10 +102,10 @@ def write_samples(stored: dict, run_name: str, path: Path) -> None:
     steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
     shown = classes[:16]
     count = 4 * len(shown) or 16
-    labels = ddpm.labels_in_turn(range(len(shown)), range(count))
+    labels = sampling.labels_in_turn(range(len(shown)), range(count))
     device = devices.pick_device("auto")
     samples = make_samples(stored, range(count), "dpm++", steps, 4, device, labels)
-    utils.save_png(samples, path, shown)
+    writing.save_png(samples, path, shown)
 
 
 def table(*rows: tuple) -> str:
