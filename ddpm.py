@@ -27,8 +27,9 @@ import utils
 from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs, writing
 from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
-from machinery.listing import CACHE, check_classes, list_images
-from machinery.sampling import Request, labels_in_turn, preview_seeds
+from machinery.inputs import list_pairs, widen
+from machinery.listing import CACHE, check_classes
+from machinery.sampling import GUIDANCE, Request, guidance_of, labels_in_turn, preview_seeds
 from machinery.session import Session
 from machinery.sources import FRAMES
 from modules import UNet, update_ema
@@ -152,17 +153,24 @@ class Diffusion:
         return t, torch.randn(*shape, device=device)
 
     def loss(
-        self, network: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None
+        self,
+        network: nn.Module,
+        x_0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        labels: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """Each image's weighted mean squared error (B,): Ho et al. 2020, Algorithm 1, line 5.
 
         Args:
-            network: maps (x_t, t, labels) to an output like the images.
+            network: maps (x_t, t, labels, inputs) to an output like the images.
             x_0: clean images (B, C, H, W) in [-1, 1].
             t, eps: noising steps (B,) in 1..T, and the noise (B, C, H, W); see `draw`.
             labels: classes (B,), or None.
+            inputs: what the network is shown beside x_t (B, C_in, H, W), or None.
         """
-        output = network(self.add_noise(x_0, t, eps), t, labels).float()
+        output = network(self.add_noise(x_0, t, eps), t, labels, inputs).float()
         error = (output - self.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
         return self.weight(t) * error
 
@@ -255,10 +263,9 @@ LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "
 LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
-LABEL_DROPOUT = 0.1  # fraction of labels hidden in training, which guidance needs
+CONDITION_DROPOUT = 0.1  # fraction of classes and inputs hidden in training, for guidance
 EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
 STEPS = 15  # why so few: benchmarks/README.md, "Samplers and steps"
-GUIDANCE = 2.0
 STRENGTH = 0.6
 
 
@@ -267,6 +274,8 @@ def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     shape = {name: settings[name] for name in (*NETWORK, *runs.IMPORTED) if name in settings}
     shape["channels"] = reading.CHANNELS[settings["mode"]]
     shape["classes"] = len(settings["classes"]) or None
+    if settings["inputs"]:
+        shape["input_channels"] = reading.CHANNELS[settings["input_mode"]]
     noising = {name: settings[name] for name in NOISING}
     return UNet(**shape).to(device), Diffusion(**noising, device=device)
 
@@ -352,6 +361,7 @@ class Training:
 
     def start_from(self, ema_weights: dict[str, Tensor]) -> None:
         """Fine-tuning: start from another run's EMA weights."""
+        ema_weights = widen(ema_weights, self.network.conv_in.weight.shape)
         self.network.load_state_dict(ema_weights)
         self.ema.load_state_dict(ema_weights)
 
@@ -366,7 +376,8 @@ class Training:
         devices.seed(self.device, seed_of(seed, self.step))
         indices, chances = self.loader.draw(self.step)
         t, eps = self.diffusion.draw((batch_size, *self.loader.shape))
-        labels = self.drop_labels(devices.send(self.loader.labels[indices], self.device))
+        labels = devices.send(self.loader.labels[indices], self.device)
+        labels, is_shown = self.hide_some(labels)
         losses = torch.zeros(batch_size, device=self.device)
 
         def add_gradient(part: slice) -> None:
@@ -374,9 +385,11 @@ class Training:
             if self.settings["dropout"]:
                 devices.seed(self.device, seed_of(seed, self.step, 1 + part.start))
             x_0 = self.loader.load(indices[part], chances[part])  # (b, C, H, W)
-            inputs = (x_0, t[part], eps[part], None if labels is None else labels[part])
+            inputs = self.loader.load_inputs(indices[part], chances[part], x_0)  # (b, C_in, H, W)
+            inputs = None if inputs is None else inputs * is_shown[part].view(-1, 1, 1, 1)
+            noised = (x_0, t[part], eps[part], None if labels is None else labels[part])
             with devices.autocast(self.device, self.precision):
-                part_losses = self.diffusion.loss(self.network, *inputs)  # (b,)
+                part_losses = self.diffusion.loss(self.network, *noised, inputs)  # (b,)
             self.scaler.scale(part_losses.sum() / batch_size).backward()
             losses[part] = part_losses.detach()
 
@@ -385,12 +398,17 @@ class Training:
         processes.add_up([losses, *gradients])
         return losses, t
 
-    def drop_labels(self, labels: Tensor) -> Tensor | None:
-        """Labels (B,), a tenth of them replaced by that of no class; None if unconditional."""
+    def hide_some(self, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Labels (B,), a tenth replaced by that of no class, and which images keep what they have.
+
+        The input of an image is hidden with its class: one guidance leads away from both.
+        """
+        if not self.settings["classes"] and not self.settings["inputs"]:
+            return None, None
+        is_shown = torch.rand(len(labels), device=self.device) >= CONDITION_DROPOUT
         if not self.settings["classes"]:
-            return None
-        is_kept = torch.rand(len(labels), device=self.device) >= LABEL_DROPOUT
-        return labels.where(is_kept, self.network.null_class)
+            return None, is_shown
+        return labels.where(is_shown, self.network.null_class), is_shown
 
     def advance(self, fraction_done: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """Algorithm 1, line 5, a step down the gradient, and the EMA.
@@ -438,11 +456,21 @@ class Training:
         seeds = preview_seeds(len(classes))
         labels = labels_in_turn(range(len(classes)), seeds)
         how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
+        if settings["inputs"]:
+            indices, truth, inputs = self.loader.examples(len(seeds))
+            seeds = seeds[: len(indices)]
+            how |= {"labels": self.loader.labels[indices] if classes else None, "inputs": inputs}
         size = settings["img_size"]
-        for x_t, _ in generate(network, self.diffusion, seeds, size, **how):
+        guidance = guidance_of("auto", settings)
+        for x_t, _ in generate(network, self.diffusion, seeds, size, guidance=guidance, **how):
             pass  # the last one is the image
         images = utils.to_bytes(x_t).cpu()
-        writing.save_png(images, path, classes, run=settings["run_name"], step=self.step)
+        facts = {"run": settings["run_name"], "step": self.step}
+        if settings["inputs"]:
+            shown = writing.in_rows([utils.to_bytes(each).cpu() for each in (inputs, x_t, truth)])
+            writing.save_png(shown, path, **facts)
+        else:
+            writing.save_png(images, path, classes, **facts)
         return writing.over_white(images)
 
 
@@ -456,24 +484,29 @@ def guided(
     labels: Tensor | None,
     guidance: float,
     guide: UNet | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
     """A network's output, led away from a worse one.
 
         output = worse + guidance * (better - worse)
 
-    Classifier-free guidance (Ho & Salimans 2022): the worse output is that for no class.
+    Classifier-free guidance (Ho & Salimans 2022): the worse output is that for no class, no input.
     Autoguidance (Karras et al. 2024): it is that of `guide`, a weaker network.
     Whatever the objective, the guess of x_0 changes in the same way: it is linear in the output.
     """
-    if guidance == 1 or (labels is None and guide is None):
-        return network(x_t, t, labels)
+    is_led = labels is not None or inputs is not None
+    if guidance == 1 or not (is_led or guide):
+        return network(x_t, t, labels, inputs)
     if guide:
-        better, worse = network(x_t, t, labels), guide(x_t, t, labels)
+        better, worse = network(x_t, t, labels, inputs), guide(x_t, t, labels, inputs)
+    elif guidance == 0:
+        return network(x_t, t)
     else:
-        no_class = torch.full_like(labels, network.null_class)
-        if guidance == 0:
-            return network(x_t, t, no_class)
-        both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, no_class]))
+        if labels is not None:
+            labels = torch.cat([labels, torch.full_like(labels, network.null_class)])
+        if inputs is not None:
+            inputs = torch.cat([inputs, torch.zeros_like(inputs)])
+        both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), labels, inputs)
         better, worse = both.chunk(2)
     return worse.float() + guidance * (better.float() - worse.float())
 
@@ -487,6 +520,7 @@ def generate(
     visited_steps: Sequence[int],
     sampler: str = "dpm++",
     labels: Tensor | None = None,
+    inputs: Tensor | None = None,
     guidance: float = GUIDANCE,
     guide: UNet | None = None,
     start: reading.Start | None = None,
@@ -503,6 +537,7 @@ def generate(
         visited_steps: of `diffusion`; with less than T as the first, `start` is noised to that.
         sampler: one of SAMPLERS.
         labels: classes (B,), or None.
+        inputs: what is shown beside the noise (B, C_in, H, W), or None.
         guidance, guide: see `guided`.
         start: an image to start from, and a mask of what to repaint (1) and to keep (0).
         precision: one of devices.PRECISIONS.
@@ -512,6 +547,7 @@ def generate(
     shape = (network.channels, *size)
     sources = [noise_of(seed, shape) for seed in seeds]
     labels = None if labels is None else labels.to(device)
+    inputs = None if inputs is None else inputs.to(device)
     if start:
         image = utils.from_bytes(start.image).to(device)
         mask = start.mask.to(device)
@@ -523,7 +559,7 @@ def generate(
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
         with devices.autocast(device, dtype):
-            output = guided(network, x_t, times, labels, guidance, guide)
+            output = guided(network, x_t, times, labels, guidance, guide, inputs)
         x_0 = diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
         return torch.lerp(image, x_0, mask) if start else x_0
 
@@ -583,6 +619,7 @@ def make_images(
 def train(
     # data
     dataset: FilePath = "datasets/landscapes",
+    inputs: FilePath = "",
     run_name: str = runs.UNTITLED,
     init_from: str = "",
     conditional: bool = False,
@@ -591,6 +628,7 @@ def train(
     depth: int = 8,
     resize: str = "lanczos",
     crop: str = "center",
+    crop_margin: float = 1.25,
     flip: Flip = "horizontal",
     held_out: float | str = "auto",
     cache: FilePath = str(CACHE),
@@ -644,6 +682,9 @@ def train(
     Args:
         dataset: a folder of images, flat or nested (jpg, png, webp, avif, bmp, gif, tif, jp2, ppm),
             a .zip of these, or an array in a .npy or .npz file.
+        inputs: image to image: what an image is made from. A folder of images of the same names
+            (a/b.png for a/b.jpg), or made of the images themselves: @gray to color, @small:4 to
+            enlarge four times, @edges for drawings, @masked to fill holes.
         run_name: names models/RUN and results/RUN.
         init_from: fine-tuning: another run, whose EMA weights this one starts from.
         conditional: class-conditional: the folders directly in the data set are the classes.
@@ -652,7 +693,9 @@ def train(
             number of channels: 2, or 5 to 64.
         depth: bits of a pixel's value; with 16, arrays and gray images of more than 8 keep them.
         resize: how images are brought to img_size; nearest is for pixel art.
-        crop: which part of an image is learned; for random ones, it is decoded a quarter larger.
+        crop: which part of an image is learned.
+        crop_margin: with --crop=random, how many times as large as img_size images are decoded, of
+            which a part is learned; 4 has 64 pixels of images of 256, for upscaling.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
         held_out: share or number of images never learned from, whose loss shows memorization;
             auto is 0.02, or 0 where that is fewer than 16 images.
@@ -709,7 +752,7 @@ def train(
     runs.check_training(settings, LIMITS)
     settings["img_size"] = runs.full_size(img_size)
     device = devices.pick_device(device)
-    listing = list_images(Path(dataset), Path(cache), frames)
+    listing = list_pairs(Path(dataset), inputs, Path(cache), frames)
     settings["classes"] = check_classes(listing) if conditional else ()
     device = processes.join(device)
     devices.keep_memory()

@@ -151,6 +151,8 @@ class UNet(nn.Module):
             middle always has it.
         dropout: share of activations dropped inside residual blocks, in [0, 1).
         classes: number of classes, or None for an unconditional network.
+        input_channels: of an image that is shown beside the noisy one (Saharia et al. 2022); 0 for
+            none.
 
     These make networks fit that were trained elsewhere:
         attention_levels: levels with attention, 0 is the full resolution; () for `attention_size`.
@@ -178,6 +180,7 @@ class UNet(nn.Module):
         attention_size: int = 16,
         dropout: float = 0.0,
         classes: int | None = None,
+        input_channels: int = 0,
         attention_levels: tuple[int, ...] = (),
         head_width: int = 0,
         norm_groups: int = 0,
@@ -192,6 +195,7 @@ class UNet(nn.Module):
         small = [depth for depth in depths if shorter // 2**depth <= attention_size]
         attended = attention_levels or small
         self.channels = channels
+        self.input_channels = input_channels
         self.width = widths[0]
         self.null_class = classes
         self.frequency_shift = frequency_shift
@@ -214,7 +218,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(self.width, embedding_size)
         # the last embedding stands for no class
         self.class_embedding = nn.Embedding(classes + 1, embedding_size) if classes else None
-        self.conv_in = nn.Conv2d(channels, self.width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels + input_channels, self.width, 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
         skips = [self.width]  # channels of what the way up is given
@@ -255,13 +259,17 @@ class UNet(nn.Module):
             return checkpoint(both, h, embedding, use_reentrant=False, preserve_rng_state=drops)
         return attention(resnet(h, embedding))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None
+    ) -> Tensor:
         """The output for a batch of noisy images.
 
         Args:
             x: images (B, C, H, W); clean ones lie in [-1, 1].
             t: noising step of each image (B,), 1..T.
             labels: class of each image (B,), `null_class` for none; left out, all are that.
+            inputs: what is shown beside the images (B, C_in, H, W) in [-1, 1]; 0 throughout for
+                nothing; left out, all are that.
 
         Returns:
             (B, C, H, W)
@@ -272,6 +280,9 @@ class UNet(nn.Module):
             labels = torch.full_like(t, self.null_class) if labels is None else labels
             embedding = embedding + self.class_embedding(labels)
 
+        if self.input_channels:
+            shape = (len(x), self.input_channels, *x.shape[2:])
+            x = torch.cat([x, x.new_zeros(shape) if inputs is None else inputs], dim=1)
         h = self.conv_in(x)
         skips = [h]
         for level in self.down_blocks:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from machinery import devices, processes, reading
+from machinery import devices, inputs, processes, reading
 from machinery.basics import UserError, seed_of
 from machinery.listing import list_images
 from machinery.reading import Dataset
-from machinery.writing import save_png
+from machinery.writing import in_rows, save_png
 
 # ---- pixel values --------------------------------------------------------------------------------
 
@@ -107,9 +107,9 @@ class Loader:
     """
 
     def __init__(self, data: Dataset, batch_size: int, seed: int, flip: str, device: torch.device):
-        fits = device.type == "cuda" and data.images.nbytes < devices.free_memory(device) / 2
-        images = data.images.view(np.int16) if data.images.dtype == np.uint16 else data.images
-        self.images = torch.from_numpy(images).to(device if fits else "cpu")  # (N, C, H, W)
+        arrays = [array for array in (data.images, data.partners) if array is not None]
+        self.images, *self.partners = devices.keep(arrays, device)  # (N, C, H, W), (N, C_in, H, W)
+        self.inputs = data.inputs
         self.labels = torch.from_numpy(data.labels).to(self.images.device)  # (N,)
         learned = np.arange(len(self.images)) if data.learned is None else data.learned
         self.learned = torch.from_numpy(learned)  # (count,) indices
@@ -121,6 +121,8 @@ class Loader:
             raise UserError(f"{few}, are too few for {processes.count()} processes")
         self.seed = seed
         self.flip = flip
+        # one also where nothing is flipped: what is drawn later stays as it always was
+        self.first_input_chance = max(1, len(FLIPS[flip]))
         self.is_cropped = self.images.shape[1:] != self.shape
         self.device = device
 
@@ -129,10 +131,17 @@ class Loader:
         indices = self.learned[batch_indices(self.count, self.batch_size, step, self.seed)]
         return devices.send(indices, self.images.device), self.draw_chances(self.batch_size)
 
+    def fixed_chances(self, count: int) -> Tensor:
+        """Chances (count, n) by which images are as they are, and made inputs always the same."""
+        self_made = inputs.draws_of(self.inputs)
+        chances = torch.full((count, self.first_input_chance + self_made + 2), 0.5)
+        generator = torch.Generator().manual_seed(0)
+        chances[:, -2 - self_made : -2] = torch.rand(count, self_made, generator=generator)
+        return chances.to(self.device)
+
     def draw_chances(self, count: int) -> Tensor:
         """Numbers in [0, 1) for so many images: (count, 1 to 4)."""
-        # one also where nothing is flipped: what is drawn later stays as it always was
-        draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped
+        draws = self.first_input_chance + inputs.draws_of(self.inputs) + 2 * self.is_cropped
         return torch.rand(draws, count, device=self.device).T
 
     def load(self, indices: Tensor, chances: Tensor) -> Tensor:
@@ -141,17 +150,41 @@ class Loader:
         Args:
             chances: (B, n). The first decides on the flip left to right, which comes below 0.5, the
                 second on that top to bottom, the last two on the part that is cropped; so images
-                with 0.5 throughout are not flipped, and cropped in the middle.
+                with 0.5 throughout are not flipped, and cropped in the middle. Those in between
+                are of made inputs.
         """
-        images = devices.send(self.images[indices], self.device)
+        return self.take(self.images, indices, chances)
+
+    def load_inputs(self, indices: Tensor, chances: Tensor, x_0: Tensor) -> Tensor | None:
+        """What is shown beside `x_0`, the images as `load` gives them: (B, C_in, H, W), or None."""
+        if self.partners:
+            return self.take(*self.partners, indices, chances)
+        made_by = chances[:, self.first_input_chance :]
+        return inputs.make(self.inputs, x_0, made_by) if self.inputs else None
+
+    def take(self, images: Tensor, indices: Tensor, chances: Tensor) -> Tensor:
+        """Some of `images` (N, C, h, w), cropped and flipped: (B, C, H, W) in [-1, 1]."""
+        images = devices.send(images[indices], self.device)
         x_0 = from_bytes(crop(images, self.shape, chances[:, -2:]) if self.is_cropped else images)
         for draw, axis in enumerate(FLIPS[self.flip]):
             x_0 = torch.where(chances[:, draw].view(-1, 1, 1, 1) < 0.5, x_0.flip(axis), x_0)
         return x_0
 
     def save_examples(self, path: Path) -> None:
-        """Write the first 64 images of the first epoch, flipped and cropped."""
+        """Write the first 64 images of the first epoch, flipped and cropped; inputs above them."""
         torch.manual_seed(seed_of(self.seed, 0))
         indices = self.learned[shuffled(self.count, self.seed, epoch=0)[:64]]
-        examples = self.load(indices, self.draw_chances(len(indices)))
-        save_png(to_bytes(examples).cpu(), path)
+        chances = self.draw_chances(len(indices))
+        examples = self.load(indices, chances)
+        shown = self.load_inputs(indices, chances, examples)
+        rows = [to_bytes(each).cpu() for each in (shown, examples) if each is not None]
+        save_png(in_rows(rows) if self.inputs else rows[0], path)
+
+    def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The images that previews show, held-out ones first: indices, images and their inputs."""
+        places = np.arange(len(self.images))
+        held_out = places[~np.isin(places, self.learned.numpy())]
+        indices = torch.from_numpy(np.concatenate([held_out, self.learned.numpy()])[:count])
+        chances = self.fixed_chances(len(indices))
+        x_0 = self.load(indices, chances)
+        return indices, x_0, self.load_inputs(indices, chances, x_0)

@@ -145,19 +145,21 @@ class HeldOut:
         if parts.size < len(parts.share):  # memory is known to be short
             at_once = min(at_once, parts.size)
         losses = torch.zeros(2 * self.number, device=device)
+        chances = loader.fixed_chances(self.number).repeat(2, 1)
         mine = processes.share(2 * self.number)
         for start in mine[::at_once]:
             part = slice(start, min(start + at_once, mine.stop))
             indices = self.indices[part]
-            as_they_are = torch.full((len(indices), 4), 0.5, device=device)
-            x_0 = loader.load(indices, as_they_are)  # (b, C, H, W)
+            x_0 = loader.load(indices, chances[part])  # (b, C, H, W)
+            inputs = loader.load_inputs(indices, chances[part], x_0)
             noise = [self.noise_of(place) for place in range(part.start, part.stop)]
             eps = torch.from_numpy(np.stack(noise)).to(device, x_0.dtype)
             labels = None
             if training.settings["classes"]:
                 labels = devices.send(loader.labels[indices], device)
             with devices.autocast(device, training.precision):
-                found = training.diffusion.loss(training.ema, x_0, self.t[part], eps, labels)
+                inputs = (x_0, self.t[part], eps, labels, inputs)
+                found = training.diffusion.loss(training.ema, *inputs)
             losses[part] = found.to(losses.dtype)
         processes.add_up([losses])
         return self.in_columns(losses.cpu().double())

@@ -43,6 +43,7 @@ class Listing(NamedTuple):
     digests: np.ndarray  # (N, DIGEST) uint8, of the contents
     members: list  # what else than a folder's files there is: Member, Row, Frame; or empty
     cache: Path  # where decoded images are kept
+    partners: "Listing | None" = None  # inputs from another folder, in the same order (inputs.py)
 
     @property
     def paths(self) -> list:

@@ -31,6 +31,7 @@ from machinery import pixels
 from machinery.basics import UserError, counted, make_folder, progress_bar
 from machinery.command_line import SteadyStream
 from machinery.decoded import BlockSums, Cache, Known, notice, prune, remove_cache
+from machinery.inputs import both_read, mode_of
 from machinery.listing import Listing, keep_digests
 from machinery.pixels import (
     CHANNELS,
@@ -56,7 +57,6 @@ PROCESSES_FROM = 10_000
 # what a process reads before it hands it over, at most
 PORTION = 64  # images
 PORTION_BYTES = 2**22
-MARGIN = 1.25  # how much larger images are decoded of which a random part is learned
 CROPS = {
     "center": "the middle",
     "random": "another part each time",
@@ -74,6 +74,9 @@ class Dataset(NamedTuple):
     names: Sequence[str] = ()  # of the N files, below the folder
     learned: np.ndarray | None = None  # indices of the images to learn from; None for all
     size: tuple[int, ...] = ()  # to which larger images are cropped at random; () for whole ones
+    inputs: str = ""  # the flag; see inputs.py
+    partners: np.ndarray | None = None  # (N, C_in, H, W), inputs that come from files
+    input_mode: str = ""  # one of CHANNELS; "" without inputs
 
 
 # ---- what sampling starts from -------------------------------------------------------------------
@@ -444,6 +447,7 @@ def read_dataset(
     mode: str = "auto",
     *,
     crop: str = "center",
+    crop_margin: float = 1.25,
     resize: str = "lanczos",
     depth: int = 8,
 ) -> Dataset:
@@ -453,7 +457,8 @@ def read_dataset(
         listing: the images.
         size: height and width.
         mode: one of MODES.
-        crop: one of CROPS; for random ones, images are decoded a quarter larger.
+        crop: one of CROPS.
+        crop_margin: how much larger than `size` images are decoded of which a part is learned.
         resize: one of pixels.RESIZES.
         depth: bits of a level, one of pixels.DEPTHS.
 
@@ -461,7 +466,8 @@ def read_dataset(
         UserError: more than half of the images are unreadable, or the machine cannot read one.
     """
     stored = default_mode(listing) if mode == "auto" else mode
-    full = tuple(math.ceil(MARGIN * side) for side in size) if crop == "random" else size
+    is_larger = crop == "random"
+    full = tuple(math.ceil(crop_margin * side) for side in size) if is_larger else size
     shape = (CHANNELS[stored], *full)
     how = (full, stored, resize, depth)
     cache = Cache(listing, repr(how), shape, DEPTHS[depth])
@@ -483,8 +489,43 @@ def read_dataset(
     labels = np.delete(listing.labels, skipped)
     names = np.delete(np.array(listing.names, object), skipped)
     remarks = listing.remarks + remarks_on(facts, listing.paths) + remarks_on_mode(stored, depth)
-    facts = {"names": names, "size": size if crop == "random" else ()}
+    facts = {"names": names, "size": size if is_larger else ()}
     return Dataset(images, listing.fingerprint, remarks, stored, labels, **facts)
+
+
+def read_pairs(
+    listing: Listing,
+    size: tuple[int, int],
+    mode: str = "auto",
+    *,
+    inputs: str = "",
+    input_mode: str = "auto",
+    **how,
+) -> Dataset:
+    """`read_dataset`, with the inputs of an image-to-image run.
+
+    Args:
+        listing, size, mode, how: as there; see `list_pairs`.
+        inputs: the flag.
+        input_mode: of inputs that come from files, one of MODES.
+
+    Raises:
+        UserError: also if such inputs cannot be made of such images.
+    """
+    data = read_dataset(listing, size, mode, **how)
+    if listing.partners is None:
+        return data._replace(inputs=inputs, input_mode=mode_of(inputs, data.mode))
+    partners = read_dataset(listing.partners, size, input_mode, **how)
+    remarks = data.remarks + [f"inputs: {remark}" for remark in partners.remarks]
+    names = [data.names, partners.names]
+    if len(data.names) < len(listing.names) or len(partners.names) < len(listing.names):
+        readable = both_read(listing, *names)  # the caches take over what is decoded
+        data = read_dataset(readable, size, data.mode, **how)
+        partners = read_dataset(readable.partners, size, partners.mode, **how)
+        left_out = len(listing.names) - len(readable.names)
+        remarks.append(f"{left_out:,} pairs of which a file is unreadable are left out")
+    facts = {"fingerprint": listing.fingerprint, "remarks": remarks, "inputs": inputs}
+    return data._replace(partners=partners.images, input_mode=partners.mode, **facts)
 
 
 def default_mode(listing: Listing) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from machinery import checkpoints, held_out, processes, reading
+from machinery import checkpoints, held_out, inputs, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
     UserError,
@@ -32,6 +32,7 @@ from machinery.command_line import (
     flip_of_switch,
     in_flags,
 )
+from machinery.inputs import is_made
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, tell_classes
 from machinery.trackers import check_trackers
@@ -43,6 +44,7 @@ WHOLE = (0, 10**9)
 # The smallest and the largest value of a flag, and of a setting that has no flag.
 RANGES = {
     "held_out": WHOLE,
+    "crop_margin": (1, 32),
     "epochs": COUNT,
     "max_minutes": NOT_NEGATIVE,
     "seed": (0, 2**63 - 1),
@@ -79,7 +81,7 @@ MAY_CHANGE |= {"keep_best", "track", "raw_previews", "sample_minutes"}
 # where a run and its cache lie, and where it began, change nothing
 MAY_CHANGE |= {"run_name", "init_from", "cache"}
 # What versions did that had no such flag, or kept no such setting, where it is not the default.
-BEFORE = {"mode": "RGB", "classes": (), "held_out": 0}
+BEFORE = {"mode": "RGB", "classes": (), "held_out": 0, "input_mode": ""}
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
@@ -110,6 +112,7 @@ def check_training(settings: dict, limits: dict) -> None:
     del settings["preset"]  # a run is described by its numbers
     check_trackers(settings)
     check_network(settings)
+    inputs.check_inputs(settings)
 
 
 def check_network(settings: dict) -> None:
@@ -154,6 +157,8 @@ def check_same_run(stored: dict, settings: dict, listing: Listing) -> None:
         if name == "classes":  # these depend on --conditional and on the images
             continue
         is_free = name in MAY_CHANGE or value in (before.get(name), "auto")
+        if name == "inputs" and value:  # another folder of the same inputs is known by its images
+            is_free = value == before[name] or not (is_made(value) or is_made(before[name] or "@"))
         if name not in before or not is_free:
             then, now = as_typed(name, before.get(name)), as_typed(name, value)
             differences.append(f"--{name} was {then}, is now {now}")
@@ -194,6 +199,10 @@ def check_same_network(name: str, source: dict, settings: dict) -> None:
     if "attention_levels" not in source:  # at another image size, attention on the same levels
         shorter = min(settings["img_size"]), min(source["img_size"])
         needed["attention_size"] = source["attention_size"] * shorter[0] // shorter[1]
+    if source["inputs"]:  # a run without any may go on with some
+        needed["inputs"] = source["inputs"]
+        if not is_made(source["inputs"]) and not is_made(settings["inputs"] or "@"):
+            needed["inputs"] = settings["inputs"]
     wrong = [
         f"--{flag}={as_typed(flag, value)}"
         for flag, value in needed.items()
@@ -317,14 +326,16 @@ class Run:
         """
         mode = self.settings["mode"]
         size = self.settings["img_size"]
-        how = {name: self.settings[name] for name in ("crop", "resize", "depth")}
+        names = ("crop", "crop_margin", "resize", "depth", "inputs")
+        how = {name: self.settings[name] for name in names}
         old_mode = self.old_settings().get("mode")
+        how["input_mode"] = self.old_settings().get("input_mode") or "auto"
         remarks = []
         with processes.first_alone():
-            data = reading.read_dataset(self.listing, size, mode, **how)
+            data = reading.read_pairs(self.listing, size, mode, **how)
             if old_mode and mode == "auto" and data.mode != old_mode:
                 own = reading.MODES[data.mode]
-                data = reading.read_dataset(self.listing, size, old_mode, **how)
+                data = reading.read_pairs(self.listing, size, old_mode, **how)
                 if self.init_checkpoint:
                     whose = f"the network of --init_from={self.settings['init_from']}"
                     remarks = [f"in {reading.MODES[old_mode]}, not in {own}, as {whose} makes them"]
@@ -342,7 +353,7 @@ class Run:
         if missing := set(range(len(classes))) - set(np.unique(data.labels).tolist()):
             name = classes[min(missing)]
             raise UserError(f"--conditional: no image of the class {name} can be read")
-        self.settings["mode"] = data.mode
+        self.settings |= {"mode": data.mode, "input_mode": data.input_mode}
         about = tell_classes(self.listing, self.settings["conditional"])
         about += held_out.remarks(self.split, self.is_small)
         return data._replace(remarks=remarks + about + data.remarks, learned=self.split.learned)
@@ -484,7 +495,7 @@ def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
         return "the log"
     check_limits(settings, limits)
     check_network(settings)
-    return ""
+    return "" if inputs.is_sound(settings) else "the inputs"
 
 
 def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Callable) -> dict:

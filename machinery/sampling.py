@@ -21,6 +21,7 @@ from machinery.listing import composed
 from machinery.runs import RANGES, check_size, full_size
 from machinery.writing import GRID_IMAGES, Album
 
+GUIDANCE = 2.0
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
 
 # ---- classes and seeds ---------------------------------------------------------------------------
@@ -50,6 +51,12 @@ def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
         turned = [(seed, seed + number, flags["variation"]) for number in numbers]
         return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
     return [seed + number for number in numbers]
+
+
+def guidance_of(guidance: float | str, settings: dict) -> float:
+    """`--guidance`; auto is 1 where nothing but an input leads, so that images keep to it."""
+    is_led_by_inputs = settings["inputs"] and not settings["classes"]
+    return guidance if guidance != "auto" else 1.0 if is_led_by_inputs else GUIDANCE
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -90,6 +90,19 @@ def tile(images: Tensor, classes: Sequence[str] = ()) -> Tensor:
     return make_grid(images, nrow=columns, padding=0)
 
 
+def in_rows(kinds: Sequence[Tensor], columns: int = 8) -> Tensor:
+    """Several kinds of images (N, C, H, W) in 0..255 below one another: (1, 3, height, width).
+
+    A row of each kind, then rows of the next images.
+    """
+    kinds = [over_white(images) for images in kinds]
+    missing = -len(kinds[0]) % columns if len(kinds[0]) > columns else 0
+    blank = kinds[0].new_full((missing, *kinds[0].shape[1:]), 255)
+    parts = zip(*(torch.cat([images, blank]).split(columns) for images in kinds), strict=True)
+    rows = [torch.cat(list(row), dim=2) for part in parts for row in part]
+    return torch.cat(rows, dim=1)[None]
+
+
 def to_pillow(image: Tensor) -> Image.Image:
     """An image (C, H, W) as Pillow's L, RGB or (from premultiplied) RGBA; of 16 bits as I;16."""
     if image.dtype == torch.int32 and len(image) == 1:
