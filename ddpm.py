@@ -27,7 +27,7 @@ import utils
 from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs, writing
 from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
-from machinery.inputs import list_pairs, widen
+from machinery.inputs import examples, input_channels, list_pairs, load_inputs, widen
 from machinery.listing import CACHE, check_classes
 from machinery.sampling import GUIDANCE, Request, guidance_of, labels_in_turn, preview_seeds
 from machinery.session import Session
@@ -153,24 +153,17 @@ class Diffusion:
         return t, torch.randn(*shape, device=device)
 
     def loss(
-        self,
-        network: nn.Module,
-        x_0: Tensor,
-        t: Tensor,
-        eps: Tensor,
-        labels: Tensor | None = None,
-        inputs: Tensor | None = None,
+        self, network: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, *given: Tensor | None
     ) -> Tensor:
         """Each image's weighted mean squared error (B,): Ho et al. 2020, Algorithm 1, line 5.
 
         Args:
-            network: maps (x_t, t, labels, inputs) to an output like the images.
+            network: maps (x_t, t, *given) to an output like the images.
             x_0: clean images (B, C, H, W) in [-1, 1].
             t, eps: noising steps (B,) in 1..T, and the noise (B, C, H, W); see `draw`.
-            labels: classes (B,), or None.
-            inputs: what the network is shown beside x_t (B, C_in, H, W), or None.
+            given: labels (B,) and inputs (B, C_in, H, W), as `UNet` takes them.
         """
-        output = network(self.add_noise(x_0, t, eps), t, labels, inputs).float()
+        output = network(self.add_noise(x_0, t, eps), t, *given).float()
         error = (output - self.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
         return self.weight(t) * error
 
@@ -274,8 +267,7 @@ def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
     shape = {name: settings[name] for name in (*NETWORK, *runs.IMPORTED) if name in settings}
     shape["channels"] = reading.CHANNELS[settings["mode"]]
     shape["classes"] = len(settings["classes"]) or None
-    if settings["inputs"]:
-        shape["input_channels"] = reading.CHANNELS[settings["input_mode"]]
+    shape["input_channels"] = input_channels(settings)
     noising = {name: settings[name] for name in NOISING}
     return UNet(**shape).to(device), Diffusion(**noising, device=device)
 
@@ -373,11 +365,13 @@ class Training:
         """
         seed = self.settings["seed"]
         batch_size = self.loader.batch_size
+        classes = self.settings["classes"]
         devices.seed(self.device, seed_of(seed, self.step))
         indices, chances = self.loader.draw(self.step)
         t, eps = self.diffusion.draw((batch_size, *self.loader.shape))
+        is_shown = torch.rand(batch_size, device=self.device) >= CONDITION_DROPOUT
         labels = devices.send(self.loader.labels[indices], self.device)
-        labels, is_shown = self.hide_some(labels)
+        labels = labels.where(is_shown, self.network.null_class) if classes else None
         losses = torch.zeros(batch_size, device=self.device)
 
         def add_gradient(part: slice) -> None:
@@ -385,8 +379,7 @@ class Training:
             if self.settings["dropout"]:
                 devices.seed(self.device, seed_of(seed, self.step, 1 + part.start))
             x_0 = self.loader.load(indices[part], chances[part])  # (b, C, H, W)
-            inputs = self.loader.load_inputs(indices[part], chances[part], x_0)  # (b, C_in, H, W)
-            inputs = None if inputs is None else inputs * is_shown[part].view(-1, 1, 1, 1)
+            inputs = load_inputs(self.loader, indices[part], chances[part], x_0, is_shown[part])
             noised = (x_0, t[part], eps[part], None if labels is None else labels[part])
             with devices.autocast(self.device, self.precision):
                 part_losses = self.diffusion.loss(self.network, *noised, inputs)  # (b,)
@@ -397,18 +390,6 @@ class Training:
         gradients = (parameter.grad for parameter in self.network.parameters())
         processes.add_up([losses, *gradients])
         return losses, t
-
-    def hide_some(self, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Labels (B,), a tenth replaced by that of no class, and which images keep what they have.
-
-        The input of an image is hidden with its class: one guidance leads away from both.
-        """
-        if not self.settings["classes"] and not self.settings["inputs"]:
-            return None, None
-        is_shown = torch.rand(len(labels), device=self.device) >= CONDITION_DROPOUT
-        if not self.settings["classes"]:
-            return None, is_shown
-        return labels.where(is_shown, self.network.null_class), is_shown
 
     def advance(self, fraction_done: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """Algorithm 1, line 5, a step down the gradient, and the EMA.
@@ -456,21 +437,17 @@ class Training:
         seeds = preview_seeds(len(classes))
         labels = labels_in_turn(range(len(classes)), seeds)
         how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
+        how["guidance"] = guidance_of("auto", settings)
         if settings["inputs"]:
-            indices, truth, inputs = self.loader.examples(len(seeds))
-            seeds = seeds[: len(indices)]
-            how |= {"labels": self.loader.labels[indices] if classes else None, "inputs": inputs}
+            truth, how["inputs"], how["labels"] = examples(self.loader, len(seeds), classes)
         size = settings["img_size"]
-        guidance = guidance_of("auto", settings)
-        for x_t, _ in generate(network, self.diffusion, seeds, size, guidance=guidance, **how):
+        for x_t, _ in generate(network, self.diffusion, seeds, size, **how):
             pass  # the last one is the image
-        images = utils.to_bytes(x_t).cpu()
-        facts = {"run": settings["run_name"], "step": self.step}
+        images = grid = utils.to_bytes(x_t).cpu()
         if settings["inputs"]:
-            shown = writing.in_rows([utils.to_bytes(each).cpu() for each in (inputs, x_t, truth)])
-            writing.save_png(shown, path, **facts)
-        else:
-            writing.save_png(images, path, classes, **facts)
+            rows = (how["inputs"], x_t, truth)
+            grid = writing.in_rows([utils.to_bytes(row).cpu() for row in rows])
+        writing.save_png(grid, path, classes, run=settings["run_name"], step=self.step)
         return writing.over_white(images)
 
 
@@ -589,28 +566,33 @@ def make_images(
     """Make and write what is asked for: (x_t, guess of x_0) after every step of every batch."""
     flags, album = request.flags, request.album
     device = diffusion.signal.device
-    guide = build_trained(request.guide, device)[0] if request.guide else None
+    guide = request.fitted(build_trained(request.guide, device)[0]) if request.guide else None
     with album:
-        for numbers, seeds, labels in request.batches():
+        for numbers, seeds, labels, size in request.batches():
+            inputs, start = request.shown(numbers, utils.from_bytes)
             denoising = generate(
-                network,
+                request.fitted(network),
                 diffusion,
                 seeds,
-                request.size,
+                size,
                 visited_steps=request.visited_steps,
                 sampler=flags["sampler"],
                 labels=labels,
+                inputs=inputs,
                 guidance=flags["guidance"],
                 guide=guide,
                 precision=flags["precision"],
-                start=request.start,
+                start=start,
             )
             for move, (x_t, x_0) in enumerate(denoising, 1):
                 if album.is_frame_due(numbers, move):
                     album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
                 yield x_t, x_0
             depth = request.checkpoint["settings"]["depth"]
-            album.add(numbers, utils.to_bytes(x_t, depth).cpu())
+            shown = [
+                utils.to_bytes(side, depth).cpu() for side in (x_t, inputs) if side is not None
+            ]
+            album.add(numbers, *shown)
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -782,7 +764,8 @@ def train(
 def sample(
     # what
     run_name: str = "",
-    n_img: int = 16,
+    inputs: FilePath = "",
+    n_img: int | str = "auto",
     name: str = "samples",
     save_grid: bool = True,
     gif: bool = False,
@@ -792,7 +775,7 @@ def sample(
     img_size: tuple = (),
     # classes and guidance
     label: str = "all",
-    guidance: float = GUIDANCE,
+    guidance: float | str = "auto",
     guide: str = "",
     # image-to-image and inpainting
     init_image: FilePath = "",
@@ -816,7 +799,10 @@ def sample(
     Args:
         run_name: the run to sample from, a folder in models/; left out, it is untitled, or all
             runs are listed.
-        n_img: how many images.
+        inputs: for runs trained with --inputs: a folder of images, or one, from which images of
+            the same names are made; with @ in front, images of which inputs are made as in
+            training.
+        n_img: how many images; auto is 16, or one for each of the inputs; a number is for each.
         name: the folder to write to, in results/RUN/.
         save_grid: also save samples.png, the first 256 images side by side.
         gif: also save samples.gif, the denoising of the first images (16 at most): x_t on the
@@ -827,11 +813,13 @@ def sample(
         interpolate: two seeds (3,8): the images lead from the one's to the other's, and
             interpolation.gif shows them in turn; the noise is interpolated spherically.
         img_size: another size than the run was trained at, such as 48x96; it may not look as good.
+            Inputs are enlarged in their own size, others brought to that of the training; what is
+            larger is made in tiles that blend.
         label: the classes to make, in turn: a name, several (cats,dogs), or all; for runs trained
             with --conditional.
         guidance: classifier-free guidance (CFG), how strictly an image keeps to its class: 0 not
             at all, 1 as learned, more for clearer and less varied images; with a guide, how far it
-            leads away from that (try 1.5).
+            leads away from that (try 1.5). auto is 2, or 1 for runs of inputs without classes.
         guide: autoguidance, for runs without classes too: early, or a weaker run of the same data,
             from which --guidance leads away; early is the run after a fourth of its training, as
             long as that was planned when it came to it.

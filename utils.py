@@ -7,14 +7,16 @@ Reading order: pixel values; a folder's batches.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from machinery import devices, inputs, processes, reading
+from machinery import devices, processes, reading
 from machinery.basics import UserError, seed_of
+from machinery.inputs import draws_of, load_inputs
 from machinery.listing import list_images
 from machinery.reading import Dataset
 from machinery.writing import in_rows, save_png
@@ -121,8 +123,6 @@ class Loader:
             raise UserError(f"{few}, are too few for {processes.count()} processes")
         self.seed = seed
         self.flip = flip
-        # one also where nothing is flipped: what is drawn later stays as it always was
-        self.first_input_chance = max(1, len(FLIPS[flip]))
         self.is_cropped = self.images.shape[1:] != self.shape
         self.device = device
 
@@ -131,41 +131,27 @@ class Loader:
         indices = self.learned[batch_indices(self.count, self.batch_size, step, self.seed)]
         return devices.send(indices, self.images.device), self.draw_chances(self.batch_size)
 
-    def fixed_chances(self, count: int) -> Tensor:
-        """Chances (count, n) by which images are as they are, and made inputs always the same."""
-        self_made = inputs.draws_of(self.inputs)
-        chances = torch.full((count, self.first_input_chance + self_made + 2), 0.5)
-        generator = torch.Generator().manual_seed(0)
-        chances[:, -2 - self_made : -2] = torch.rand(count, self_made, generator=generator)
-        return chances.to(self.device)
-
     def draw_chances(self, count: int) -> Tensor:
         """Numbers in [0, 1) for so many images: (count, 1 to 4)."""
-        draws = self.first_input_chance + inputs.draws_of(self.inputs) + 2 * self.is_cropped
+        # one also where nothing is flipped: what is drawn later stays as it always was
+        draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped + draws_of(self.inputs)
         return torch.rand(draws, count, device=self.device).T
 
-    def load(self, indices: Tensor, chances: Tensor) -> Tensor:
+    def load(self, indices: Tensor, chances: Tensor, partners: Sequence[Tensor] = ()) -> Tensor:
         """Images by index (B,): (B, C, H, W) in [-1, 1].
 
         Args:
             chances: (B, n). The first decides on the flip left to right, which comes below 0.5, the
-                second on that top to bottom, the last two on the part that is cropped; so images
-                with 0.5 throughout are not flipped, and cropped in the middle. Those in between
-                are of made inputs.
+                second on that top to bottom, the next two on the part that is cropped; so images
+                with 0.5 throughout are not flipped, and cropped in the middle. The rest is for
+                inputs, see `load_inputs`.
+            partners: images to take instead of the data set's.
         """
-        return self.take(self.images, indices, chances)
-
-    def load_inputs(self, indices: Tensor, chances: Tensor, x_0: Tensor) -> Tensor | None:
-        """What is shown beside `x_0`, the images as `load` gives them: (B, C_in, H, W), or None."""
-        if self.partners:
-            return self.take(*self.partners, indices, chances)
-        made_by = chances[:, self.first_input_chance :]
-        return inputs.make(self.inputs, x_0, made_by) if self.inputs else None
-
-    def take(self, images: Tensor, indices: Tensor, chances: Tensor) -> Tensor:
-        """Some of `images` (N, C, h, w), cropped and flipped: (B, C, H, W) in [-1, 1]."""
-        images = devices.send(images[indices], self.device)
-        x_0 = from_bytes(crop(images, self.shape, chances[:, -2:]) if self.is_cropped else images)
+        flips = max(1, len(FLIPS[self.flip]))
+        where = chances[:, flips : flips + 2]
+        [source] = partners or [self.images]
+        images = devices.send(source[indices], self.device)
+        x_0 = from_bytes(crop(images, self.shape, where) if self.is_cropped else images)
         for draw, axis in enumerate(FLIPS[self.flip]):
             x_0 = torch.where(chances[:, draw].view(-1, 1, 1, 1) < 0.5, x_0.flip(axis), x_0)
         return x_0
@@ -176,15 +162,7 @@ class Loader:
         indices = self.learned[shuffled(self.count, self.seed, epoch=0)[:64]]
         chances = self.draw_chances(len(indices))
         examples = self.load(indices, chances)
-        shown = self.load_inputs(indices, chances, examples)
-        rows = [to_bytes(each).cpu() for each in (shown, examples) if each is not None]
-        save_png(in_rows(rows) if self.inputs else rows[0], path)
-
-    def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The images that previews show, held-out ones first: indices, images and their inputs."""
-        places = np.arange(len(self.images))
-        held_out = places[~np.isin(places, self.learned.numpy())]
-        indices = torch.from_numpy(np.concatenate([held_out, self.learned.numpy()])[:count])
-        chances = self.fixed_chances(len(indices))
-        x_0 = self.load(indices, chances)
-        return indices, x_0, self.load_inputs(indices, chances, x_0)
+        if self.inputs:
+            rows = (load_inputs(self, indices, chances, examples), examples)
+            return save_png(in_rows([to_bytes(row).cpu() for row in rows]), path)
+        save_png(to_bytes(examples).cpu(), path)

@@ -14,6 +14,7 @@ import torch
 
 from machinery import devices, journal, processes
 from machinery.basics import UserError
+from machinery.inputs import fixed_chances, load_inputs
 from machinery.listing import composed
 
 AUTOMATIC = 0.02  # share of a data set that is large enough
@@ -145,13 +146,13 @@ class HeldOut:
         if parts.size < len(parts.share):  # memory is known to be short
             at_once = min(at_once, parts.size)
         losses = torch.zeros(2 * self.number, device=device)
-        chances = loader.fixed_chances(self.number).repeat(2, 1)
+        chances = fixed_chances(loader, self.number).repeat(2, 1)
         mine = processes.share(2 * self.number)
         for start in mine[::at_once]:
             part = slice(start, min(start + at_once, mine.stop))
             indices = self.indices[part]
             x_0 = loader.load(indices, chances[part])  # (b, C, H, W)
-            inputs = loader.load_inputs(indices, chances[part], x_0)
+            inputs = load_inputs(loader, indices, chances[part], x_0)
             noise = [self.noise_of(place) for place in range(part.start, part.stop)]
             eps = torch.from_numpy(np.stack(noise)).to(device, x_0.dtype)
             labels = None

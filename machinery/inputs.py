@@ -5,7 +5,7 @@ are images of the same names in another folder.
 
 Images here are as networks have them: (B, C, H, W) in [-1, 1], RGBA premultiplied.
 
-Reading order: the kinds; how they are made; the shape of a run; pairs of files.
+Reading order: the kinds; a training's; the shape of a run; pairs of files.
 """
 
 import hashlib
@@ -163,10 +163,54 @@ def make(inputs: str, images: Tensor, chances: Tensor) -> Tensor:
     Args:
         inputs: of a made kind.
         images: (B, C, H, W).
-        chances: (B, n) in [0, 1), of which the first `draws_of(inputs)` count.
+        chances: (B, draws_of(inputs)) in [0, 1).
     """
     name, factor = kind_of(inputs)
-    return KINDS[name].make(images, chances[:, : KINDS[name].draws], factor)
+    return KINDS[name].make(images, chances, factor)
+
+
+# ---- a training's --------------------------------------------------------------------------------
+
+
+def load_inputs(
+    loader, indices: Tensor, chances: Tensor, x_0: Tensor, is_shown: Tensor | None = None
+) -> Tensor | None:
+    """What is shown beside images (B, C_in, H, W); None in a run without inputs.
+
+    Args:
+        loader: has `load`, `inputs` and `partners`.
+        indices, chances: of which `x_0` was loaded.
+        x_0: the images (B, C, H, W).
+        is_shown: which images keep their input (B,); 0 stands for none.
+    """
+    if not loader.inputs:
+        return None
+    if loader.partners:
+        shown = loader.load(indices, chances, loader.partners)
+    else:
+        draws = draws_of(loader.inputs)
+        shown = make(loader.inputs, x_0, chances[:, chances.shape[1] - draws :])
+    return shown if is_shown is None else shown * is_shown.view(-1, 1, 1, 1)
+
+
+def fixed_chances(loader, count: int) -> Tensor:
+    """Chances (count, n) by which images are as they are, and what is made of them always alike."""
+    chances = torch.full((count, 4 + draws_of(loader.inputs)), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    chances[:, 4:] = torch.rand(chances[:, 4:].shape, generator=generator)
+    return chances.to(loader.device)
+
+
+def examples(loader, count: int, classes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What previews show, held-out images first: images, their inputs, and classes if there are."""
+    places = np.arange(len(loader.images))
+    held_out = places[~np.isin(places, loader.learned.numpy())]
+    order = np.resize(np.concatenate([held_out, loader.learned.numpy()]), count)
+    indices = torch.from_numpy(order).to(loader.images.device)
+    chances = fixed_chances(loader, count)
+    x_0 = loader.load(indices, chances)
+    labels = loader.labels[indices] if classes else None
+    return x_0, load_inputs(loader, indices, chances, x_0), labels
 
 
 # ---- the shape of a run --------------------------------------------------------------------------
@@ -203,6 +247,11 @@ def mode_of(inputs: str, mode: str, partners: str = "") -> str:
         rule = f"images of the mode {' or '.join(colors[name])}"
         raise UserError(f"--inputs={inputs} is made of {rule}; these have --mode={mode}")
     return KINDS[name].mode or mode
+
+
+def input_channels(settings: dict) -> int:
+    """How many channels a run's network is shown beside the noise."""
+    return CHANNELS[settings["input_mode"]] if settings["inputs"] else 0
 
 
 def is_sound(settings: dict) -> bool:
@@ -301,14 +350,16 @@ def pair(listing: Listing, partners: Listing) -> Listing:
         fault = f"no image of {listing.folder} has one of its name in {partners.folder}"
         raise UserError(f"--inputs: {fault} ({example})")
     left_out = {
-        "without an input": [listing.names[images[name]] for name in images if name not in inputs],
-        "inputs without an image": [
+        "left out, without an input": [
+            listing.names[images[name]] for name in images if name not in inputs
+        ],
+        "inputs left out, without an image": [
             partners.names[inputs[name]] for name in inputs if name not in images
         ],
-        "images that share a name but for its suffix": images_twice,
-        "inputs that share a name but for its suffix": inputs_twice,
+        "left out, which share a name but for its suffix": images_twice,
+        "inputs left out, which share a name but for its suffix": inputs_twice,
     }
-    told = [f"{len(names):,} {what}, left out: {names[0]}" for what, names in left_out.items() if names]
+    told = [f"{len(found):,} {what}: {found[0]}" for what, found in left_out.items() if found]
     told = listing.remarks + [f"inputs: {remark}" for remark in partners.remarks] + told
     return as_pairs(
         subset(listing, [images[name] for name in both])._replace(remarks=told),

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from machinery import checkpoints, devices, processes, reading
+from machinery import checkpoints, devices, input_files, processes, reading
 from machinery.basics import Seed, UserError, counted, in_short
 from machinery.command_line import as_typed, check_limits, check_name, did_you_mean
+from machinery.input_files import InputFiles
 from machinery.listing import composed
+from machinery.reading import Start
 from machinery.runs import RANGES, check_size, full_size
+from machinery.tiles import Tiled
 from machinery.writing import GRID_IMAGES, Album
 
 GUIDANCE = 2.0
+IMAGES = 16  # that are made where nobody says how many
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
 
 # ---- classes and seeds ---------------------------------------------------------------------------
@@ -79,19 +83,19 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     return [classes.index(name) for name in names]
 
 
-def check_sampling(settings: dict, flags: dict, default_guidance: float) -> None:
-    """Refuse more steps than a run has, and guidance without classes or a guide.
+def check_sampling(settings: dict, flags: dict) -> None:
+    """Refuse more steps than a run has, and guidance where nothing leads.
 
     Args:
         settings: of the run.
         flags: of the sampling: `steps`, `guidance` and `guide`.
-        default_guidance: what nobody has asked for.
     """
     steps, guidance = flags["steps"], flags["guidance"]
     if steps > settings["noise_steps"]:
         limit = f"the {settings['noise_steps']} noising steps of this run"
         raise UserError(f"--steps={steps} is more than {limit}")
-    if guidance != default_guidance and not settings["classes"] and not flags["guide"]:
+    is_led = settings["classes"] or settings["inputs"] or flags["guide"]
+    if guidance != "auto" and not is_led:
         rule = "for class-conditional runs, trained with --conditional; others need a --guide"
         raise UserError(f"--guidance={guidance:g} is {rule}")
 
@@ -132,6 +136,23 @@ def check_start(flags: dict, default_strength: float, classes: int) -> None:
             raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")
 
 
+def filled_in(flags: dict, settings: dict) -> dict:
+    """The flags of `sample` with what auto means for a run of these settings.
+
+    Raises:
+        UserError: inputs do not go with another flag.
+    """
+    guidance = guidance_of(flags["guidance"], settings)
+    n_img = flags["n_img"]
+    if n_img == "auto":
+        n_img = 1 if flags["inputs"] else IMAGES
+    for other in ("init_image", "interpolate", "variation"):
+        if flags["inputs"] and flags[other]:
+            value = as_typed(other, flags[other])
+            raise UserError(f"--inputs and --{other}={value} do not go together; leave out one")
+    return flags | {"guidance": guidance, "n_img": n_img}
+
+
 def early_weights(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The EMA weights that a run has kept from a fourth of its training.
 
@@ -150,7 +171,7 @@ def check_guide(name: str, source: dict, settings: dict, size: tuple[int, int]) 
     Raises:
         UserError: naming what differs.
     """
-    alike = ("noise_steps", "schedule", "objective", "mode", "classes")
+    alike = ("noise_steps", "schedule", "objective", "mode", "classes", "inputs")
     differs = [flag for flag in alike if source[flag] != settings[flag]]
     try:
         check_size(size, source["multipliers"])
@@ -195,16 +216,17 @@ def facts_of_images(
     return facts | {"device": device.type, "computed_in": precision}
 
 
-def flags_of_images(
-    flags: dict, classes: tuple[str, ...], size: tuple[int, int], batch_size: int
-) -> dict:
+def flags_of_images(flags: dict, settings: dict, size: tuple[int, int], batch_size: int) -> dict:
     """The flags of `sample` that decide what its images look like, as its PNG files tell them."""
-    flags = flags | {"img_size": size, "batch_size": batch_size}
+    classes = settings["classes"]
+    flags = flags | {"batch_size": batch_size}
+    if not flags["inputs"]:
+        flags["img_size"] = size
     idle = {"name", "save_grid", "gif", "device"}
     idle |= {flag for flag, value in flags.items() if value in ("", "auto", ())}
     if not classes:
         idle |= {"label"}
-    if not classes and not flags["guide"]:
+    if not classes and not flags["guide"] and not flags["inputs"]:
         idle |= {"guidance"}
     if not flags["init_image"]:
         idle |= {"strength"}
@@ -221,6 +243,7 @@ class Batch(NamedTuple):
     numbers: range  # of all that are asked for, from 0
     seeds: list[Seed]
     labels: Tensor | None  # (B,)
+    size: tuple[int, int]  # height and width
 
 
 class Request:
@@ -235,7 +258,8 @@ class Request:
         load: reads a run's checkpoint.
 
     Attributes:
-        size: height and width.
+        size: height and width, but where inputs have their own.
+        inputs: what images are made from, or None.
         guide: the checkpoint of a weaker network, or None.
         start: an image to start from, or None.
         batches: those of this process.
@@ -255,13 +279,19 @@ class Request:
         load: Callable[[str], dict],
     ):
         settings = checkpoint["settings"]
-        self.flags = flags
         self.checkpoint = checkpoint
         self.visited_steps = visited_steps
         self.chosen = check_labels(flags["label"], settings["classes"])
-        check_sampling(settings, flags, defaults["guidance"].default)
+        input_files.check_inputs(flags["inputs"], settings)
+        check_sampling(settings, flags)
+        self.flags = flags = filled_in(flags, settings)
         check_start(flags, defaults["strength"].default, len(self.chosen))
-        self.size = sampling_size(flags, settings)
+        self.inputs = None
+        if flags["inputs"]:
+            self.inputs = InputFiles(flags["inputs"], settings, flags["img_size"])
+        self.count = flags["n_img"] * (len(self.inputs.images) if self.inputs else 1)
+        # larger ones are made in tiles of the size that the run was trained at
+        self.size = settings["img_size"] if self.inputs else sampling_size(flags, settings)
         self.guide = load_guide(flags["guide"], checkpoint, self.size, load)
         images = flags["init_image"], flags["mask"]
         how = (settings["mode"], settings["resize"], settings["depth"])
@@ -269,30 +299,62 @@ class Request:
         self.batch_size = flags["batch_size"]
         if self.batch_size == "auto":
             self.batch_size = devices.images_at_once(device, self.size, settings["width"])
+        batches = self.all_batches()
         # fail now if a batch cannot fit, before the list of its noise is built
-        shape = (min(flags["n_img"], self.batch_size), reading.CHANNELS[settings["mode"]])
-        torch.empty((*shape, *self.size), device=device)
-        starts = range(0, flags["n_img"], self.batch_size)
-        self.starts = processes.share_of(starts)
+        channels = reading.CHANNELS[settings["mode"]]
+        largest = max(batches, key=lambda batch: len(batch) * math.prod(self.size_of(batch)))
+        torch.empty((len(largest), channels, *self.size_of(largest)), device=device)
+        self.ranges = processes.share_of(batches)
         self.album = self.open_album(device)
+
+    def all_batches(self) -> list[range]:
+        """The numbers of images that are made at the same time."""
+        if self.inputs:
+            return self.inputs.batches(self.flags["n_img"], self.batch_size)
+        firsts = range(0, self.count, self.batch_size)
+        return [range(first, min(first + self.batch_size, self.count)) for first in firsts]
+
+    def size_of(self, numbers: range) -> tuple[int, int]:
+        """Height and width of a batch."""
+        if self.inputs:
+            return self.inputs.sizes[numbers.start // self.flags["n_img"]]
+        return self.size
+
+    def fitted(self, network: nn.Module) -> Callable:
+        """The network, in tiles where images are larger than those it was trained with."""
+        return Tiled(network, self.size) if self.inputs else network
 
     @property
     def moves(self) -> int:
         """Steps of this process, of all its batches."""
-        return max(1, len(self.visited_steps) - 1) * len(self.starts)
+        return max(1, len(self.visited_steps) - 1) * len(self.ranges)
 
     def batches(self) -> Iterator[Batch]:
-        for first in self.starts:
-            numbers = range(first, min(first + self.batch_size, self.flags["n_img"]))
+        for numbers in self.ranges:
             labels = labels_in_turn(self.chosen, numbers)
-            yield Batch(numbers, seeds_in_turn(self.flags, numbers), labels)
+            seeds = seeds_in_turn(self.flags, numbers)
+            yield Batch(numbers, seeds, labels, self.size_of(numbers))
+
+    def shown(self, numbers: range, from_bytes: Callable) -> tuple[Tensor | None, Start | None]:
+        """What the network is shown beside a batch (B, C_in, H, W), and what the batch starts from.
+
+        Args:
+            from_bytes: levels to [-1, 1].
+        """
+        if not self.inputs:
+            return None, self.start
+        places = [number // self.flags["n_img"] for number in numbers]
+        channels = reading.CHANNELS[self.checkpoint["settings"]["mode"]]
+        return self.inputs.show(places, self.flags["seed"], channels, from_bytes)
 
     def open_album(self, device: torch.device) -> Album:
         """The files of the images, which make themselves again by their command."""
-        flags, classes = self.flags, self.checkpoint["settings"]["classes"]
+        flags, settings = self.flags, self.checkpoint["settings"]
+        classes = settings["classes"]
         return Album(
             folder=Path("results", flags["run_name"], flags["name"]),
-            flags=flags_of_images(flags, classes, self.size, self.batch_size),
+            flags=flags_of_images(flags, settings, self.size, self.batch_size),
+            names=self.inputs.names_of_all(flags["n_img"]) if self.inputs else [],
             labels=[classes[number] for number in self.chosen],
             facts=facts_of_images(flags, self.checkpoint, self.guide, device),
             save_grid=flags["save_grid"],

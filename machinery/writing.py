@@ -180,6 +180,7 @@ class Album:
     save_grid: bool
     gif: bool
     moves: int  # steps from noise to image
+    names: list[str] = field(default_factory=list)  # of the images, if they have their own
     suffix: str = ".png"  # of the single images
     grid: list[Tensor] = field(default_factory=list)
     # by the first number of a batch, its frames (2, B, C, H, W): x_t and the guess of x_0
@@ -199,12 +200,15 @@ class Album:
     def __post_init__(self):
         # then an image has no seed of its own: it depends on its number
         self.goes_by_number = not {"interpolate", "variation"}.isdisjoint(self.flags)
+        self.count = len(self.names) or self.flags["n_img"]
 
     def command(self, numbers: range) -> str:
         """What makes these images again, to the bit: as the batch they were made in."""
         first = numbers.start
-        batch_size = min(len(numbers), self.flags["batch_size"])
-        flags = self.flags | {"n_img": len(numbers), "batch_size": batch_size}
+        flags = self.flags
+        if not self.names:
+            batch_size = min(len(numbers), self.flags["batch_size"])
+            flags = flags | {"n_img": len(numbers), "batch_size": batch_size}
         if first:
             flags["seed"] += first
         if self.labels:
@@ -231,26 +235,37 @@ class Album:
         joined = [torch.cat(parts, dim=1) for parts in zip(*batches, strict=True)]
         return [torch.cat([tile(half, self.labels) for half in both], dim=2) for both in joined]
 
-    def add(self, numbers: range, images: Tensor) -> None:
-        """Write a batch (B, C, H, W), eight files at a time: they wait for the disk."""
-        digits = max(4, len(str(self.flags["n_img"])))
-        again = range(self.flags["n_img"]) if self.goes_by_number else numbers
+    def name(self, number: int) -> str:
+        """The file of an image, without suffix."""
+        digits = max(4, len(str(self.count)))
+        return self.names[number] if self.names else f"sample_{number + 1:0{digits}d}"
+
+    def add(self, numbers: range, images: Tensor, beside: Tensor | None = None) -> None:
+        """Write a batch (B, C, H, W), eight files at a time: they wait for the disk.
+
+        In the grid, each has an image of `beside` (B, C_in, H, W) on its left.
+        """
+        is_whole = self.goes_by_number or bool(self.names)
+        again = range(self.count) if is_whole else numbers
         command = self.command(again)
         self.suffix = suffix_of(images)
         save = save_png if self.suffix == ".png" else save_npy
         with ThreadPoolExecutor(8) as writers:
             pending = []
             for image, number in zip(images, numbers, strict=True):
-                path = self.folder / f"sample_{number + 1:0{digits}d}{self.suffix}"
+                path = self.folder / f"{self.name(number)}{self.suffix}"
                 facts = {} if self.goes_by_number else {"seed": self.flags["seed"] + number}
                 place = again.index(number)
-                facts["command"] = f"{command}  # this is sample_{place + 1:04d}.png there"
+                there = self.names[number] if self.names else f"sample_{place + 1:04d}"
+                facts["command"] = f"{command}  # this is {there}.png there"
                 if self.labels:
                     facts["label"] = self.labels[number % len(self.labels)]
                 pending.append(writers.submit(save, image[None], path, **self.facts, **facts))
             for each in pending:
                 each.result()  # raises what the thread met with
         wanted = max(0, GRID_IMAGES - numbers.start)
+        if beside is not None:
+            images = torch.cat([over_white(beside), over_white(images)], dim=3)
         self.grid += [image.clone() for image in images[:wanted]]  # views would keep the batch
 
     def close(self) -> str:
@@ -259,11 +274,14 @@ class Album:
         films = processes.gather(self.film)
         if not processes.is_first():
             return ""
-        n_img = self.flags["n_img"]
+        n_img = self.count
         command = self.command(range(n_img))
-        there = self.folder / f"sample_*{self.suffix}"
+        there = self.folder / f"{'' if self.names else 'sample_'}*{self.suffix}"
         sentences = [f"{counted(n_img, 'image')}: {there}"]
-        if self.save_grid:
+        are_alike = len({image.shape for image in grid}) == 1
+        if not are_alike:
+            sentences.append("they have several sizes, so that no grid shows them")
+        if self.save_grid and are_alike:
             path = self.folder / "samples.png"
             seed = {} if self.goes_by_number else {"seed": self.flags["seed"]}
             facts = self.facts | seed | {"command": command}

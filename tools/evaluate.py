@@ -44,8 +44,10 @@ from machinery import (
 )
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
-from machinery.listing import CACHE, list_images
+from machinery.inputs import is_made, list_pairs
+from machinery.listing import CACHE, Listing, list_images
 from machinery.pixels import FileFault, open_source
+from tools import fidelity
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -316,6 +318,14 @@ def in_fixed_order(count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(count)
 
 
+def drawing_order(count: int, split: held_out.Split | None) -> np.ndarray:
+    """`in_fixed_order`, but held-out images first."""
+    order = in_fixed_order(count)
+    if split:
+        order = order[np.argsort(~np.isin(order, split.held_out), kind="stable")]
+    return order
+
+
 def judge(
     samples: Tensor,
     images: np.ndarray,
@@ -324,6 +334,7 @@ def judge(
     batch_size: int = 64,
     copies: bool = True,
     split: held_out.Split | None = None,
+    order: np.ndarray | None = None,
 ) -> dict[str, str | int | float]:
     """All figures of `n` samples and, as NAME_real, those of `n` real images in their place.
 
@@ -345,14 +356,14 @@ def judge(
         batch_size: images shown to the network at a time.
         copies: whether to look for copies of the data set's images.
         split: which images were held out in training, and which were learned from.
+        order: of the images, as of `drawing_order`, if it is another one.
 
     Raises:
         UserError: the data set is too small.
     """
     n = comparable(len(samples), len(images))
-    order = in_fixed_order(len(images))
-    if split:
-        order = order[np.argsort(~np.isin(order, split.held_out), kind="stable")]
+    if order is None:
+        order = drawing_order(len(images), split)
     samples = writing.over_white(samples[:n])  # (n, 3, H, W)
     drawn = images[order[: 2 * n]]
     real = writing.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
@@ -429,6 +440,8 @@ class Subject(NamedTuple):
     near: str  # what the images nearest to them are called
     copies: bool  # whether copies are looked for
     split: held_out.Split | None = None  # of the data set of a run
+    order: np.ndarray | None = None  # of the data set's images, see `judge`
+    shown: fidelity.Shown | None = None  # what the samples were made from
 
 
 def draw_labels(
@@ -442,6 +455,13 @@ def draw_labels(
     Raises:
         UserError: an image lies in none of the data set's `folders` that are named as a class.
     """
+    return labels_at(classes, data, folders, in_fixed_order(len(data.labels))[::-1][:n])
+
+
+def labels_at(
+    classes: tuple[str, ...], data: reading.Dataset, folders: tuple[str, ...], places: np.ndarray
+) -> Tensor | None:
+    """The class of the images at `places` (n,) int64, as a run numbers them; see `draw_labels`."""
     if not classes:
         return None
     # -1: in no folder at all
@@ -450,7 +470,7 @@ def draw_labels(
     if (labels == -1).any():
         others = f"{(labels == -1).sum():,} images are in no folder named as a class of the run"
         raise UserError(f"{others}, such as {classes[0]}; sort them, or judge by other images")
-    return torch.from_numpy(labels[in_fixed_order(len(labels))[::-1][:n]])
+    return torch.from_numpy(labels[places])
 
 
 def make_samples(
@@ -464,6 +484,7 @@ def make_samples(
     guidance: float = ddpm.GUIDANCE,
     guide: str = "",
     precision: str = "auto",
+    shown: fidelity.Shown | None = None,
 ) -> Tensor:
     """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
@@ -492,6 +513,8 @@ def make_samples(
                 guidance=guidance,
                 guide=weaker,
                 precision=precision,
+                inputs=shown and shown.inputs[part],
+                start=shown and shown.start(part),
             )
             for x_t, _ in denoising:
                 bar.update()
@@ -521,10 +544,27 @@ def say_lowered(n_img: int, n: int, held: str) -> None:
         print(f"--n_img={n_img} is lowered to {n}: {held}")
 
 
+def read_for(settings: dict, dataset: str, inputs: str) -> tuple[Listing, reading.Dataset]:
+    """The real images to judge a run by, at its size; those of its inputs' size if it has any."""
+    listing = list_pairs(
+        Path(dataset or settings["dataset"]),
+        inputs or settings["inputs"],
+        CACHE,
+        settings["frames"],
+    )
+    how = {"mode": settings["mode"], "resize": settings["resize"]}
+    if not settings["inputs"]:
+        return listing, reading.read_dataset(listing, settings["img_size"], **how)
+    how |= {name: settings[name] for name in ("crop", "crop_margin", "inputs", "input_mode")}
+    data = reading.read_pairs(listing, settings["img_size"], **how)
+    return listing, fidelity.in_the_middle(data, settings["img_size"])
+
+
 def from_run(
     stored: dict,
     run_name: str,
     dataset: str,
+    inputs: str,
     n_img: int,
     save_images: str,
     seed: int,
@@ -541,23 +581,30 @@ def from_run(
     classes = settings["classes"]
     wanted = None
     if processes.is_first():
+        listing, data = read_for(settings, dataset, inputs)
         dataset = dataset or settings["dataset"]
-        listing = list_images(Path(dataset), frames=settings["frames"])
-        how = {"mode": settings["mode"], "resize": settings["resize"]}
-        data = reading.read_dataset(listing, settings["img_size"], **how)
         n = comparable(n_img, len(data.images))
-        wanted = n, draw_labels(classes, data, listing.classes, n)
+        labels = draw_labels(classes, data, listing.classes, n)
+        wanted = n, labels, None
         folder = basics.printable(dataset)
         held = f"{folder} holds {len(data.images):,} images; two are needed for each"
         say_lowered(n_img, n, held)
         is_known = listing.is_known_as(stored["data"])
+        split, order = None, None
+        if is_known and settings["held_out"]:
+            of_classes = data.labels if classes else None
+            split = held_out.split(data.names, settings["held_out"], of_classes)
+        if settings["inputs"]:  # what it is shown are images in the place of the second set
+            order = np.roll(drawing_order(len(data.images), split)[: 2 * n], n)
+            wanted = n, labels_at(classes, data, listing.classes, order[n:])
+            wanted = (*wanted, fidelity.shown(data, settings, order[n:]))
         if not is_known:
             missed = "copies of its training images (memorization) are not looked for"
             print(f"{basics.printable(dataset)} is not what {run_name} was trained on: {missed}")
-    n, labels = processes.from_first(wanted)
+    n, labels, shown = processes.from_first(wanted)
     seeds = range(seed, seed + n)
     how = (sampler, steps, batch_size, device, labels, guidance, guide, precision)
-    samples = make_samples(stored, seeds, *how)
+    samples = make_samples(stored, seeds, *how, shown)
     if not processes.is_first():
         return None
     facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
@@ -565,16 +612,15 @@ def from_run(
         names = [classes[label] for label in labels] if classes else []
         save_all(samples, Path(save_images), seed, names, **facts)
         print(f"the images are in {save_images}")
-    led = f"{guidance:g} from {guide}" if guide else guidance if classes else ""
+    is_led = classes or settings["inputs"]
+    led = f"{guidance:g} from {guide}" if guide else guidance if is_led else ""
     facts |= {"seed": seed, "guidance": led, "dataset": dataset}
     near = "the training images" if is_known else dataset
-    split = None
-    if is_known and settings["held_out"]:
-        labels = data.labels if classes else None
-        split = held_out.split(data.names, settings["held_out"], labels)
+    if split:
         unseen = f"{len(split.held_out):,} held-out images"
-        print(f"{unseen} are among those that the samples are judged by")
-    return Subject(samples, data, facts, near, is_known, split)
+        by = "whose inputs the samples are made from" if shown else "that the samples are judged by"
+        print(f"{unseen} are among those {by}")
+    return Subject(samples, data, facts, near, is_known, split, order, shown)
 
 
 def from_folder(images: str, dataset: str, img_size: tuple[int, ...], n_img: int) -> Subject:
@@ -632,6 +678,17 @@ COLUMNS += (*COMPARED, *(f"{name}_real" for name in COMPARED), "copies")
 COLUMNS += (*COLORS, *(f"{name}_real" for name in COLORS))
 
 
+def check_pairs(inputs: str, settings: dict) -> None:
+    """Refuse inputs for a run that makes its own or takes none."""
+    if not inputs:
+        return
+    if not settings["inputs"]:
+        raise UserError(f"--inputs={inputs} is for runs trained with --inputs")
+    if is_made(inputs) or is_made(settings["inputs"]):
+        made = f"this run's are {settings['inputs']}"
+        raise UserError(f"--inputs={inputs} is for runs of inputs from a folder; {made}")
+
+
 def check_subject(
     run_name: str, images: str, dataset: str, for_runs: dict, img_size: tuple
 ) -> None:
@@ -659,9 +716,32 @@ def check_subject(
         runs.check_size(img_size, (1,))
 
 
-def add_row(table: Path, row: dict) -> None:
+def add_row(table: Path, row: dict, columns: tuple[str, ...] = COLUMNS) -> None:
     """Add a row to evaluation.csv."""
-    basics.append_rows(table, COLUMNS, [[row[name] for name in COLUMNS]])
+    basics.append_rows(table, columns, [[row[name] for name in columns]])
+
+
+def judge_pairs(
+    subject: Subject,
+    settings: dict,
+    features: Features,
+    device: torch.device,
+    batch_size: int,
+    distance: float,
+) -> dict:
+    """What `fidelity.compare` finds, printed: of held-out images, if there are enough."""
+    samples, shown = subject.samples, subject.shown
+    name, plain = fidelity.baseline(settings, shown)
+    how = (features, device, batch_size)
+    judged = judge(plain, subject.data.images, *how, copies=False, order=subject.order)
+    unseen = min(len(samples), len(subject.split.held_out)) if subject.split else 0
+    are_held_out = unseen >= fidelity.FEWEST
+    count = unseen if are_held_out else len(samples)
+    parts = (samples[:count], plain[:count], shown.truth[:count])
+    figures = fidelity.compare(*parts, lambda images: extract_all(images, *how))
+    figures["distance_baseline"] = judged["distance"]
+    print(fidelity.report(figures | {"distance": distance}, name, are_held_out))
+    return figures
 
 
 def evaluate(
@@ -671,13 +751,14 @@ def evaluate(
     img_size: tuple = (),
     # judging
     dataset: FilePath = "",
+    inputs: FilePath = "",
     n_img: int = 2048,
     features: str = "efficientnet",
     # how a run makes its images
     seed: int = 0,
     sampler: str = "dpm++",
     steps: int = ddpm.STEPS,
-    guidance: float = ddpm.GUIDANCE,
+    guidance: float | str = "auto",
     guide: str = "",
     save_images: FilePath = "",
     # running
@@ -708,6 +789,8 @@ def evaluate(
             give --dataset too.
         img_size: the size to judge --images at, such as 64 or 48x96; their own if left out.
         dataset: the real images to judge by; if left out, those the run was trained on.
+        inputs: of a run that takes inputs from a folder: those of the images in `dataset`, if these
+            are others than it was trained on.
         n_img: how many images to judge; fewer are quicker, but you can compare distances for the
             same number only. Lowered to half the number of real images, with a message.
         features: the network that describes images; only inception gives FID. It downloads 91 MB
@@ -730,39 +813,53 @@ def evaluate(
     command_line.check_limits(locals(), LIMITS)
     for_runs = {"run_name": run_name, "save_images": save_images, "seed": seed}
     for_runs |= {"sampler": sampler != "dpm++", "steps": steps != ddpm.STEPS}
-    for_runs |= {"guidance": guidance != ddpm.GUIDANCE, "guide": guide}
+    for_runs |= {"guidance": guidance != "auto", "guide": guide, "inputs": inputs}
     for_runs |= {"precision": precision != "auto"}
     check_subject(run_name, images, dataset, for_runs, img_size)
     device = processes.join(devices.pick_device(device))
     is_first = processes.is_first()
     stored = None
+    columns = COLUMNS
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
         asked = {"steps": steps, "guidance": guidance, "guide": guide}
-        sampling.check_sampling(stored["settings"], asked, ddpm.GUIDANCE)
+        sampling.check_sampling(stored["settings"], asked)
+        guidance = sampling.guidance_of(guidance, stored["settings"])
+        check_pairs(inputs, stored["settings"])
+        if stored["settings"]["inputs"]:
+            columns += fidelity.COLUMNS
     table = Path("results", run_name, "evaluation.csv")
     if is_first:
         if os.path.lexists(save_images):
             raise UserError(f"--save_images={save_images} exists; it takes a folder that does not")
-        command_line.check_table(table, COLUMNS)
+        command_line.check_table(table, columns)
         basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
     if stored:
         how = (seed, sampler, steps, guidance, guide, batch_size, device, precision)
-        subject = from_run(stored, run_name, dataset, n_img, save_images, *how)
+        subject = from_run(stored, run_name, dataset, inputs, n_img, save_images, *how)
     elif is_first:
         subject = from_folder(images, dataset, img_size, n_img)
     if not is_first:
         return
-    samples, data, facts, near, copies, split = subject
-    figures = judge(samples, data.images, extractor, device, batch_size, copies, split)
+    samples, data, facts, near, copies, split, order, shown = subject
+    figures = judge(samples, data.images, extractor, device, batch_size, copies, split, order)
     print(report(figures))
+    if shown:
+        how = (extractor, device, batch_size, figures["distance"])
+        figures |= judge_pairs(subject, stored["settings"], *how)
     pairs = table.with_suffix(".png")
-    shown = {name: value for name, value in facts.items() if name != "dataset"}
-    writing.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **shown)
+    told = {name: value for name, value in facts.items() if name != "dataset"}
+    picture = pair_up(samples[:SHOWN], data.images, device)
+    about = f"images above their nearest of {near}"
+    if shown:
+        kinds = (utils.to_bytes(shown.inputs), samples, shown.truth)
+        picture = writing.in_rows([images[:SHOWN] for images in kinds])
+        about = "inputs, images and the true ones in rows"
+    writing.save_png(picture, pairs, **told)
     now = datetime.datetime.now().isoformat(" ", "seconds")
-    add_row(table, {"date": now, "copies": "", **facts, **figures})
-    print(f"added to {table}; images above their nearest of {near}: {pairs}")
+    add_row(table, {"date": now, "copies": "", **facts, **figures}, columns)
+    print(f"added to {table}; {about}: {pairs}")
 
 
 def main() -> None:
