@@ -589,10 +589,8 @@ def make_images(
                     album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
                 yield x_t, x_0
             depth = request.checkpoint["settings"]["depth"]
-            shown = [
-                utils.to_bytes(side, depth).cpu() for side in (x_t, inputs) if side is not None
-            ]
-            album.add(numbers, *shown)
+            both = (side for side in (x_t, inputs) if side is not None)
+            album.add(numbers, *(utils.to_bytes(side, depth).cpu() for side in both))
 
 
 # ---- the commands --------------------------------------------------------------------------------

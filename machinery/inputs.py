@@ -349,14 +349,12 @@ def pair(listing: Listing, partners: Listing) -> Listing:
         example = f"for instance {listing.names[0]} and {partners.names[0]}"
         fault = f"no image of {listing.folder} has one of its name in {partners.folder}"
         raise UserError(f"--inputs: {fault} ({example})")
+    alone = [listing.names[images[name]] for name in images if name not in inputs]
+    inputs_alone = [partners.names[inputs[name]] for name in inputs if name not in images]
     left_out = {
-        "left out, without an input": [
-            listing.names[images[name]] for name in images if name not in inputs
-        ],
-        "inputs left out, without an image": [
-            partners.names[inputs[name]] for name in inputs if name not in images
-        ],
+        "left out, without an input": alone,
         "left out, which share a name but for its suffix": images_twice,
+        "inputs left out, without an image": inputs_alone,
         "inputs left out, which share a name but for its suffix": inputs_twice,
     }
     told = [f"{len(found):,} {what}: {found[0]}" for what, found in left_out.items() if found]
