@@ -10,6 +10,7 @@ Reading order: the kinds; a training's; the shape of a run; pairs of files.
 
 import hashlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -252,6 +253,14 @@ def mode_of(inputs: str, mode: str, partners: str = "") -> str:
 def input_channels(settings: dict) -> int:
     """How many channels a run's network is shown beside the noise."""
     return CHANNELS[settings["input_mode"]] if settings["inputs"] else 0
+
+
+def asked(settings: dict) -> str:
+    """What `sample` of a run is asked for, in its flags; "" where nothing is shown."""
+    flag = settings["inputs"]
+    return f"--inputs={shlex.quote('@' + settings['dataset'] if is_made(flag) else flag)}" * bool(
+        flag
+    )
 
 
 def is_sound(settings: dict) -> bool:

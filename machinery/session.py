@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from machinery import checkpoints, journal, page, processes, trackers
+from machinery import checkpoints, inputs, journal, page, processes, trackers
 from machinery.basics import counted, printable
 from machinery.command_line import StopSignals
 from machinery.held_out import HeldOut
@@ -37,6 +37,7 @@ from machinery.writing import describe_grid
 
 MANY_HOURS = 3  # of a CPU, which are told before a training begins
 SLOWEST_CPU = 10  # GFLOP per second
+PREVIEW_ROWS = "inputs, what is made of them, and the true images"
 QUICKER = "--preset=laptop takes one hour, with a smaller network"
 
 
@@ -435,7 +436,9 @@ class Session:
         height, width = settings["img_size"]
         kind = f"{height}x{width} from {settings['dataset']}, in {MODES[data.mode]}"
         remarks = [*data.remarks, f"a look at them: {examples}"]
-        if settings["classes"]:
+        if settings["inputs"]:
+            remarks.append(f"in the previews: rows of {PREVIEW_ROWS}")
+        elif settings["classes"]:
             where = describe_grid(settings["classes"], self.previews)
             remarks.append(f"in the previews: {where}")
         kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
@@ -506,4 +509,5 @@ class Session:
             every_step = torch.arange(1, diffusion.noise_steps + 1, device=self.training.device)
             # a target of images in [-1, 1] has a mean square of 1 at most
             blank_loss = diffusion.weight(every_step).mean().item()
-            print(self.log.report(self.run.name, sample_flags, blank_loss))
+            asked = inputs.asked(self.run.settings) or "--n_img=16"
+            print(self.log.report(self.run.name, asked, sample_flags, blank_loss))

@@ -740,7 +740,10 @@ def judge_pairs(
     parts = (samples[:count], plain[:count], shown.truth[:count])
     figures = fidelity.compare(*parts, lambda images: extract_all(images, *how))
     figures["distance_baseline"] = judged["distance"]
-    print(fidelity.report(figures | {"distance": distance}, name, are_held_out))
+    kind = "images that it was not trained on"
+    if subject.copies:
+        kind = "held-out images" if are_held_out else "images, which it may have learned from"
+    print(fidelity.report(figures | {"distance": distance}, name, kind))
     return figures
 
 

@@ -24,6 +24,7 @@ import ddpm
 from machinery import basics, checkpoints, command_line, reading, runs
 from machinery.basics import UserError
 from machinery.command_line import FilePath
+from machinery.inputs import is_made, is_sound
 from machinery.pixels import NUMBERS
 from modules import SelfAttention, UNet
 from tools.model_card import write_card
@@ -115,6 +116,8 @@ NOISING = {
 # what diffusers' EMAModel adds to the description of its network
 EMA_KEYS = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup"}
 EMA_KEYS |= {"inv_gamma", "power", "min_value", "max_value", "foreach"}
+INPUTS = "inputs.json"  # what an image-to-image network is shown behind the channels of x_t
+INPUT_KEYS = ("inputs", "input_mode")
 CLASSES = "classes.json"  # names, in the order of their numbers; diffusers has no place for them
 
 
@@ -195,7 +198,8 @@ def export(run_name: str = "", to: FilePath = "", license: str = "unknown") -> N
 
     Writes unet/ (the network with its EMA weights), scheduler/ (the noising process),
     model_index.json, classes.json (for class-conditional runs), samples.png and README.md, the
-    model card: read it before you show it to others.
+    model card: read it before you show it to others. Image-to-image runs have inputs.json instead
+    of model_index.json: a network without a pipeline.
 
     Args:
         run_name: the run to export, a folder in models/.
@@ -230,7 +234,12 @@ def export(run_name: str = "", to: FilePath = "", license: str = "unknown") -> N
     except UserError as error:
         raise UserError(f"diffusers cannot express {run_name}: {error}") from error
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    configs["model_index.json"] = {"_class_name": "DDPMPipeline"} | parts
+    if settings["inputs"]:  # no pipeline of diffusers shows a network anything
+        flag = settings["inputs"]
+        kind = flag if is_made(flag) else Path(flag).name  # the path is private
+        configs[INPUTS] = {"inputs": kind, "input_mode": settings["input_mode"]}
+    else:
+        configs["model_index.json"] = {"_class_name": "DDPMPipeline"} | parts
     if settings["classes"]:
         configs[CLASSES] = settings["classes"]
     copies = {
@@ -313,13 +322,29 @@ def classes_of(config: dict, path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def inputs_of(path: Path) -> dict:
+    """The settings of an image-to-image network, which an export keeps at `path`; {} without.
+
+    Raises:
+        UserError: they are others than known.
+    """
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    are_texts = isinstance(found, dict) and all(type(found.get(key)) is str for key in INPUT_KEYS)
+    if not are_texts or not found["inputs"] or found["input_mode"] not in reading.CHANNELS:
+        rule = 'it takes {"inputs": "@gray", "input_mode": "L"}'
+        raise UserError(f"its {path.name} has other entries than known; {rule}")
+    return {key: found[key] for key in INPUT_KEYS}
+
+
 def attended_levels(config: dict) -> tuple[int, ...]:
     """The levels of a UNet2DModel that have attention."""
     kinds = config["down_block_types"]
     return tuple(level for level, kind in enumerate(kinds) if kind == "AttnDownBlock2D")
 
 
-def settings_of(config: dict, noising: dict, classes: tuple[str, ...]) -> dict:
+def settings_of(config: dict, noising: dict, classes: tuple[str, ...], given: dict) -> dict:
     """The settings of a UNet2DModel, guessed from its description, but for what no flag sets.
 
     Raises:
@@ -328,7 +353,7 @@ def settings_of(config: dict, noising: dict, classes: tuple[str, ...]) -> dict:
     size = config["sample_size"]
     if size is None:
         raise UserError("its config.json has no sample_size")
-    channels = config["in_channels"]
+    channels = config["out_channels" if given else "in_channels"]
     modes = {number: mode for mode, number in reading.CHANNELS.items()}
     if channels not in modes:
         raise UserError(f"its network has in_channels={channels}; 1 is gray, 3 RGB and 4 RGBA")
@@ -345,7 +370,12 @@ def settings_of(config: dict, noising: dict, classes: tuple[str, ...]) -> dict:
         "mode": modes[channels],
         "classes": classes,
         "conditional": bool(classes),
+        "inputs": "",
+        "input_mode": "",
+        **given,
     }
+    if not is_sound(settings):
+        raise UserError(f"its {INPUTS} does not fit images of mode {settings['mode']}")
     command_line.check_limits(settings, ddpm.LIMITS)  # before anything of that size is built
     runs.check_network(settings)
     settings["img_size"] = runs.full_size(settings["img_size"])
@@ -356,7 +386,9 @@ def settings_of(config: dict, noising: dict, classes: tuple[str, ...]) -> dict:
     return settings
 
 
-def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tuple[UNet, dict]:
+def network_of(
+    config: dict, noising: dict, classes: tuple[str, ...] = (), given: dict | None = None
+) -> tuple[UNet, dict]:
     """The network of a UNet2DModel's description, on "meta" (without weights), and its settings.
 
     The settings are guessed, described as for an export, and compared: what was not understood
@@ -372,7 +404,7 @@ def network_of(config: dict, noising: dict, classes: tuple[str, ...] = ()) -> tu
     head_width = wanted["attention_head_dim"]
     if {widths[level] for level in (*attended_levels(wanted), -1)} == {head_width}:
         wanted["attention_head_dim"] = None  # another word for one head
-    settings = settings_of(wanted, noising, classes)
+    settings = settings_of(wanted, noising, classes, given or {})
     height, width = settings["img_size"]
     wanted["sample_size"] = height if height == width else [height, width]
 
@@ -489,7 +521,9 @@ def import_(source: FilePath = "", run_name: str = "") -> None:
     try:
         config = read_json(unet / "config.json")
         noising = noising_of({} if is_bare else read_json(process))
-        network, settings = network_of(config, noising, classes_of(config, folder / CLASSES))
+        given = inputs_of(folder / INPUTS)
+        classes = classes_of(config, folder / CLASSES)
+        network, settings = network_of(config, noising, classes, given)
         weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
     except UserError as error:
         raise UserError(f"--source={source} cannot be imported: {error}") from error
@@ -509,7 +543,8 @@ def import_(source: FilePath = "", run_name: str = "") -> None:
     if settings["mode"] == "RGBA":
         message += "; its four channels are taken as colors times alpha, and alpha"
     print(message)
-    print(f"to generate images:\n  python ddpm.py sample --run_name={run_name} --n_img=16")
+    asked = f"--inputs={'@' * is_made(settings['inputs'])}FOLDER" if given else "--n_img=16"
+    print(f"to generate images:\n  python ddpm.py sample --run_name={run_name} {asked}")
 
 
 def main() -> None:

@@ -138,9 +138,13 @@ def compare(samples: Tensor, plain: Tensor, truth: Tensor, extract: Callable) ->
 # ---- in words ------------------------------------------------------------------------------------
 
 
-def report(figures: dict, name: str, are_held_out: bool) -> str:
-    """The figures of `compare` as text, and in what the baseline is better."""
-    kind = "held-out images" if are_held_out else "images, which it may have learned from"
+def report(figures: dict, name: str, kind: str) -> str:
+    """The figures of `compare` as text, and in what the baseline is better.
+
+    Args:
+        name: of the baseline.
+        kind: of images that were compared.
+    """
     lines = [f"beside the true ones, {figures['compared']:,} {kind}; baseline: {name}"]
     lines.append(f"{'':10}{'images':>10}{'baseline':>10}")
     worse = []

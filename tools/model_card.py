@@ -24,6 +24,8 @@ from machinery import (
     sampling,
     writing,
 )
+from machinery.basics import UserError
+from machinery.inputs import input_channels, is_made
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -74,6 +76,23 @@ REMARK_BY_CLASS = """The model is class-conditional: `classes.json` names its cl
 on top. The code uses classifier-free guidance: a `guidance` of 1 samples what was learned, more
 gives clearer and less varied images. The pipelines of diffusers support neither."""
 
+CODE_WITH_INPUTS = """import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+network = UNet2DModel.from_pretrained("{name}", subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
+scheduler.set_timesteps({few})
+inputs = torch.zeros(1, {input_channels}, {height}, {width})  # yours, from -1 to 1
+x_t = torch.randn(1, {channels}, {height}, {width})
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        answer = network(torch.cat([x_t, inputs], dim=1), t{labels}).sample
+    x_t = scheduler.step(answer, t, x_t, use_clipped_model_output=True).prev_sample
+image = (x_t / 2 + 0.5).clamp(0, 1)"""
+REMARK_WITH_INPUTS = """The model makes images from images: its network takes an input behind the
+channels of the noisy image. `inputs.json` says what kind of input it was trained with; 0 throughout
+stands for none. The pipelines of diffusers do not support that."""
+
 CODE_STRAIGHT = """
 from PIL import Image
 images = [Image.frombytes("RGBa", each.size, each.tobytes()).convert("RGBA") for each in images]"""
@@ -99,6 +118,9 @@ def write_samples(stored: dict, run_name: str, path: Path) -> None:
             if image.text["weights"] == weights and is_whole:
                 shutil.copyfile(grid, path)
                 return
+    if stored["settings"]["inputs"]:
+        made_by = f"python ddpm.py sample --run_name={run_name} --inputs=..."
+        raise UserError(f"there are no images of {run_name} for its card; `{made_by}` makes some")
     steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
     shown = classes[:16]
     count = 4 * len(shown) or 16
@@ -155,7 +177,13 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     classes, mode, size, noise_steps = (
         settings[name] for name in ("classes", "mode", "img_size", "noise_steps")
     )
-    shown = ["mode", *ddpm.NETWORK, *runs.IMPORTED, *ddpm.NOISING]
+    shown = [
+        "mode",
+        *(["inputs"] if is_made(settings["inputs"]) else []),
+        *ddpm.NETWORK,
+        *runs.IMPORTED,
+        *ddpm.NOISING,
+    ]
     if stored["log"]:
         shown += ["depth", "resize", "crop", "flip"]
         shown += ["batch_size", "lr", "warmup", "lr_decay", "ema_decay"]
@@ -164,13 +192,18 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     ]
     write_samples(stored, run_name, folder / "samples.png")
     kind = "class-conditional-image-generation" if classes else "unconditional-image-generation"
+    kind = "image-to-image" if settings["inputs"] else kind
     code, remarks = (CODE_BY_CLASS, REMARK_BY_CLASS) if classes else (CODE, REMARK)
-    if mode == "RGBA":
+    if settings["inputs"]:
+        code, remarks = CODE_WITH_INPUTS, REMARK_WITH_INPUTS
+    if mode == "RGBA" and not settings["inputs"]:
         code += CODE_STRAIGHT
         remarks += REMARK_STRAIGHT
     facts = {
         "name": folder.name,
         "channels": reading.CHANNELS[mode],
+        "input_channels": input_channels(settings),
+        "labels": ", torch.tensor([0])" if classes else "",
         "height": size[0],
         "width": size[1],
         "guidance": ddpm.GUIDANCE,
@@ -182,7 +215,7 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     }
     text = CARD.format(
         license=license,
-        task="" if classes else f"pipeline_tag: {kind}\n",
+        task="" if kind.startswith("class") else f"pipeline_tag: {kind}\n",
         kind=kind,
         # the path on the author's disk is private
         dataset=json.dumps(Path(settings["dataset"]).name),

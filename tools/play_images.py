@@ -52,6 +52,11 @@ def load(run_name: str) -> tuple[dict, tuple]:
         memory.key = memory.checkpoint = memory.trained = None
         checkpoint = ddpm.load_run(run_name)
         settings = checkpoint["settings"]
+        if settings["inputs"]:
+            way_on = f"`python ddpm.py sample --run_name={run_name} --inputs=...` makes images"
+            raise UserError(
+                f"{run_name} was trained with --inputs, which this page has none of; {way_on}"
+            )
         is_gray = settings["mode"] == "L"
         if settings["mode"] in NUMBERS or (settings["depth"] == 16 and not is_gray):
             way_on = f"`python ddpm.py sample --run_name={run_name}` makes them"
