@@ -60,7 +60,9 @@ def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
 def guidance_of(guidance: float | str, settings: dict) -> float:
     """`--guidance`; auto is 1 where nothing but an input leads, so that images keep to it."""
     is_led_by_inputs = settings["inputs"] and not settings["classes"]
-    return guidance if guidance != "auto" else 1.0 if is_led_by_inputs else GUIDANCE
+    if guidance == "auto":
+        return 1.0 if is_led_by_inputs else GUIDANCE
+    return float(guidance)
 
 
 # ---- checks --------------------------------------------------------------------------------------

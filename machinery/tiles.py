@@ -26,7 +26,7 @@ def window(tile: tuple[int, int]) -> Tensor:
 
 
 class Tiled:
-    """Answers as a network does, for images of any size that is no smaller than `tile`.
+    """Answers as a network does, for images of any size; smaller ones than `tile` are one.
 
     An output is linear in what it says of the image, so that blended outputs are those of a blended
     guess: at every step the tiles agree on what lies in two of them.
@@ -45,8 +45,8 @@ class Tiled:
     def __call__(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, inputs: Tensor | None = None
     ) -> Tensor:
-        height, width = self.tile
-        share = window(self.tile).to(x.device)
+        height, width = map(min, zip(self.tile, x.shape[2:], strict=True))
+        share = window((height, width)).to(x.device)
         total = torch.zeros_like(x)
         weight = x.new_zeros(x.shape[2:])
         for top in starts(x.shape[2], height):

@@ -359,7 +359,7 @@ def test_the_command_in_an_image_makes_it_again(three_classes, run, place):
             "--label=drak is not a class of this run; did you mean dark? (there are: bright, dark",
         ),
         (["--label=bright,"], "--label=bright, has an empty name"),
-        (["--guidance=-1"], "--guidance=-1.0 is out of range"),
+        (["--guidance=-1"], "--guidance=-1 is out of range"),
         (["--strength=0.5"], "--strength=0.5 needs an image to change"),
         (["--mask=pictures/dark/0.png"], "--mask=pictures/dark/0.png needs an image to inpaint"),
         (["--init_image=nowhere.png"], "--init_image=nowhere.png is not a file"),
@@ -395,10 +395,10 @@ def test_forgotten_labels_are_those_of_a_tenth(monkeypatch, classes, train):
     """A network that always knew the class could not be guided away from having none."""
     seen, forward = [], UNet.forward
 
-    def note(self, x, t, labels=None):
+    def note(self, x, t, labels=None, *inputs):
         if self.training:
             seen.append(labels)
-        return forward(self, x, t, labels)
+        return forward(self, x, t, labels, *inputs)
 
     monkeypatch.setattr(UNet, "forward", note)
     assert train("--conditional", "--epochs=100", "--batch_size=12").status == 0

@@ -52,7 +52,7 @@ OTHER |= {
     "min_snr": 0.1,
     "batch_size": 3,
 }
-OTHER |= {"held_out": 2}
+OTHER |= {"held_out": 2, "inputs": "@gray"}
 OTHER |= {"mode": "L", "lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
 
 
@@ -855,7 +855,7 @@ def test_every_option_is_tried():
     assert (
         OTHER.keys()
         | set(runs.MAY_CHANGE)
-        | {"run_name", "init_from", "conditional", "preset", "frames"}
+        | {"run_name", "init_from", "conditional", "preset", "frames", "crop_margin"}
         == inspect.signature(ddpm.train).parameters.keys()
     )
 
