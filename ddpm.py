@@ -365,13 +365,13 @@ class Training:
         """
         seed = self.settings["seed"]
         batch_size = self.loader.batch_size
-        classes = self.settings["classes"]
         devices.seed(self.device, seed_of(seed, self.step))
         indices, chances = self.loader.draw(self.step)
         t, eps = self.diffusion.draw((batch_size, *self.loader.shape))
         is_shown = torch.rand(batch_size, device=self.device) >= CONDITION_DROPOUT
-        labels = devices.send(self.loader.labels[indices], self.device)
-        labels = labels.where(is_shown, self.network.null_class) if classes else None
+        labels, no_class = self.loader.labels[indices], self.network.null_class
+        if no_class is not None:
+            labels = devices.send(labels, self.device).where(is_shown, no_class)
         losses = torch.zeros(batch_size, device=self.device)
 
         def add_gradient(part: slice) -> None:
@@ -380,7 +380,7 @@ class Training:
                 devices.seed(self.device, seed_of(seed, self.step, 1 + part.start))
             x_0 = self.loader.load(indices[part], chances[part])  # (b, C, H, W)
             inputs = load_inputs(self.loader, indices[part], chances[part], x_0, is_shown[part])
-            noised = (x_0, t[part], eps[part], None if labels is None else labels[part])
+            noised = (x_0, t[part], eps[part], None if no_class is None else labels[part])
             with devices.autocast(self.device, self.precision):
                 part_losses = self.diffusion.loss(self.network, *noised, inputs)  # (b,)
             self.scaler.scale(part_losses.sum() / batch_size).backward()
@@ -471,8 +471,7 @@ def guided(
     Autoguidance (Karras et al. 2024): it is that of `guide`, a weaker network.
     Whatever the objective, the guess of x_0 changes in the same way: it is linear in the output.
     """
-    is_led = labels is not None or inputs is not None
-    if guidance == 1 or not (is_led or guide):
+    if guidance == 1 or (labels is None and inputs is None and guide is None):
         return network(x_t, t, labels, inputs)
     if guide:
         better, worse = network(x_t, t, labels, inputs), guide(x_t, t, labels, inputs)

@@ -151,8 +151,7 @@ class UNet(nn.Module):
             middle always has it.
         dropout: share of activations dropped inside residual blocks, in [0, 1).
         classes: number of classes, or None for an unconditional network.
-        input_channels: of an image that is shown beside the noisy one (Saharia et al. 2022); 0 for
-            none.
+        input_channels: of an image shown beside the noisy one (Saharia et al. 2022); 0 for none.
 
     These make networks fit that were trained elsewhere:
         attention_levels: levels with attention, 0 is the full resolution; () for `attention_size`.
@@ -268,8 +267,7 @@ class UNet(nn.Module):
             x: images (B, C, H, W); clean ones lie in [-1, 1].
             t: noising step of each image (B,), 1..T.
             labels: class of each image (B,), `null_class` for none; left out, all are that.
-            inputs: what is shown beside the images (B, C_in, H, W) in [-1, 1]; 0 throughout for
-                nothing; left out, all are that.
+            inputs: shown beside the images (B, C_in, H, W) in [-1, 1]; left out, 0 throughout.
 
         Returns:
             (B, C, H, W)

@@ -7,7 +7,6 @@ Reading order: pixel values; a folder's batches.
 """
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +136,7 @@ class Loader:
         draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped + draws_of(self.inputs)
         return torch.rand(draws, count, device=self.device).T
 
-    def load(self, indices: Tensor, chances: Tensor, partners: Sequence[Tensor] = ()) -> Tensor:
+    def load(self, indices: Tensor, chances: Tensor, partners: list | None = None) -> Tensor:
         """Images by index (B,): (B, C, H, W) in [-1, 1].
 
         Args:
@@ -145,12 +144,10 @@ class Loader:
                 second on that top to bottom, the next two on the part that is cropped; so images
                 with 0.5 throughout are not flipped, and cropped in the middle. The rest is for
                 inputs, see `load_inputs`.
-            partners: images to take instead of the data set's.
+            partners: one array of inputs (N, C_in, h, w), to take instead of the images.
         """
-        flips = max(1, len(FLIPS[self.flip]))
-        where = chances[:, flips : flips + 2]
-        [source] = partners or [self.images]
-        images = devices.send(source[indices], self.device)
+        where = chances[:, max(1, len(FLIPS[self.flip])) :]
+        images = devices.send((partners or [self.images])[0][indices], self.device)
         x_0 = from_bytes(crop(images, self.shape, where) if self.is_cropped else images)
         for draw, axis in enumerate(FLIPS[self.flip]):
             x_0 = torch.where(chances[:, draw].view(-1, 1, 1, 1) < 0.5, x_0.flip(axis), x_0)
@@ -162,7 +159,6 @@ class Loader:
         indices = self.learned[shuffled(self.count, self.seed, epoch=0)[:64]]
         chances = self.draw_chances(len(indices))
         examples = self.load(indices, chances)
-        if self.inputs:
-            rows = (load_inputs(self, indices, chances, examples), examples)
-            return save_png(in_rows([to_bytes(row).cpu() for row in rows]), path)
-        save_png(to_bytes(examples).cpu(), path)
+        rows = [load_inputs(self, indices, chances, examples), examples]
+        rows = [to_bytes(row).cpu() for row in rows if row is not None]
+        save_png(in_rows(rows) if self.inputs else rows[0], path)
