@@ -153,6 +153,12 @@ def is_made(inputs: str) -> bool:
     return inputs.startswith("@")
 
 
+def are_alike(one: str, other: str) -> bool:
+    """Whether the `--inputs` of two runs are of one kind; a folder may lie elsewhere."""
+    are_folders = one and other and not is_made(one) and not is_made(other)
+    return one == other or bool(are_folders)
+
+
 def draws_of(inputs: str) -> int:
     """How many chances an image's input takes."""
     return KINDS[kind_of(inputs)[0]].draws if is_made(inputs) else 0

@@ -32,7 +32,7 @@ from machinery.command_line import (
     flip_of_switch,
     in_flags,
 )
-from machinery.inputs import is_made
+from machinery.inputs import are_alike
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, tell_classes
 from machinery.trackers import check_trackers
@@ -157,8 +157,8 @@ def check_same_run(stored: dict, settings: dict, listing: Listing) -> None:
         if name == "classes":  # these depend on --conditional and on the images
             continue
         is_free = name in MAY_CHANGE or value in (before.get(name), "auto")
-        if name == "inputs" and value:  # another folder of the same inputs is known by its images
-            is_free = value == before[name] or not (is_made(value) or is_made(before[name] or "@"))
+        if name == "inputs":  # where a folder lies changes nothing
+            is_free = are_alike(value, before[name])
         if name not in before or not is_free:
             then, now = as_typed(name, before.get(name)), as_typed(name, value)
             differences.append(f"--{name} was {then}, is now {now}")
@@ -199,10 +199,8 @@ def check_same_network(name: str, source: dict, settings: dict) -> None:
     if "attention_levels" not in source:  # at another image size, attention on the same levels
         shorter = min(settings["img_size"]), min(source["img_size"])
         needed["attention_size"] = source["attention_size"] * shorter[0] // shorter[1]
-    if source["inputs"]:  # a run without any may go on with some
-        needed["inputs"] = source["inputs"]
-        if not is_made(source["inputs"]) and not is_made(settings["inputs"] or "@"):
-            needed["inputs"] = settings["inputs"]
+    if source["inputs"] and not are_alike(source["inputs"], settings["inputs"]):
+        needed["inputs"] = source["inputs"]  # a run without any may go on with some
     wrong = [
         f"--{flag}={as_typed(flag, value)}"
         for flag, value in needed.items()

@@ -18,6 +18,7 @@ from machinery import checkpoints, devices, input_files, processes, reading
 from machinery.basics import Seed, UserError, counted, in_short
 from machinery.command_line import as_typed, check_limits, check_name, did_you_mean
 from machinery.input_files import InputFiles
+from machinery.inputs import are_alike
 from machinery.listing import composed
 from machinery.reading import Start
 from machinery.runs import RANGES, check_size, full_size
@@ -173,8 +174,10 @@ def check_guide(name: str, source: dict, settings: dict, size: tuple[int, int]) 
     Raises:
         UserError: naming what differs.
     """
-    alike = ("noise_steps", "schedule", "objective", "mode", "classes", "inputs")
+    alike = ("noise_steps", "schedule", "objective", "mode", "classes", "input_mode")
     differs = [flag for flag in alike if source[flag] != settings[flag]]
+    if not are_alike(source["inputs"], settings["inputs"]):
+        differs = ["inputs"]
     try:
         check_size(size, source["multipliers"])
     except UserError as error:
@@ -291,6 +294,10 @@ class Request:
         self.inputs = None
         if flags["inputs"]:
             self.inputs = InputFiles(flags["inputs"], settings, flags["img_size"])
+            if flags["gif"] and len(set(self.inputs.sizes)) > 1:
+                raise UserError(
+                    "--gif shows images of one size; those of these inputs have several"
+                )
         self.count = flags["n_img"] * (len(self.inputs.images) if self.inputs else 1)
         # larger ones are made in tiles of the size that the run was trained at
         self.size = settings["img_size"] if self.inputs else sampling_size(flags, settings)
