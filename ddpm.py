@@ -471,19 +471,19 @@ def guided(
     Autoguidance (Karras et al. 2024): it is that of `guide`, a weaker network.
     Whatever the objective, the guess of x_0 changes in the same way: it is linear in the output.
     """
+    given = (labels,) if inputs is None else (labels, inputs)
     if guidance == 1 or (labels is None and inputs is None and guide is None):
-        return network(x_t, t, labels, inputs)
+        return network(x_t, t, *given)
     if guide:
-        better, worse = network(x_t, t, labels, inputs), guide(x_t, t, labels, inputs)
-    elif guidance == 0:
-        return network(x_t, t)
+        better, worse = network(x_t, t, *given), guide(x_t, t, *given)
     else:
-        if labels is not None:
-            labels = torch.cat([labels, torch.full_like(labels, network.null_class)])
-        if inputs is not None:
-            inputs = torch.cat([inputs, torch.zeros_like(inputs)])
-        both = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), labels, inputs)
-        better, worse = both.chunk(2)
+        hidden = zip(given, (network.null_class, 0), strict=False)
+        hidden = [None if each is None else torch.full_like(each, no) for each, no in hidden]
+        if guidance == 0:
+            return network(x_t, t, *hidden)
+        both = zip(given, hidden, strict=True)
+        both = [None if each is None else torch.cat([each, none]) for each, none in both]
+        better, worse = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), *both).chunk(2)
     return worse.float() + guidance * (better.float() - worse.float())
 
 

@@ -93,7 +93,7 @@ def test_min_snr_loss_is_one_function_of_the_error_in_the_image(objective):
     diffusion, t = Diffusion(1000, "linear", objective, min_snr=5), torch.arange(1, 1001, 27)
     x_0, guess, eps = torch.randn(3, len(t), 3, 4, 4)
 
-    def network(x_t: Tensor, t: Tensor, labels: None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
         signal, noise = diffusion.at(t)
         return diffusion.target(guess, t, (x_t - signal * guess) / noise)
 
@@ -113,7 +113,7 @@ def test_loss_of_the_paper_is_the_mean_squared_error_of_the_noise():
         seen.update(x_t=x_t, t=t, labels=labels)
         return answer
 
-    loss = Diffusion().loss(network, x_0, t, eps, labels=t + 1)
+    loss = Diffusion().loss(network, x_0, t, eps, t + 1)
     expected = ((answer - eps) ** 2).sum(dim=(1, 2, 3)) / (3 * 4 * 4)
     assert (loss - expected).abs().max() < 1e-6  # float32, values near 2
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)[t - 1].view(-1, 1, 1, 1)
