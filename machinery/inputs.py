@@ -258,7 +258,7 @@ def mode_of(inputs: str, mode: str, partners: str = "") -> str:
 
 def input_channels(settings: dict) -> int:
     """How many channels a run's network is shown beside the noise."""
-    return CHANNELS[settings["input_mode"]] if settings["inputs"] else 0
+    return CHANNELS[settings["input_mode"]] if settings.get("inputs") else 0
 
 
 def asked(settings: dict) -> str:

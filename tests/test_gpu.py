@@ -200,8 +200,8 @@ BUGS = {
     "labels of a batch": (
         ddpm.Training,
         "compute_gradient",
-        "devices.send(self.loader.labels[indices], self.device)",
-        "self.loader.labels[indices]",
+        "devices.send(labels, self.device).where",
+        "labels.where",
     ),
     "labels of images": (ddpm, "generate", "labels.to(device)", "labels"),
     "images": (ddpm.Training, "preview", "to_bytes(x_t).cpu()", "to_bytes(x_t)"),

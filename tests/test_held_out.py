@@ -242,7 +242,7 @@ def test_of_a_network_that_says_nothing_the_loss_is_known():
     held = measuring(objective="x0", number=8)
     torch.nn.init.zeros_(held.training.ema.conv_out.weight)
     loader = held.training.loader
-    x_0 = loader.load(held.indices, torch.zeros(16, dtype=torch.bool))
+    x_0 = loader.load(held.indices, torch.zeros(16, 1))
     weights = held.training.diffusion.weight(held.t)
     expected = (weights * x_0.square().mean(dim=(1, 2, 3))).double()
     found = cells(held.measure())
