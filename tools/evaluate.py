@@ -846,6 +846,7 @@ def evaluate(
     if not is_first:
         return
     samples, data, facts, near, copies, split, order, shown = subject
+    copies = copies and not shown  # what is made from a training image is meant to be near to it
     figures = judge(samples, data.images, extractor, device, batch_size, copies, split, order)
     print(report(figures))
     if shown:
