@@ -30,6 +30,7 @@ from machinery.command_line import FilePath, Flip
 from machinery.listing import CACHE, check_classes, list_images
 from machinery.session import Session
 from machinery.sources import FRAMES
+from machinery.steps import spaced
 from modules import UNet, update_ema
 
 # ---- noise schedules -----------------------------------------------------------------------------
@@ -63,9 +64,16 @@ NOISE_SCHEDULES = {
     "sigmoid": sigmoid_alpha_bar,
 }
 OBJECTIVES = {"eps": "the noise", "x0": "the clean image", "v": "a mix of both"}
-# eta, the share of fresh noise (Song et al. 2021, eq. 16); how dpm++ differs from ddim stands in
-# `Diffusion.denoise`
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0}
+# eta, the share of fresh noise (Song et al. 2021, eq. 16); how dpm++ and ipndm differ from ddim
+# stands in `Diffusion.denoise`
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0, "ipndm": 0.0}
+# weights of the newest eps and of those before it, for as many as there are (Adams-Bashforth)
+ADAMS_BASHFORTH = {
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
@@ -165,14 +173,14 @@ class Diffusion:
         error = (output - self.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
         return self.weight(t) * error
 
-    def visited_steps(self, steps: int, strength: float = 1.0) -> list[int]:
-        """The values of t to visit, from T to 0, evenly spaced ("trailing": Lin et al. 2024).
+    def visited_steps(self, steps: int, strength: float = 1.0, spacing: str = "even") -> list[int]:
+        """The values of t to visit, from T to 0; even ones are "trailing" (Lin et al. 2024).
 
         With less strength they start at that fraction of T (SDEdit: Meng et al. 2022).
         """
         start = round(self.noise_steps * strength)
-        spaced = [round(self.noise_steps * (1 - i / steps)) for i in range(steps + 1)]
-        return [start] + [t for t in spaced if t < start]
+        visited = spaced(spacing, steps, self.alpha_bar.tolist())
+        return [start] + [t for t in visited if t < start]
 
     @torch.no_grad()
     def denoise(
@@ -185,14 +193,15 @@ class Diffusion:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go from noise to images, yielding (x_t, guess of x_0) after every step.
 
-        After the last step both are the image. DDPM (Ho et al. 2020, Algorithm 2), DDIM and
-        DPM-Solver++(2M) are one rule (Song et al. 2021, eq. 12):
+        After the last step both are the image. DDPM (Ho et al. 2020, Algorithm 2), DDIM,
+        DPM-Solver++(2M) and iPNDM are one rule (Song et al. 2021, eq. 12):
 
             x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + fresh_std * z
 
         They differ in two places only. DDPM adds fresh noise z, the others none (variance = 0,
         fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
-        al. 2022, Algorithm 2); the others take it as it is.
+        al. 2022, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang & Chen 2023); the
+        others take them as they are.
 
         The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
         is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of
@@ -209,7 +218,7 @@ class Diffusion:
         eta = SAMPLERS[sampler]
         has_no_gap = len(visited_steps) == visited_steps[0] + 1
         alpha_bars = self.alpha_bar.tolist()  # float64, and no tensor for a scalar
-        last_x_0, last_gap = None, None
+        last_x_0, last_gap, last_eps = None, None, []
         for t, t_next in itertools.pairwise(visited_steps):
             alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t_next]
             signal, signal_next = math.sqrt(alpha_bar), math.sqrt(alpha_bar_next)
@@ -225,6 +234,12 @@ class Diffusion:
                 if last_gap is not None:
                     x_0 = guess + (guess - last_x_0) * (gap / (2 * last_gap))
                 last_x_0, last_gap = guess, gap
+            if sampler == "ipndm" and t_next > 0:
+                last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
+                weights = ADAMS_BASHFORTH[len(last_eps)]
+                eps = sum(weight * each for weight, each in zip(weights, last_eps, strict=True))
+                # as a change of x_0: signal alone, near T, would be lost in rounding
+                x_0 = guess - (eps - last_eps[0]) * (noise / signal)
             eps = (x_t - signal * x_0) / noise
             x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
             if eta and t_next > 0:
