@@ -3,12 +3,9 @@
 Reading order: spacings; what a run keeps; what `sample` is asked for.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
-
-from machinery.basics import UserError
 
 LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
 MOST_NOISE = 80.0  # noise / signal that counts as that of T, where it may be without bound
