@@ -30,7 +30,7 @@ from machinery.command_line import FilePath, Flip
 from machinery.listing import CACHE, check_classes, list_images
 from machinery.session import Session
 from machinery.sources import FRAMES
-from machinery.steps import spaced
+from machinery.steps import Way, choose, spaced
 from modules import UNet, update_ema
 
 # ---- noise schedules -----------------------------------------------------------------------------
@@ -263,7 +263,8 @@ PRESETS = {
     "tiny": SMALL | {"img_size": (32,), "multipliers": (1, 2, 4), "lr": 2e-3, "max_minutes": 8},
 }
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
-LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
+LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES}
+LIMITS |= {"sampler": {"auto": ""} | SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
 LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
 LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
@@ -272,7 +273,8 @@ NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 PREVIEWS = 16  # images; more where there are more classes, 64 at most
 LABEL_DROPOUT = 0.1  # fraction of labels hidden in training, which guidance needs
 EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
-STEPS = 15  # why so few: benchmarks/README.md, "Samplers and steps"
+# why these: benchmarks/README.md, "Samplers and steps"
+USUAL = Way(sampler="dpm++", steps=8, spacing="log-snr")
 GUIDANCE = 2.0
 STRENGTH = 0.6
 
@@ -470,7 +472,8 @@ class Training:
         """Images from the same noise every time, saved at `path`: (N, 3, H, W) in 0..255."""
         settings = self.settings
         classes = settings["classes"]
-        steps = self.diffusion.visited_steps(min(STEPS, settings["noise_steps"]))
+        count = min(USUAL.steps, settings["noise_steps"])
+        steps = self.diffusion.visited_steps(count, spacing=USUAL.spacing)
         labels = labels_in_turn(range(len(classes)), self.preview_seeds)
         how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
         size = settings["img_size"]
@@ -599,6 +602,8 @@ class Sampling:
         self.flags = flags
         self.checkpoint = checkpoint
         self.chosen = runs.check_labels(flags["label"], settings["classes"])
+        way, remark = choose(Way(*(flags[name] for name in Way._fields)), checkpoint, USUAL)
+        flags |= way._asdict()
         runs.check_sampling(settings, flags, GUIDANCE)
         runs.check_start(flags, STRENGTH, len(self.chosen))
         self.size = runs.sampling_size(flags, settings)
@@ -610,8 +615,8 @@ class Sampling:
         if self.batch_size == "auto":
             self.batch_size = devices.images_at_once(device, self.size, settings["width"])
         strength = flags["strength"] if flags["init_image"] else 1.0
-        # which steps are visited does not depend on the schedule
-        steps = Diffusion(settings["noise_steps"]).visited_steps(flags["steps"], strength)
+        diffusion = Diffusion(settings["noise_steps"], settings["schedule"])
+        steps = diffusion.visited_steps(way.steps, strength, way.spacing)
         self.visited_steps = steps
         self.starts = processes.share_of(range(0, flags["n_img"], self.batch_size))
         moves = max(1, len(steps) - 1)
@@ -811,8 +816,7 @@ def train(
             while session.goes_on():
                 # logs the step; saves, previews and stops when that is due
                 session.note(*training.advance(session.done))
-    # with fewer noising steps than `sample` visits by default, it must be told
-    session.conclude(f" --steps={noise_steps}" if noise_steps < STEPS else "")
+    session.conclude()
 
 
 def sample(
@@ -835,8 +839,9 @@ def sample(
     strength: float = STRENGTH,
     mask: FilePath = "",
     # sampler
-    sampler: str = "dpm++",
-    steps: int = STEPS,
+    sampler: str = "auto",
+    steps: int | str = "auto",
+    spacing: str = "auto",
     # running
     batch_size: int | str = "auto",
     device: str = "auto",
@@ -875,9 +880,14 @@ def sample(
         strength: how much of init_image changes: 0 nothing, 1 everything.
         mask: inpainting: an image of the same size, white where to repaint, black where every
             pixel is kept.
-        sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer, add no noise.
+        sampler: ddpm is the paper's, for many steps; the others need far fewer, add no noise; auto
+            is dpm++, or what the run was distilled for.
         steps: how many of the noising steps are visited; all of them (1000) with ddpm is the
-            paper's Algorithm 2, with the guess of the image clipped to its range.
+            paper's Algorithm 2, with the guess of the image clipped to its range; auto is 8, or
+            what tools.steps or tools.distill found for the run.
+        spacing: which ones; even, or even in the noise (log-snr, rho-7), or the values of t
+            (1000,600,40,0); auto are those found for the run, where it has some for so many steps,
+            else log-snr.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         precision: mixed precision, as in training; the images differ by what is hardly seen.

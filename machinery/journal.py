@@ -287,12 +287,11 @@ class Log:
             append_rows(self.path, self.columns, self.rows[written:])
         self.rows_written = len(self.rows)
 
-    def report(self, run_name: str, sample_flags: str, blank_loss: float) -> str:
+    def report(self, run_name: str, blank_loss: float) -> str:
         """What came out, and what to do with it.
 
         Args:
             run_name: of the run.
-            sample_flags: what commands that sample from it need to be told.
             blank_loss: what an output of nothing but zeros costs.
         """
         mean = ""
@@ -313,9 +312,9 @@ the weights are in {checkpoints.paths_of(run_name)[0]},
 previews, log.csv and loss.png in {self.path.parent},
 all of it for a browser in {self.path.with_name("index.html")}{hint(images, way_on)}
 to make images:
-  python ddpm.py sample --run_name={run_name} --n_img=16{sample_flags}
+  python ddpm.py sample --run_name={run_name} --n_img=16
 to judge them, and see whether they are copies:
-  python -m tools.evaluate --run_name={run_name}{sample_flags}"""
+  python -m tools.evaluate --run_name={run_name}"""
 
     def illustrate(self, previews: dict[str, Tensor]) -> None:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to trackers, by their names."""

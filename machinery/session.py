@@ -478,12 +478,8 @@ class Session:
             seconds = time.monotonic() - began
         print(self.progress.forecast(step, self.progress.batch_size / seconds))
 
-    def conclude(self, sample_flags: str) -> None:
-        """Print what came out. A training that was told to stop exits with its signal's status.
-
-        Args:
-            sample_flags: what a command that samples from this run needs to be told.
-        """
+    def conclude(self) -> None:
+        """Print what came out. A training that was told to stop exits with its signal's status."""
         if self.was_done and self.training.step == 0:
             reason = "reading the images took all of --max_minutes"
             print(f"nothing was learned: {reason}; they are cached now, start again")
@@ -496,4 +492,4 @@ class Session:
                 done = f"step {self.training.step:,} of {self.progress.last_step:,}"
                 print(f"stopped and saved at {done}; the same command resumes it")
                 raise SystemExit(self.stop_status)
-            print(self.log.report(self.run.name, sample_flags, self.training.blank_loss))
+            print(self.log.report(self.run.name, self.training.blank_loss))

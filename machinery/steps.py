@@ -3,13 +3,16 @@
 Reading order: spacings; what a run keeps; what `sample` is asked for.
 """
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from machinery.basics import UserError
+
 LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
 MOST_NOISE = 80.0  # noise / signal that counts as that of T, where it may be without bound
-FOUND = "found"  # the spacing of a run that tools.steps has searched
 
 # ---- spacings ------------------------------------------------------------------------------------
 
@@ -48,3 +51,107 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float]) -> list[int]:
     order = np.arange(steps)
     falling = np.minimum.accumulate(nearest + order) - order
     return [*np.maximum(falling, steps - order).tolist(), 0]
+
+
+# ---- what a run keeps ----------------------------------------------------------------------------
+
+
+def kept(sampler: str, default: int, visited: Sequence[Sequence[int]], teacher: str = "") -> dict:
+    """The entry "paths" of a checkpoint: which steps suit a run.
+
+    Args:
+        sampler: with which they do.
+        default: how many `sample` takes if it is not told.
+        visited: the values of t, from T to 0, for each number of steps.
+        teacher: of a distilled run, the run it was distilled from.
+    """
+    visited = tuple(tuple(each) for each in visited)
+    return {"sampler": sampler, "default": default, "visited": visited, "teacher": teacher}
+
+
+def are_paths(stored, noise_steps: int) -> bool:
+    """Whether a checkpoint's entry "paths" is what `kept` makes, for a run of so many steps."""
+    kinds = {"sampler": str, "default": int, "visited": tuple, "teacher": str}
+    return (
+        type(stored) is dict
+        and {name: type(value) for name, value in stored.items()} == kinds
+        and all(type(each) is tuple and is_path(each, noise_steps) for each in stored["visited"])
+        and stored["default"] in by_number(stored)
+    )
+
+
+def is_path(visited: Sequence[int], noise_steps: int) -> bool:
+    """Whether values of t fall from T to 0."""
+    return (
+        len(visited) > 1
+        and all(type(t) is int for t in visited)
+        and (visited[0], visited[-1]) == (noise_steps, 0)
+        and all(t > t_next for t, t_next in itertools.pairwise(visited))
+    )
+
+
+def by_number(paths: dict) -> dict[int, tuple[int, ...]]:
+    """The kept steps, by how many they are."""
+    return {len(visited) - 1: visited for visited in paths["visited"]}
+
+
+# ---- what is asked for ---------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """How images are made: the flags of `sample` of these names."""
+
+    sampler: str
+    steps: int
+    spacing: str  # one of SPACINGS, or the values of t, with commas
+
+
+def choose(asked: Way, checkpoint: dict, usual: Way) -> tuple[Way, str]:
+    """What "auto" means for a run, and a remark where its own steps are taken, or could be.
+
+    Args:
+        asked: each may be "auto": what the run keeps, or else `usual`.
+        checkpoint: of the run.
+
+    Raises:
+        UserError: the steps do not fit the run, or each other.
+    """
+    noise_steps = checkpoint["settings"]["noise_steps"]
+    paths = checkpoint.get("paths") or {"sampler": usual.sampler, "visited": (), "teacher": ""}
+    sampler, steps, spacing = asked
+    if sampler == "auto":
+        sampler = paths["sampler"]
+    if spacing not in ("auto", *SPACINGS):
+        return Way(sampler, number_of(spacing, steps, noise_steps), spacing), ""
+    own = by_number(paths) if sampler == paths["sampler"] and spacing == "auto" else {}
+    if steps == "auto":
+        steps = paths["default"] if own else min(usual.steps, noise_steps)
+    if steps > noise_steps:
+        raise UserError(f"--steps={steps} is more than the {noise_steps} noising steps of this run")
+    if steps in own:
+        spacing = ",".join(map(str, own[steps]))
+        source = f"as distilled from {paths['teacher']}" if paths["teacher"] else "found for this run"
+        return Way(sampler, steps, spacing), f"steps    {steps}, {source}: t = {spacing}"
+    remark = ""
+    if paths["teacher"]:
+        remark = f"this run was distilled for {sorted(by_number(paths))[0]} steps of {paths['sampler']}"
+    return Way(sampler, steps, usual.spacing if spacing == "auto" else spacing), remark
+
+
+def number_of(spacing: str, steps: int | str, noise_steps: int) -> int:
+    """How many steps are named one by one in `--spacing=1000,600,40,0`.
+
+    Raises:
+        UserError: they do not fall from T to 0, or are not as many as `--steps`.
+    """
+    try:
+        visited = [int(t) for t in spacing.split(",")]
+    except ValueError:
+        visited = []
+    if not is_path(visited, noise_steps):
+        rule = f"is not one of: auto, {', '.join(SPACINGS)}, nor values of t that fall"
+        raise UserError(f"--spacing={spacing} {rule} from {noise_steps} to 0, with commas")
+    if steps not in ("auto", len(visited) - 1):
+        number = f"names {len(visited) - 1} steps"
+        raise UserError(f"--spacing={spacing} {number}; leave out --steps={steps}")
+    return len(visited) - 1
