@@ -5,8 +5,8 @@
     python ddpm.py --help
 
 Reading order: the noise schedules; Diffusion, all of the mathematics; Training, Algorithm 1 of
-Ho et al. 2020; generate, Algorithm 2 or a faster sampler with a network; Sampling, a run's images
-and their files; the commands train and sample. The network is in modules.py, images come and go
+Ho et al. 2020; generate, Algorithm 2 or a faster sampler with a network; make_images, all that is
+asked of a run; the commands train and sample. The network is in modules.py, images come and go
 through utils.py. What any training needs (reading files, checkpoints, the log, several processes,
 the command line) is in machinery/.
 """
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs
+from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs, writing
 from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
 from machinery.listing import CACHE, check_classes, list_images
+from machinery.sampling import Request, labels_in_turn, preview_seeds
 from machinery.session import Session
 from machinery.sources import FRAMES
 from machinery.steps import Way, choose, spaced
@@ -238,7 +239,7 @@ class Diffusion:
                 last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
                 weights = ADAMS_BASHFORTH[len(last_eps)]
                 eps = sum(weight * each for weight, each in zip(weights, last_eps, strict=True))
-                # as a change of x_0: signal alone, near T, would be lost in rounding
+                # as a change of x_0: x_t - noise * eps, near T, would be lost in rounding
                 x_0 = guess - (eps - last_eps[0]) * (noise / signal)
             eps = (x_t - signal * x_0) / noise
             x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
@@ -270,7 +271,6 @@ LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "
 LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
-PREVIEWS = 16  # images; more where there are more classes, 64 at most
 LABEL_DROPOUT = 0.1  # fraction of labels hidden in training, which guidance needs
 EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
 # why these: benchmarks/README.md, "Samplers and steps"
@@ -305,18 +305,6 @@ def load_run(run_name: str) -> dict:
     return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build)
 
 
-def load_guide(name: str, checkpoint: dict, size: tuple[int, int]) -> dict | None:
-    """The checkpoint of a weaker network, for autoguidance at `size`: "early", a run, or ""."""
-    if not name:
-        return None
-    if name == "early":
-        return checkpoint | {"average": runs.early_weights(checkpoint)}
-    command_line.check_name("guide", name)
-    guide = processes.from_first(load_run(name) if processes.is_first() else None)
-    runs.check_guide(name, guide["settings"], checkpoint["settings"], size)
-    return guide
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -339,8 +327,6 @@ class Training:
         ema: the network with EMA weights, which makes the images.
         early: the EMA weights after a fourth of the training, in half precision; empty before
             that, and None for a run of an older version, which had it behind it.
-        blank_loss: what an output of nothing but zeros costs, at most.
-        preview_seeds: of the images that `preview` makes; classes take turns.
     """
 
     def __init__(self, settings: dict, loader: utils.Loader, device: torch.device):
@@ -358,15 +344,8 @@ class Training:
         weights = self.network.parameters()
         self.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
         self.scaler = devices.LossScaler(device, self.precision)
-        every_step = torch.arange(1, settings["noise_steps"] + 1, device=device)
-        # a target of images in [-1, 1] has a mean square of 1 at most
-        self.blank_loss = self.diffusion.weight(every_step).mean().item()
         share = processes.share(loader.batch_size)
         self.micro_batches = devices.MicroBatches(share, settings["micro_batch"])
-        classes = len(settings["classes"])
-        per_class = math.ceil(PREVIEWS / max(1, classes))
-        self.preview_seeds = range(min(64, classes * per_class) if classes else PREVIEWS)
-        self.preview_cost = len(self.preview_seeds) * (2 if classes else 1)  # guidance asks twice
 
     def state(self) -> dict:
         """What a checkpoint keeps; the inverse of `restore`."""
@@ -472,26 +451,20 @@ class Training:
         """Images from the same noise every time, saved at `path`: (N, 3, H, W) in 0..255."""
         settings = self.settings
         classes = settings["classes"]
-        count = min(USUAL.steps, settings["noise_steps"])
-        steps = self.diffusion.visited_steps(count, spacing=USUAL.spacing)
-        labels = labels_in_turn(range(len(classes)), self.preview_seeds)
-        how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
+        steps = min(USUAL.steps, settings["noise_steps"])
+        visited_steps = self.diffusion.visited_steps(steps, spacing=USUAL.spacing)
+        seeds = preview_seeds(len(classes))
+        labels = labels_in_turn(range(len(classes)), seeds)
+        how = {"visited_steps": visited_steps, "labels": labels, "precision": settings["precision"]}
         size = settings["img_size"]
-        for x_t, _ in generate(network, self.diffusion, self.preview_seeds, size, **how):
+        for x_t, _ in generate(network, self.diffusion, seeds, size, **how):
             pass  # the last one is the image
         images = utils.to_bytes(x_t).cpu()
-        utils.save_png(images, path, classes, run=settings["run_name"], step=self.step)
-        return utils.over_white(images)
+        writing.save_png(images, path, classes, run=settings["run_name"], step=self.step)
+        return writing.over_white(images)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
-
-
-def labels_in_turn(classes: Sequence[int], numbers: Sequence[int]) -> Tensor | None:
-    """The class of each image (B,), by its number alone; None for an unconditional network."""
-    if not classes:
-        return None
-    return torch.tensor([classes[number % len(classes)] for number in numbers])
 
 
 def guided(
@@ -553,6 +526,7 @@ def generate(
         precision: one of devices.PRECISIONS.
     """
     device = diffusion.signal.device
+    dtype = devices.precision_of(precision, device)
     shape = (network.channels, *size)
     sources = [noise_of(seed, shape) for seed in seeds]
     labels = None if labels is None else labels.to(device)
@@ -566,7 +540,7 @@ def generate(
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
-        with devices.autocast(device, devices.precision_of(precision, device)):
+        with devices.autocast(device, dtype):
             output = guided(network, x_t, times, labels, guidance, guide)
         x_0 = diffusion.clean(x_t, times, output.float()).clamp(-1, 1)
         return torch.lerp(image, x_0, mask) if start else x_0
@@ -581,84 +555,46 @@ def generate(
     return diffusion.denoise(predict_clean, x_t, visited_steps, sampler, draw_noise)
 
 
-class Sampling:
-    """What `sample` makes of a run: images in batches, step by step, and their files.
+def plan_images(flags: dict, checkpoint: dict, device: torch.device) -> Request:
+    """What the flags of `sample` ask of a run, checked: its batches, steps and files."""
+    strength = flags["strength"] if flags["init_image"] else 1.0
+    settings = checkpoint["settings"]
+    asked = Way(flags["sampler"], flags["steps"], flags["spacing"])
+    way = choose(asked, checkpoint, USUAL)
+    diffusion = Diffusion(settings["noise_steps"], settings["schedule"])
+    visited_steps = diffusion.visited_steps(way.steps, strength, way.spacing)
+    defaults = inspect.signature(sample).parameters
+    return Request(flags | way._asdict(), defaults, checkpoint, visited_steps, device, load_run)
 
-    Args:
-        flags: those of `sample`, in their ranges; here they are checked against the run.
-        checkpoint: of the run.
-        device: where to compute.
 
-    Attributes:
-        album: the files.
-        moves: steps of this process, of all its batches.
-
-    Raises:
-        UserError: a flag does not fit the run or another flag.
-    """
-
-    def __init__(self, flags: dict, checkpoint: dict, device: torch.device):
-        settings = checkpoint["settings"]
-        self.flags = flags
-        self.checkpoint = checkpoint
-        self.chosen = runs.check_labels(flags["label"], settings["classes"])
-        way, remark = choose(Way(*(flags[name] for name in Way._fields)), checkpoint, USUAL)
-        flags |= way._asdict()
-        runs.check_sampling(settings, flags, GUIDANCE)
-        runs.check_start(flags, STRENGTH, len(self.chosen))
-        self.size = runs.sampling_size(flags, settings)
-        self.guide = load_guide(flags["guide"], checkpoint, self.size)
-        images = flags["init_image"], flags["mask"]
-        how = (settings["mode"], settings["resize"], settings["depth"])
-        self.start = reading.read_start(*images, self.size, *how)
-        self.batch_size = flags["batch_size"]
-        if self.batch_size == "auto":
-            self.batch_size = devices.images_at_once(device, self.size, settings["width"])
-        strength = flags["strength"] if flags["init_image"] else 1.0
-        diffusion = Diffusion(settings["noise_steps"], settings["schedule"])
-        steps = diffusion.visited_steps(way.steps, strength, way.spacing)
-        self.visited_steps = steps
-        self.starts = processes.share_of(range(0, flags["n_img"], self.batch_size))
-        moves = max(1, len(steps) - 1)
-        self.moves = moves * len(self.starts)
-        facts = runs.facts_of_images(flags, checkpoint, self.guide, device)
-        folder = Path("results", flags["run_name"], flags["name"])
-        labels = [settings["classes"][number] for number in self.chosen]
-        told = runs.flags_of_images(flags, settings["classes"], self.size, self.batch_size)
-        files = {"save_grid": flags["save_grid"], "gif": flags["gif"]}
-        self.album = utils.Album(folder, told, labels, facts, **files, moves=moves)
-
-    def make(self, network: UNet, diffusion: Diffusion) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make and write the images of this process: (x_t, guess of x_0) after every step."""
-        count = self.flags["n_img"]
-        # fail now if a batch cannot fit, before the list of its noise is built
-        shape = (min(count, self.batch_size), network.channels, *self.size)
-        device = diffusion.signal.device
-        torch.empty(shape, device=device)
-        guide = build_trained(self.guide, device)[0] if self.guide else None
-        with self.album:
-            for first in self.starts:
-                numbers = range(first, min(first + self.batch_size, count))
-                denoising = generate(
-                    network,
-                    diffusion,
-                    runs.seeds_in_turn(self.flags, numbers),
-                    self.size,
-                    visited_steps=self.visited_steps,
-                    sampler=self.flags["sampler"],
-                    labels=labels_in_turn(self.chosen, numbers),
-                    guidance=self.flags["guidance"],
-                    guide=guide,
-                    precision=self.flags["precision"],
-                    start=self.start,
-                )
-                for move, (x_t, x_0) in enumerate(denoising, 1):
-                    if self.album.is_frame_due(numbers, move):
-                        frames = (utils.to_bytes(side).cpu() for side in (x_t, x_0))
-                        self.album.add_frame(numbers, *frames)
-                    yield x_t, x_0
-                depth = self.checkpoint["settings"]["depth"]
-                self.album.add(numbers, utils.to_bytes(x_t, depth).cpu())
+def make_images(
+    request: Request, network: UNet, diffusion: Diffusion
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Make and write what is asked for: (x_t, guess of x_0) after every step of every batch."""
+    flags, album = request.flags, request.album
+    device = diffusion.signal.device
+    guide = build_trained(request.guide, device)[0] if request.guide else None
+    with album:
+        for numbers, seeds, labels in request.batches():
+            denoising = generate(
+                network,
+                diffusion,
+                seeds,
+                request.size,
+                visited_steps=request.visited_steps,
+                sampler=flags["sampler"],
+                labels=labels,
+                guidance=flags["guidance"],
+                guide=guide,
+                precision=flags["precision"],
+                start=request.start,
+            )
+            for move, (x_t, x_0) in enumerate(denoising, 1):
+                if album.is_frame_due(numbers, move):
+                    album.add_frame(numbers, *(utils.to_bytes(side).cpu() for side in (x_t, x_0)))
+                yield x_t, x_0
+            depth = request.checkpoint["settings"]["depth"]
+            album.add(numbers, utils.to_bytes(x_t, depth).cpu())
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -901,12 +837,12 @@ def sample(
     flags["run_name"] = runs.choose(run_name)
     device = processes.join(devices.pick_device(device))
     checkpoint = processes.from_first(load_run(flags["run_name"]) if processes.is_first() else None)
-    sampling = Sampling(flags, checkpoint, device)
-    made = sampling.make(*build_trained(checkpoint, device))
-    with progress_bar(sampling.moves, unit="step") as bar:
+    request = plan_images(flags, checkpoint, device)
+    made = make_images(request, *build_trained(checkpoint, device))
+    with progress_bar(request.moves, unit="step") as bar:
         for _ in made:
             bar.update()
-    print(sampling.album.close() + runs.advice(flags["run_name"], checkpoint))
+    print(request.album.close() + runs.advice(flags["run_name"], checkpoint))
 
 
 def main() -> None:

@@ -17,10 +17,7 @@ from machinery import devices, processes, reading
 from machinery.basics import UserError, seed_of
 from machinery.listing import list_images
 from machinery.reading import Dataset
-from machinery.writing import Album, over_white, save_gif, save_png, tile
-
-__all__ = ["Album", "Loader", "from_bytes", "load_dataset", "to_bytes"]
-__all__ += ["over_white", "save_gif", "save_png", "tile"]
+from machinery.writing import save_png
 
 # ---- pixel values --------------------------------------------------------------------------------
 

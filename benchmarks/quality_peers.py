@@ -45,10 +45,11 @@ from torch import Tensor, nn
 import ddpm
 import utils
 from benchmarks import measuring, peers, quality
-from machinery import basics, command_line, devices, reading
+from machinery import basics, command_line, devices, reading, writing
 from machinery.basics import UserError
 from machinery.command_line import FilePath
 from machinery.listing import list_images
+from machinery.steps import Way
 from tools import evaluate
 
 STRIDE = 32  # diffusers' network halves an image five times
@@ -169,7 +170,7 @@ def train_ours(name: str, settings: dict, task: Task) -> Learned:
     network = ddpm.build_trained(stored, task.device)[0]
 
     def sample(n: int) -> Tensor:
-        return evaluate.make_samples(stored, range(n), "dpm++", 25, BATCH, task.device)
+        return evaluate.make_samples(stored, range(n), Way("dpm++", 25, "even"), BATCH, task.device)
 
     return Learned(images, millions(network), 0.0, 60 * stored["minutes"], "dpm++", 25, sample)
 
@@ -321,7 +322,7 @@ def measure(
     name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}"
     name = name.replace(",", "").replace(" ", "_")
     path = measuring.RESULTS / "quality_peers" / f"{name}.png"
-    utils.save_png(samples[:64], path)
+    writing.save_png(samples[:64], path)
     print(f"{min(64, n)} of its images: {path}")
     return row
 

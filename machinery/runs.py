@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from machinery import checkpoints, devices, held_out, processes, reading
+from machinery import checkpoints, held_out, processes, reading
 from machinery.basics import (
     BROKEN_FILE,
-    Seed,
     UserError,
     acquire,
-    counted,
     folder_while_used,
     in_short,
     printable,
@@ -31,14 +29,12 @@ from machinery.command_line import (
     as_typed,
     check_limits,
     check_name,
-    did_you_mean,
     flip_of_switch,
     in_flags,
 )
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
-from machinery.listing import Listing, composed, tell_classes
+from machinery.listing import Listing, tell_classes
 from machinery.trackers import check_trackers
-from machinery.writing import GRID_IMAGES
 
 UNTITLED = "untitled"  # the run of those who name none
 COUNT = (1, 10**9)
@@ -209,154 +205,6 @@ def check_same_network(name: str, source: dict, settings: dict) -> None:
         known = in_short(source["classes"])
         rule = f"it takes folders of these names: {known}"
         raise UserError(f"--init_from={name} was trained on other classes; {rule}")
-
-
-def early_weights(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The EMA weights that a run has kept from a fourth of its training.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not checkpoint.get("early"):
-        reason = "those are kept after a fourth of a training, not in published or older runs"
-        raise UserError(f"--guide=early: this run has no early weights; {reason}")
-    return checkpoint["early"]
-
-
-def check_guide(name: str, source: dict, settings: dict, size: tuple[int, int]) -> None:
-    """Refuse the run `name`, of settings `source`, as a guide of a run with `settings` at `size`.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    alike = ("noise_steps", "schedule", "objective", "mode", "classes")
-    differs = [flag for flag in alike if source[flag] != settings[flag]]
-    try:
-        check_size(size, source["multipliers"])
-    except UserError as error:
-        raise UserError(f"--guide={name} does not fit: {error}") from error
-    if differs:
-        flag = differs[0]
-        has = f"it has --{flag}={as_typed(flag, source[flag])}"
-        if flag == "classes":
-            has = f"it has {counted(len(source[flag]), 'class')}"
-        rule = "a guide shares the classes, the colors and the noise of the run that it guides"
-        raise UserError(f"--guide={name} does not fit: {has}; {rule}")
-
-
-def check_sampling(settings: dict, flags: dict, default_guidance: float) -> None:
-    """Refuse more steps than a run has, and guidance without classes or a guide.
-
-    Args:
-        settings: of the run.
-        flags: of the sampling: `steps`, `guidance` and `guide`.
-        default_guidance: what nobody has asked for.
-    """
-    steps, guidance = flags["steps"], flags["guidance"]
-    if steps > settings["noise_steps"]:
-        limit = f"the {settings['noise_steps']} noising steps of this run"
-        raise UserError(f"--steps={steps} is more than {limit}")
-    if guidance != default_guidance and not settings["classes"] and not flags["guide"]:
-        rule = "for class-conditional runs, trained with --conditional; others need a --guide"
-        raise UserError(f"--guidance={guidance:g} is {rule}")
-
-
-def sampling_size(flags: dict, settings: dict) -> tuple[int, int]:
-    """The height and width of a sampling; those of the run if left out, and told if others."""
-    size = full_size(flags["img_size"] or settings["img_size"])
-    check_size(size, settings["multipliers"])
-    if size != settings["img_size"]:
-        height, width = settings["img_size"]
-        trained = f"{flags['run_name']} was trained at {height}x{width}"
-        print(f"{trained}; another size may look worse")
-    return size
-
-
-def check_start(flags: dict, default_strength: float, classes: int) -> None:
-    """Refuse a start of `sample` that is none: strength without an image, seeds that contradict.
-
-    `classes` is how many take turns: from image to image of a film, none may.
-    """
-    if flags["strength"] != default_strength and not flags["init_image"]:
-        strength = f"--strength={flags['strength']:g}"
-        raise UserError(f"{strength} needs an image to change: --init_image=...")
-    if not flags["interpolate"]:
-        return
-    flag = f"--interpolate={as_typed('interpolate', flags['interpolate'])}"
-    if len(flags["interpolate"]) != 2:
-        raise UserError(f"{flag} is not two seeds, such as --interpolate=3,8")
-    for seed in flags["interpolate"]:
-        check_limits({"interpolate": seed}, {"interpolate": RANGES["seed"]})
-    if not 2 <= flags["n_img"] <= GRID_IMAGES:
-        rule = f"--n_img is how many images lead from one to the other, 2 to {GRID_IMAGES}"
-        raise UserError(f"{flag}: {rule}; {flags['n_img']} is not")
-    if classes > 1:
-        raise UserError(f"{flag} leads through images of one class: choose it with --label")
-    for other in ("seed", "variation"):
-        if flags[other]:
-            raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")
-
-
-def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
-    """The numbers of the classes in `--label=NAME|a,b|all`; none for an unconditional run."""
-    if label == "all":
-        return list(range(len(classes)))
-    if not classes:
-        rule = "for class-conditional runs, trained with --conditional"
-        raise UserError(f"--label={label} is {rule}")
-    names = [composed(name) for name in label.split(",")]
-    if "" in names:
-        raise UserError(f"--label={label} has an empty name between or after its commas")
-    for name in names:
-        if name not in classes:
-            known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
-            raise UserError(f"--label={name} is not a class of this run{known}")
-    return [classes.index(name) for name in names]
-
-
-def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
-    """What the noise of each image comes from, by its number and the flags of `sample` alone."""
-    seed = flags["seed"]
-    if flags["interpolate"]:
-        last = flags["n_img"] - 1
-        return [(*flags["interpolate"], number / last) for number in numbers]
-    if flags["variation"]:
-        turned = [(seed, seed + number, flags["variation"]) for number in numbers]
-        return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
-    return [seed + number for number in numbers]
-
-
-def facts_of_images(
-    flags: dict, checkpoint: dict, guide: dict | None, device: torch.device
-) -> dict[str, str | int]:
-    """What a PNG file tells beside its command: what that has to find for the same image."""
-    weights = checkpoints.fingerprint_of(checkpoint["average"])
-    facts = {"run": flags["run_name"], "step": checkpoint["step"], "weights": weights}
-    if guide:
-        facts["guide_weights"] = checkpoints.fingerprint_of(guide["average"])
-    precision = str(devices.precision_of(flags["precision"], device)).removeprefix("torch.")
-    facts |= {"sampler": flags["sampler"], "steps": flags["steps"]}
-    return facts | {"device": device.type, "computed_in": precision}
-
-
-def flags_of_images(
-    flags: dict, classes: tuple[str, ...], size: tuple[int, int], batch_size: int
-) -> dict:
-    """The flags of `sample` that decide what its images look like, as its PNG files tell them."""
-    flags = flags | {"img_size": size, "batch_size": batch_size}
-    idle = {"name", "save_grid", "gif", "device"}
-    idle |= {flag for flag, value in flags.items() if value in ("", "auto", ())}
-    if not classes:
-        idle |= {"label"}
-    if not classes and not flags["guide"]:
-        idle |= {"guidance"}
-    if not flags["init_image"]:
-        idle |= {"strength"}
-    if not flags["variation"]:
-        idle |= {"variation"}
-    if flags["interpolate"]:
-        idle |= {"seed"}
-    return {flag: value for flag, value in flags.items() if flag not in idle}
 
 
 # ---- a run while it is trained -------------------------------------------------------------------

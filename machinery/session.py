@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from machinery import checkpoints, journal, page, processes, trackers
@@ -31,6 +32,7 @@ from machinery.journal import (
 )
 from machinery.reading import MODES, Dataset
 from machinery.runs import Run
+from machinery.sampling import preview_seeds
 from machinery.writing import describe_grid
 
 MANY_HOURS = 3  # of a CPU, which are told before a training begins
@@ -232,9 +234,8 @@ class Session:
 
     Args:
         run: what is trained.
-        training: has `step` (how many are done), `advance`, `compile`, `preview`, `preview_cost`,
-            `preview_seeds`, `blank_loss`, `state()`, the network, its `loader`, `device`,
-            `precision` and `scaler`.
+        training: has `step` (how many are done), `advance`, `compile`, `preview`, `state()`, the
+            network, its `diffusion`, `loader`, `device`, `precision` and `scaler`.
         began: when this sitting started (time.monotonic()).
 
     Attributes:
@@ -246,6 +247,7 @@ class Session:
         settings = run.settings
         self.run = run
         self.training = training
+        self.previews = len(preview_seeds(len(settings["classes"])))
         self.progress = Progress(
             count=training.loader.count,
             batch_size=training.loader.batch_size,
@@ -257,7 +259,10 @@ class Session:
             step=training.step,
             minutes=run.checkpoint["minutes"],
             began=began,
-            previews=training.preview_cost * (2 if settings["raw_previews"] else 1),
+            # guidance asks twice
+            previews=self.previews
+            * (1 + bool(settings["classes"]))
+            * (1 + settings["raw_previews"]),
         )
         subject = trackers.Subject(run.name, settings, Path("runs", run.name), training.step)
         self.log = Log(
@@ -430,7 +435,7 @@ class Session:
         kind = f"{height}x{width} from {settings['dataset']}, in {MODES[data.mode]}"
         remarks = [*data.remarks, f"a look at them: {examples}"]
         if settings["classes"]:
-            where = describe_grid(settings["classes"], len(self.training.preview_seeds))
+            where = describe_grid(settings["classes"], self.previews)
             remarks.append(f"in the previews: {where}")
         kind, *remarks = (printable(text, limit=500) for text in (kind, *remarks))
         where = self.training.device, self.training.precision
@@ -492,4 +497,8 @@ class Session:
                 done = f"step {self.training.step:,} of {self.progress.last_step:,}"
                 print(f"stopped and saved at {done}; the same command resumes it")
                 raise SystemExit(self.stop_status)
-            print(self.log.report(self.run.name, self.training.blank_loss))
+            diffusion = self.training.diffusion
+            every_step = torch.arange(1, diffusion.noise_steps + 1, device=self.training.device)
+            # a target of images in [-1, 1] has a mean square of 1 at most
+            blank_loss = diffusion.weight(every_step).mean().item()
+            print(self.log.report(self.run.name, blank_loss))

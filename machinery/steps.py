@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machinery.basics import UserError
+from machinery.basics import UserError, printable
 
 LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
 MOST_NOISE = 80.0  # noise / signal that counts as that of T, where it may be without bound
@@ -102,27 +102,26 @@ class Way(NamedTuple):
     """How images are made: the flags of `sample` of these names."""
 
     sampler: str
-    steps: int
+    steps: int | str
     spacing: str  # one of SPACINGS, or the values of t, with commas
 
 
-def choose(asked: Way, checkpoint: dict, usual: Way) -> tuple[Way, str]:
-    """What "auto" means for a run, and a remark where its own steps are taken, or could be.
+AUTO = Way("auto", "auto", "auto")
 
-    Args:
-        asked: each may be "auto": what the run keeps, or else `usual`.
-        checkpoint: of the run.
+
+def choose(asked: Way, checkpoint: dict, usual: Way) -> Way:
+    """What "auto" means for a run: what it keeps itself, or else `usual`.
 
     Raises:
         UserError: the steps do not fit the run, or each other.
     """
     noise_steps = checkpoint["settings"]["noise_steps"]
-    paths = checkpoint.get("paths") or {"sampler": usual.sampler, "visited": (), "teacher": ""}
+    paths = checkpoint.get("paths") or kept(usual.sampler, usual.steps, ())
     sampler, steps, spacing = asked
     if sampler == "auto":
         sampler = paths["sampler"]
     if spacing not in ("auto", *SPACINGS):
-        return Way(sampler, number_of(spacing, steps, noise_steps), spacing), ""
+        return Way(sampler, number_of(spacing, steps, noise_steps), spacing)
     own = by_number(paths) if sampler == paths["sampler"] and spacing == "auto" else {}
     if steps == "auto":
         steps = paths["default"] if own else min(usual.steps, noise_steps)
@@ -130,12 +129,25 @@ def choose(asked: Way, checkpoint: dict, usual: Way) -> tuple[Way, str]:
         raise UserError(f"--steps={steps} is more than the {noise_steps} noising steps of this run")
     if steps in own:
         spacing = ",".join(map(str, own[steps]))
-        source = f"as distilled from {paths['teacher']}" if paths["teacher"] else "found for this run"
-        return Way(sampler, steps, spacing), f"steps    {steps}, {source}: t = {spacing}"
-    remark = ""
+    return Way(sampler, steps, usual.spacing if spacing == "auto" else spacing)
+
+
+def remark_on(way: Way, checkpoint: dict) -> str:
+    """That a run's own steps are taken, or that a distilled run is asked for others; or nothing."""
+    paths = checkpoint.get("paths")
+    if not paths:
+        return ""
+    sampler, steps, spacing = way
+    if sampler == paths["sampler"] and spacing == ",".join(
+        map(str, by_number(paths).get(steps, ()))
+    ):
+        teacher = printable(paths["teacher"])
+        source = f"distilled from {teacher} for these" if teacher else "found for this run"
+        return f"steps    {steps}, {source}: t = {spacing}"
     if paths["teacher"]:
-        remark = f"this run was distilled for {sorted(by_number(paths))[0]} steps of {paths['sampler']}"
-    return Way(sampler, steps, usual.spacing if spacing == "auto" else spacing), remark
+        made_for = f"{paths['default']} steps of {paths['sampler']}"
+        return f"steps    {steps} of {sampler}; this run was distilled for {made_for}"
+    return ""
 
 
 def number_of(spacing: str, steps: int | str, noise_steps: int) -> int:

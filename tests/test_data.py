@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import utils
-from machinery import basics, checkpoints, decoded, pixels, reading
+from machinery import basics, checkpoints, decoded, pixels, reading, writing
 from machinery.basics import UserError
 from machinery.listing import CACHE, check_classes, list_images
 from machinery.pixels import IMAGE_SUFFIXES, FileFault, MachineFault, NeedsScale, common_scale
@@ -1424,7 +1424,7 @@ def test_to_bytes_clips_what_is_out_of_range():
 )
 def test_images_stand_side_by_side_in_reading_order(count, columns, rows, tmp_path):
     images = torch.randint(0, 256, (count, 3, 4, 6), dtype=torch.uint8)
-    utils.save_png(images, tmp_path / "new" / "x.png", run="a", step=7)
+    writing.save_png(images, tmp_path / "new" / "x.png", run="a", step=7)
     with Image.open(tmp_path / "new" / "x.png") as picture:
         assert picture.mode == "RGB"
         assert picture.size == (6 * columns, 4 * rows)

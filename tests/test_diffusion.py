@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ddpm
 import utils
 from ddpm import NOISE_SCHEDULES, OBJECTIVES, SAMPLERS, Diffusion
-from machinery import reading
+from machinery import reading, sampling
 from machinery.steps import SPACINGS
 from modules import UNet, update_ema
 
@@ -530,8 +530,8 @@ def test_guidance_asks_the_network_once_a_step(guidance, size):
 
 
 def test_classes_take_turns_by_the_number_of_the_image():
-    assert ddpm.labels_in_turn([2, 0, 5], range(1, 6)).tolist() == [0, 5, 2, 0, 5]
-    assert ddpm.labels_in_turn([], range(3)) is None
+    assert sampling.labels_in_turn([2, 0, 5], range(1, 6)).tolist() == [0, 5, 2, 0, 5]
+    assert sampling.labels_in_turn([], range(3)) is None
 
 
 # ---- from a picture ------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 import ddpm
-import utils
 from machinery import basics, command_line, reading, writing
 from machinery.listing import CACHE, list_images
+from machinery.steps import Way
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
@@ -418,7 +418,7 @@ def test_pictures_of_every_mode_are_judged_as_they_are_seen_over_white(place, mo
     """The same as RGB pictures that look so, to the last digit."""
     images, samples = in_mode(mode, pictures(120, seed=0)), in_mode(mode, pictures(50, seed=20))
     samples[:9] = images[:9]
-    seen, shown = (utils.over_white(side).contiguous() for side in (images, samples))
+    seen, shown = (writing.over_white(side).contiguous() for side in (images, samples))
     few = few_features()
     assert judge(samples, images.numpy(), few, CPU) == judge(shown, seen.numpy(), few, CPU)
     for one, other in zip(
@@ -666,7 +666,7 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
 def test_the_images_are_those_that_sample_makes(run_tool, run_name):
     """In batches of another size, so a level of 255 may be the rounding's, or four in bfloat16."""
     stored = ddpm.load_run(run_name)
-    images = evaluate.make_samples(stored, range(5, 22), "ddim", 3, 4, CPU)
+    images = evaluate.make_samples(stored, range(5, 22), Way("ddim", 3, "even"), 4, CPU)
     ddpm.sample(
         run_name=run_name, n_img=17, seed=5, sampler="ddim", steps=3, device="cpu", save_grid=False
     )

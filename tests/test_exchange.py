@@ -902,7 +902,7 @@ def test_the_cards_picture_has_a_row_for_each_class(exchange, place, monkeypatch
     The images that stand in for those of a network are as bright as their class says.
     """
 
-    def make_samples(stored, seeds, sampler, steps, batch_size, device, labels) -> Tensor:
+    def make_samples(stored, seeds, way, batch_size, device, labels) -> Tensor:
         labels = torch.zeros(len(seeds)) if labels is None else labels
         return (10 * labels).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
 

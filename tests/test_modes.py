@@ -142,7 +142,7 @@ def test_transparency_is_over_white_in_a_grid_and_kept_in_a_picture():
     images = (
         torch.tensor([clear, half, solid], dtype=torch.uint8).view(3, 4, 1, 1).expand(-1, -1, 2, 2)
     )
-    assert utils.over_white(images)[:, :, 0, 0].tolist() == [
+    assert writing.over_white(images)[:, :, 0, 0].tolist() == [
         [255, 255, 255],
         [255, 127, 127],
         [10, 20, 30],
@@ -157,7 +157,7 @@ def test_transparency_is_over_white_in_a_grid_and_kept_in_a_picture():
 def test_colors_brighter_than_their_alpha_do_not_wrap_round():
     """A network knows no such rule."""
     images = torch.tensor([255, 100, 0, 100], dtype=torch.uint8).view(1, 4, 1, 1)
-    assert utils.over_white(images).flatten().tolist() == [255, 255, 155]
+    assert writing.over_white(images).flatten().tolist() == [255, 255, 155]
     assert writing.to_pillow(images[0]).getpixel((0, 0)) == (255, 255, 0, 100)
 
 

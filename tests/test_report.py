@@ -18,8 +18,7 @@ from conftest import TINY, paint, refused
 from PIL import Image
 
 import tools.report
-import utils
-from machinery import checkpoints, command_line, held_out, journal, page
+from machinery import checkpoints, command_line, held_out, journal, page, writing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TRAIN = ("train", *TINY, "--dataset=pictures", "--run_name=run", "--noise_steps=8")
@@ -136,7 +135,7 @@ def test_what_a_run_says_cannot_become_markup(place):
     settings = {"dataset": evil, "classes": (evil, "b"), "img_size": (8, 8), "batch_size": 4}
     settings |= {"max_minutes": 0.0, "epochs": 10}
     Path("results/run").mkdir(parents=True)
-    utils.save_png(
+    writing.save_png(
         torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
         Path("results/run/samples/sample_0001.png"),
         command=evil,

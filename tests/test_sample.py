@@ -16,7 +16,6 @@ from conftest import TINY, files_below, paint, refused
 from PIL import Image
 
 import ddpm
-import utils
 from machinery import basics, checkpoints, command_line, devices, writing
 
 NOISE_STEPS = 30
@@ -269,7 +268,7 @@ def test_numbers_grow_with_the_number_of_images(sample, monkeypatch, n_img, firs
 
 def test_a_picture_that_cannot_be_written_is_an_error(sample, monkeypatch):
     """Said at the end of its batch: the others of that are there, no later ones."""
-    save_png = utils.save_png
+    save_png = writing.save_png
 
     def save_all_but_one(image: torch.Tensor, path: Path, **facts) -> None:
         if path.stem == "sample_0003":

@@ -26,7 +26,7 @@ from PIL import Image
 
 import tools.unpack
 import utils
-from machinery import checkpoints, decoded, reading, sources
+from machinery import checkpoints, decoded, reading, sources, writing
 from machinery.basics import UserError
 from machinery.listing import CACHE, check_classes, list_images
 
@@ -857,7 +857,7 @@ def test_16_bits_reach_the_network_and_come_back(place):
     assert (images.min() >= -1, images.max() <= 1, images.dtype) == (True, True, torch.float32)
     levels = utils.to_bytes(images, depth=16)
     assert np.array_equal(levels[:, 0], DEEP)
-    utils.save_png(levels[:1], place / "y.png")
+    writing.save_png(levels[:1], place / "y.png")
     with Image.open(place / "y.png") as picture:
         assert picture.mode == "I;16"
         assert np.array_equal(np.asarray(picture), DEEP[0])

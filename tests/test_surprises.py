@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image, ImageCms, ImageDraw
 
 import utils
-from machinery import checkpoints, decoded, listing, pixels, reading, runs
+from machinery import checkpoints, decoded, listing, pixels, reading, sampling
 from machinery.basics import UserError
 from machinery.listing import list_images
 from machinery.pixels import FileFault, MachineFault, NeedsScale, Scale, common_scale, read_image
@@ -361,7 +361,7 @@ def test_an_accent_is_one_whatever_a_system_makes_of_it(place):
     one, other = list_images(place / "x"), list_images(place / "y")
     assert one.classes == other.classes == ("bar", "caf\u00e9")
     assert one.fingerprint == other.fingerprint
-    assert runs.check_labels("cafe\u0301", one.classes) == [1]
+    assert sampling.check_labels("cafe\u0301", one.classes) == [1]
 
 
 @pytest.mark.parametrize("names, are_parts", [(("train", "Test"), True), (("cats", "test"), False)])

@@ -31,11 +31,22 @@ from torch import Tensor
 
 import ddpm
 import utils
-from machinery import basics, command_line, devices, held_out, processes, reading, runs
+from machinery import (
+    basics,
+    command_line,
+    devices,
+    held_out,
+    processes,
+    reading,
+    runs,
+    sampling,
+    writing,
+)
 from machinery.basics import BROKEN_FILE, UserError
 from machinery.command_line import FilePath
 from machinery.listing import CACHE, list_images
 from machinery.pixels import FileFault, open_source
+from machinery.steps import Way, choose, remark_on
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 FEWEST = 16  # samples; of fewer, no figure means anything
@@ -209,11 +220,11 @@ def find_nearest(
     found = []
     with basics.progress_bar(len(queries), title="nearest images") as bar:
         for part in queries.split(CHUNK):
-            wanted = utils.from_bytes(utils.over_white(part.to(device))).flatten(1)
+            wanted = utils.from_bytes(writing.over_white(part.to(device))).flatten(1)
             columns = []
             for start in range(0, len(among), CHUNK):
                 portion = torch.from_numpy(images[among[start : start + CHUNK]]).to(device)
-                others = utils.from_bytes(utils.over_white(portion))  # (B, 3, H, W)
+                others = utils.from_bytes(writing.over_white(portion))  # (B, 3, H, W)
                 distances = [
                     torch.cdist(wanted, side.flatten(1)) for side in (others, others.flip(3))
                 ]
@@ -236,7 +247,7 @@ def find_distinct(images: np.ndarray, among: np.ndarray | None = None) -> np.nda
     among = np.arange(len(images)) if among is None else among
     for start in range(0, len(among), CHUNK):
         places = among[start : start + CHUNK]
-        portion = utils.over_white(torch.from_numpy(images[places]))
+        portion = writing.over_white(torch.from_numpy(images[places]))
         sides = zip(places, portion.numpy(), portion.flip(3).numpy(), strict=True)
         for index, image, mirrored in sides:
             pixels = min(image.tobytes(), mirrored.tobytes())
@@ -343,9 +354,9 @@ def judge(
     order = in_fixed_order(len(images))
     if split:
         order = order[np.argsort(~np.isin(order, split.held_out), kind="stable")]
-    samples = utils.over_white(samples[:n])  # (n, 3, H, W)
+    samples = writing.over_white(samples[:n])  # (n, 3, H, W)
     drawn = images[order[: 2 * n]]
-    real = utils.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
+    real = writing.over_white(torch.from_numpy(drawn))  # (2 n, 3, H, W)
     first, second = extract_cached(real, features, device, batch_size).split(n)
     generated = extract_all(samples, features, device, batch_size)
     figures = {"measure": features.measure, "n": n}
@@ -369,8 +380,8 @@ def pair_up(samples: Tensor, images: np.ndarray, device: torch.device) -> Tensor
     The nearest image is mirrored if that makes it nearer.
     """
     _, indices = find_nearest(samples, images, 1, device)
-    samples = utils.over_white(samples)
-    nearest = utils.over_white(torch.from_numpy(images[indices[:, 0].numpy()]))
+    samples = writing.over_white(samples)
+    nearest = writing.over_white(torch.from_numpy(images[indices[:, 0].numpy()]))
     sides = torch.stack([nearest, nearest.flip(3)])  # (2, N, 3, H, W)
     side = (sides.float() - samples).square().mean(dim=(2, 3, 4)).argmin(dim=0)
     return torch.cat([samples, sides[side, torch.arange(len(samples))]], dim=2)
@@ -446,8 +457,7 @@ def draw_labels(
 def make_samples(
     stored: dict,
     seeds: range,
-    sampler: str,
-    steps: int,
+    way: Way,
     batch_size: int,
     device: torch.device,
     labels: Tensor | None = None,
@@ -457,27 +467,28 @@ def make_samples(
 ) -> Tensor:
     """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
-    Processes share out the batches. Without `labels` (N,), the classes take turns, where there are
+    The way holds no "auto". Processes share out the batches. Without `labels` (N,), the classes take turns, where there are
     any.
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
-    weaker = ddpm.load_guide(guide, stored, settings["img_size"])
+    weaker = sampling.load_guide(guide, stored, settings["img_size"], ddpm.load_run)
     weaker = ddpm.build_trained(weaker, device)[0] if weaker else None
+    visited_steps = diffusion.visited_steps(way.steps, spacing=way.spacing)
     images = []
     if labels is None:
-        labels = ddpm.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
+        labels = sampling.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
     parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     parts = processes.share_of(parts)
-    with basics.progress_bar(steps * len(parts), unit="step", title="samples") as bar:
+    with basics.progress_bar(way.steps * len(parts), unit="step", title="samples") as bar:
         for part in parts:
             denoising = ddpm.generate(
                 network,
                 diffusion,
                 seeds[part],
                 settings["img_size"],
-                visited_steps=diffusion.visited_steps(steps),
-                sampler=sampler,
+                visited_steps=visited_steps,
+                sampler=way.sampler,
                 labels=None if labels is None else labels[part],
                 guidance=guidance,
                 guide=weaker,
@@ -501,7 +512,7 @@ def save_all(samples: Tensor, folder: Path, seed: int, labels: list[str], **fact
         for number, image in enumerate(samples):
             path = folder / f"sample_{number + 1:0{digits}d}.png"
             own = {"seed": seed + number} | ({"label": labels[number]} if labels else {})
-            pending.append(writers.submit(utils.save_png, image[None], path, **facts | own))
+            pending.append(writers.submit(writing.save_png, image[None], path, **facts | own))
         for each in pending:
             each.result()  # raises what the thread met with
 
@@ -518,8 +529,7 @@ def from_run(
     n_img: int,
     save_images: str,
     seed: int,
-    sampler: str,
-    steps: int,
+    way: Way,
     guidance: float,
     guide: str,
     batch_size: int,
@@ -546,11 +556,13 @@ def from_run(
             print(f"{basics.printable(dataset)} is not what {run_name} was trained on: {missed}")
     n, labels = processes.from_first(wanted)
     seeds = range(seed, seed + n)
-    how = (sampler, steps, batch_size, device, labels, guidance, guide, precision)
+    how = (way, batch_size, device, labels, guidance, guide, precision)
     samples = make_samples(stored, seeds, *how)
     if not processes.is_first():
         return None
-    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
+    facts = {"run": run_name, "step": stored["step"], "sampler": way.sampler, "steps": way.steps}
+    if way.spacing != "even":
+        facts["sampler"] += f" ({way.spacing})"
     if save_images:
         names = [classes[label] for label in labels] if classes else []
         save_all(samples, Path(save_images), seed, names, **facts)
@@ -665,8 +677,9 @@ def evaluate(
     features: str = "efficientnet",
     # how a run makes its images
     seed: int = 0,
-    sampler: str = "dpm++",
-    steps: int = ddpm.STEPS,
+    sampler: str = "auto",
+    steps: int | str = "auto",
+    spacing: str = "auto",
     guidance: float = ddpm.GUIDANCE,
     guide: str = "",
     save_images: FilePath = "",
@@ -703,8 +716,7 @@ def evaluate(
         features: the network that describes images; only inception gives FID. It downloads 91 MB
             the first time.
         seed: image number i depends on seed + i, and on its class, alone.
-        sampler: as in `ddpm.py sample`.
-        steps: how many of the noising steps are visited, as in `ddpm.py sample`.
+        sampler, steps, spacing: which noising steps are visited, as in `ddpm.py sample`.
         guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
             trained with --conditional. 1 samples what was learned; more gives clearer and less
             varied images, which recall shows.
@@ -719,7 +731,8 @@ def evaluate(
     """
     command_line.check_limits(locals(), LIMITS)
     for_runs = {"run_name": run_name, "save_images": save_images, "seed": seed}
-    for_runs |= {"sampler": sampler != "dpm++", "steps": steps != ddpm.STEPS}
+    for_runs |= {"sampler": sampler != "auto", "steps": steps != "auto"}
+    for_runs |= {"spacing": spacing != "auto"}
     for_runs |= {"guidance": guidance != ddpm.GUIDANCE, "guide": guide}
     for_runs |= {"precision": precision != "auto"}
     check_subject(run_name, images, dataset, for_runs, img_size)
@@ -728,8 +741,8 @@ def evaluate(
     stored = None
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
-        asked = {"steps": steps, "guidance": guidance, "guide": guide}
-        runs.check_sampling(stored["settings"], asked, ddpm.GUIDANCE)
+        way = choose(Way(sampler, steps, spacing), stored, ddpm.USUAL)
+        sampling.check_guidance(stored["settings"], guidance, guide, ddpm.GUIDANCE)
     table = Path("results", run_name, "evaluation.csv")
     if is_first:
         if os.path.lexists(save_images):
@@ -738,7 +751,9 @@ def evaluate(
         basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
     if stored:
-        how = (seed, sampler, steps, guidance, guide, batch_size, device, precision)
+        if is_first and (remark := remark_on(way, stored)):
+            print(remark)
+        how = (seed, way, guidance, guide, batch_size, device, precision)
         subject = from_run(stored, run_name, dataset, n_img, save_images, *how)
     elif is_first:
         subject = from_folder(images, dataset, img_size, n_img)
@@ -749,7 +764,7 @@ def evaluate(
     print(report(figures))
     pairs = table.with_suffix(".png")
     shown = {name: value for name, value in facts.items() if name != "dataset"}
-    utils.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **shown)
+    writing.save_png(pair_up(samples[:SHOWN], data.images, device), pairs, **shown)
     now = datetime.datetime.now().isoformat(" ", "seconds")
     add_row(table, {"date": now, "copies": "", **facts, **figures})
     print(f"added to {table}; images above their nearest of {near}: {pairs}")

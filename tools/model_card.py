@@ -13,8 +13,18 @@ from pathlib import Path
 from PIL import Image
 
 import ddpm
-import utils
-from machinery import basics, checkpoints, command_line, devices, journal, reading, runs
+from machinery import (
+    basics,
+    checkpoints,
+    command_line,
+    devices,
+    journal,
+    reading,
+    runs,
+    sampling,
+    writing,
+)
+from machinery.steps import AUTO, choose
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -90,13 +100,13 @@ def write_samples(stored: dict, run_name: str, path: Path) -> None:
             if image.text["weights"] == weights and is_whole:
                 shutil.copyfile(grid, path)
                 return
-    steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
     shown = classes[:16]
     count = 4 * len(shown) or 16
-    labels = ddpm.labels_in_turn(range(len(shown)), range(count))
+    labels = sampling.labels_in_turn(range(len(shown)), range(count))
     device = devices.pick_device("auto")
-    samples = make_samples(stored, range(count), "dpm++", steps, 4, device, labels)
-    utils.save_png(samples, path, shown)
+    way = choose(AUTO, stored, ddpm.USUAL)
+    samples = make_samples(stored, range(count), way, 4, device, labels)
+    writing.save_png(samples, path, shown)
 
 
 def table(*rows: tuple) -> str:

@@ -25,6 +25,8 @@ import utils
 from machinery import checkpoints, command_line, devices, reading, runs, writing
 from machinery.basics import UserError, counted
 from machinery.pixels import NUMBERS
+from machinery.steps import AUTO, choose
+from machinery.sampling import Request
 
 MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
@@ -76,6 +78,11 @@ def facts_of(run_name: str) -> str:
     if settings["classes"]:
         facts.append(f"{len(settings['classes'])} classes")
     return f"**{run_name}**: {', '.join(facts)}."
+
+
+def usual_steps(run_name: str) -> int:
+    """How many steps `sample` would take of a run."""
+    return choose(AUTO, load(run_name)[0], ddpm.USUAL).steps
 
 
 # ---- what the page asks for ----------------------------------------------------------------------
@@ -159,7 +166,7 @@ def keep_start(run_name: str, path: str, img_size: str) -> Path:
         raise UserError(str(error).replace(f"--init_image={path}", Path(path).name)) from error
     digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12]
     kept = inputs_folder(run_name) / f"start_{digest}.png"
-    utils.save_png(image[None], kept)
+    writing.save_png(image[None], kept)
     return kept
 
 
@@ -176,12 +183,12 @@ def show(text: str, role: str = "status", bar: str = "", image: str = "", about:
     return f'<div class="live"><p role="{role}">{html.escape(text)}</p>{bar}{picture}</div>'
 
 
-def show_step(done: int, sampling: ddpm.Sampling, x_0: Tensor) -> str:
+def show_step(done: int, request: Request, x_0: Tensor) -> str:
     """The guess of the images after a step."""
     picture = io.BytesIO()
-    writing.to_pillow(utils.tile(utils.to_bytes(x_0).cpu())).save(picture, "png")
-    text = f"Step {done} of {sampling.moves}"
-    bar = f'<progress max="{sampling.moves}" value="{done}" aria-label="{text}"></progress>'
+    writing.to_pillow(writing.tile(utils.to_bytes(x_0).cpu())).save(picture, "png")
+    text = f"Step {done} of {request.moves}"
+    bar = f'<progress max="{request.moves}" value="{done}" aria-label="{text}"></progress>'
     about = "The images as the network sees them in the noise"
     # not a status: a screen reader would read out every step
     return show(text, "presentation", bar, as_url(picture.getvalue()), about)
@@ -215,17 +222,17 @@ def make(
             flags = flags_of(kind, form)
             checkpoint, trained = load(flags["run_name"])
             size_of(form["img_size"], checkpoint["settings"])
-            sampling = ddpm.Sampling(flags, checkpoint, trained[1].signal.device)
+            request = ddpm.plan_images(flags, checkpoint, trained[1].signal.device)
         shown_at = 0.0
-        with contextlib.closing(sampling.make(*trained)) as steps:
+        with contextlib.closing(ddpm.make_images(request, *trained)) as steps:
             for done, (_, x_0) in enumerate(steps, 1):
                 if is_stopped():
                     yield show("Stopped."), None
                     return
                 if time.monotonic() - shown_at >= PACE:
-                    yield show_step(done, sampling, x_0), None
+                    yield show_step(done, request, x_0), None
                     shown_at = time.monotonic()
-        album = sampling.album
+        album = request.album
         album.close()
         paths = sorted(map(str, album.folder.glob("sample_*.png")))
         outcome = {"kind": kind, "form": form, "paths": paths, "film": ""}

@@ -16,7 +16,17 @@ import ddpm
 from machinery import checkpoints
 from machinery.basics import UserError
 from tools import play_images
-from tools.play_images import FORM, as_url, explain, facts_in, facts_of, keep_start, load, show
+from tools.play_images import (
+    FORM,
+    as_url,
+    explain,
+    facts_in,
+    facts_of,
+    keep_start,
+    load,
+    show,
+    usual_steps,
+)
 
 # the inputs that an action on an image fills in
 FILLED = ("seed", "n_img", "label", "steps", "variation")
@@ -71,8 +81,10 @@ class Page:
         form["label"] = gr.Dropdown(classes, multiselect=True, label="Classes, in turn", **how)
         form["guidance"] = gr.Slider(0, 10, ddpm.GUIDANCE, step=0.1, label="Guidance", **how)
         with gr.Accordion("Sampler, steps, size", open=False):
-            form["sampler"] = gr.Dropdown(list(ddpm.SAMPLERS), value="dpm++", label="Sampler")
-            form["steps"] = gr.Number(min(ddpm.STEPS, settings["noise_steps"]), label="Steps")
+            form["sampler"] = gr.Dropdown(
+                list(ddpm.LIMITS["sampler"]), value="auto", label="Sampler"
+            )
+            form["steps"] = gr.Number(usual_steps(run_name), label="Steps")
             hint = "as the run was trained"
             form["img_size"] = gr.Textbox("", label="Size (height x width)", placeholder=hint)
 
@@ -158,8 +170,7 @@ class Page:
         classes = list(settings["classes"])
         label = gr.Dropdown(choices=classes, value=[], visible=bool(classes))
         guidance = gr.Slider(value=ddpm.GUIDANCE, visible=bool(classes))
-        steps = min(ddpm.STEPS, settings["noise_steps"])
-        return facts, label, guidance, steps, "", gr.Column(visible=False)
+        return facts, label, guidance, usual_steps(run_name), "", gr.Column(visible=False)
 
     def take(self, path: str, run_name: str, img_size: str, strength: float) -> tuple:
         """A picture for the painter, read by our reader."""

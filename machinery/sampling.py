@@ -1,0 +1,294 @@
+"""What `sample` is asked for: checked against the run, cut into batches, and where it is written.
+
+Nothing here knows how a network makes images.
+
+Reading order: classes and seeds; checks; Request.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import Parameter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from machinery import checkpoints, devices, processes, reading
+from machinery.basics import Seed, UserError, counted, in_short
+from machinery.command_line import as_typed, check_limits, check_name, did_you_mean
+from machinery.listing import composed
+from machinery.runs import RANGES, check_size, full_size
+from machinery.steps import Way, remark_on
+from machinery.writing import GRID_IMAGES, Album
+
+PREVIEWS = 16  # images; more where there are more classes, 64 at most
+
+# ---- classes and seeds ---------------------------------------------------------------------------
+
+
+def labels_in_turn(classes: Sequence[int], numbers: Sequence[int]) -> Tensor | None:
+    """The class of each image (B,), by its number alone; None for an unconditional network."""
+    if not classes:
+        return None
+    return torch.tensor([classes[number % len(classes)] for number in numbers])
+
+
+def preview_seeds(classes: int) -> range:
+    """Of the images that previews show: as many of each class."""
+    if not classes:
+        return range(PREVIEWS)
+    return range(min(64, classes * math.ceil(PREVIEWS / classes)))
+
+
+def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
+    """What the noise of each image comes from, by its number and the flags of `sample` alone."""
+    seed = flags["seed"]
+    if flags["interpolate"]:
+        last = flags["n_img"] - 1
+        return [(*flags["interpolate"], number / last) for number in numbers]
+    if flags["variation"]:
+        turned = [(seed, seed + number, flags["variation"]) for number in numbers]
+        return [each if number else seed for number, each in zip(numbers, turned, strict=True)]
+    return [seed + number for number in numbers]
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
+    """The numbers of the classes in `--label=NAME|a,b|all`; none for an unconditional run."""
+    if label == "all":
+        return list(range(len(classes)))
+    if not classes:
+        rule = "for class-conditional runs, trained with --conditional"
+        raise UserError(f"--label={label} is {rule}")
+    names = [composed(name) for name in label.split(",")]
+    if "" in names:
+        raise UserError(f"--label={label} has an empty name between or after its commas")
+    for name in names:
+        if name not in classes:
+            known = f"{did_you_mean(name, classes)} (there are: {in_short(classes)})"
+            raise UserError(f"--label={name} is not a class of this run{known}")
+    return [classes.index(name) for name in names]
+
+
+def check_guidance(settings: dict, guidance: float, guide: str, default_guidance: float) -> None:
+    """Refuse guidance without classes or a guide.
+
+    Args:
+        settings: of the run.
+        guidance, guide: of the sampling.
+        default_guidance: what nobody has asked for.
+    """
+    if guidance != default_guidance and not settings["classes"] and not guide:
+        rule = "for class-conditional runs, trained with --conditional; others need a --guide"
+        raise UserError(f"--guidance={guidance:g} is {rule}")
+
+
+def sampling_size(flags: dict, settings: dict) -> tuple[int, int]:
+    """The height and width of a sampling; those of the run if left out, and told if others."""
+    size = full_size(flags["img_size"] or settings["img_size"])
+    check_size(size, settings["multipliers"])
+    if size != settings["img_size"]:
+        height, width = settings["img_size"]
+        trained = f"{flags['run_name']} was trained at {height}x{width}"
+        print(f"{trained}; another size may look worse")
+    return size
+
+
+def check_start(flags: dict, default_strength: float, classes: int) -> None:
+    """Refuse a start of `sample` that is none: strength without an image, seeds that contradict.
+
+    `classes` is how many take turns: from image to image of a film, none may.
+    """
+    if flags["strength"] != default_strength and not flags["init_image"]:
+        strength = f"--strength={flags['strength']:g}"
+        raise UserError(f"{strength} needs an image to change: --init_image=...")
+    if not flags["interpolate"]:
+        return
+    flag = f"--interpolate={as_typed('interpolate', flags['interpolate'])}"
+    if len(flags["interpolate"]) != 2:
+        raise UserError(f"{flag} is not two seeds, such as --interpolate=3,8")
+    for seed in flags["interpolate"]:
+        check_limits({"interpolate": seed}, {"interpolate": RANGES["seed"]})
+    if not 2 <= flags["n_img"] <= GRID_IMAGES:
+        rule = f"--n_img is how many images lead from one to the other, 2 to {GRID_IMAGES}"
+        raise UserError(f"{flag}: {rule}; {flags['n_img']} is not")
+    if classes > 1:
+        raise UserError(f"{flag} leads through images of one class: choose it with --label")
+    for other in ("seed", "variation"):
+        if flags[other]:
+            raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")
+
+
+def early_weights(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The EMA weights that a run has kept from a fourth of its training.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not checkpoint.get("early"):
+        reason = "those are kept after a fourth of a training, not in published or older runs"
+        raise UserError(f"--guide=early: this run has no early weights; {reason}")
+    return checkpoint["early"]
+
+
+def check_guide(name: str, source: dict, settings: dict, size: tuple[int, int]) -> None:
+    """Refuse the run `name`, of settings `source`, as a guide of a run with `settings` at `size`.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    alike = ("noise_steps", "schedule", "objective", "mode", "classes")
+    differs = [flag for flag in alike if source[flag] != settings[flag]]
+    try:
+        check_size(size, source["multipliers"])
+    except UserError as error:
+        raise UserError(f"--guide={name} does not fit: {error}") from error
+    if differs:
+        flag = differs[0]
+        has = f"it has --{flag}={as_typed(flag, source[flag])}"
+        if flag == "classes":
+            has = f"it has {counted(len(source[flag]), 'class')}"
+        rule = "a guide shares the classes, the colors and the noise of the run that it guides"
+        raise UserError(f"--guide={name} does not fit: {has}; {rule}")
+
+
+def load_guide(
+    name: str, checkpoint: dict, size: tuple[int, int], load: Callable[[str], dict]
+) -> dict | None:
+    """The checkpoint of a weaker network, for autoguidance at `size`: "early", a run, or ""."""
+    if not name:
+        return None
+    if name == "early":
+        return checkpoint | {"average": early_weights(checkpoint)}
+    check_name("guide", name)
+    guide = processes.from_first(load(name) if processes.is_first() else None)
+    check_guide(name, guide["settings"], checkpoint["settings"], size)
+    return guide
+
+
+# ---- Request -------------------------------------------------------------------------------------
+
+
+def facts_of_images(
+    flags: dict, checkpoint: dict, guide: dict | None, device: torch.device
+) -> dict[str, str | int]:
+    """What a PNG file tells beside its command: what that has to find for the same image."""
+    weights = checkpoints.fingerprint_of(checkpoint["average"])
+    facts = {"run": flags["run_name"], "step": checkpoint["step"], "weights": weights}
+    if guide:
+        facts["guide_weights"] = checkpoints.fingerprint_of(guide["average"])
+    precision = str(devices.precision_of(flags["precision"], device)).removeprefix("torch.")
+    facts |= {"sampler": flags["sampler"], "steps": flags["steps"]}
+    return facts | {"device": device.type, "computed_in": precision}
+
+
+def flags_of_images(
+    flags: dict, classes: tuple[str, ...], size: tuple[int, int], batch_size: int
+) -> dict:
+    """The flags of `sample` that decide what its images look like, as its PNG files tell them."""
+    flags = flags | {"img_size": size, "batch_size": batch_size}
+    idle = {"name", "save_grid", "gif", "device"}
+    idle |= {flag for flag, value in flags.items() if value in ("", "auto", ())}
+    if not classes:
+        idle |= {"label"}
+    if not classes and not flags["guide"]:
+        idle |= {"guidance"}
+    if not flags["init_image"]:
+        idle |= {"strength"}
+    if not flags["variation"]:
+        idle |= {"variation"}
+    if flags["interpolate"]:
+        idle |= {"seed"}
+    return {flag: value for flag, value in flags.items() if flag not in idle}
+
+
+class Batch(NamedTuple):
+    """Images that are made at the same time."""
+
+    numbers: range  # of all that are asked for, from 0
+    seeds: list[Seed]
+    labels: Tensor | None  # (B,)
+
+
+class Request:
+    """What `sample` is asked for, checked against the run.
+
+    Args:
+        flags: those of `sample`, in their ranges.
+        defaults: the parameters of `sample`: what has its default was not asked for.
+        checkpoint: of the run.
+        visited_steps: the values of t that an image passes through.
+        device: where to compute.
+        load: reads a run's checkpoint.
+
+    Attributes:
+        size: height and width.
+        guide: the checkpoint of a weaker network, or None.
+        start: an image to start from, or None.
+        batches: those of this process.
+        album: the files.
+
+    Raises:
+        UserError: a flag does not fit the run or another flag.
+    """
+
+    def __init__(
+        self,
+        flags: dict,
+        defaults: Mapping[str, Parameter],
+        checkpoint: dict,
+        visited_steps: Sequence[int],
+        device: torch.device,
+        load: Callable[[str], dict],
+    ):
+        settings = checkpoint["settings"]
+        self.flags = flags
+        self.checkpoint = checkpoint
+        self.visited_steps = visited_steps
+        self.chosen = check_labels(flags["label"], settings["classes"])
+        usual_guidance = defaults["guidance"].default
+        check_guidance(settings, flags["guidance"], flags["guide"], usual_guidance)
+        check_start(flags, defaults["strength"].default, len(self.chosen))
+        if remark := remark_on(Way(*(flags[name] for name in Way._fields)), checkpoint):
+            print(remark)
+        self.size = sampling_size(flags, settings)
+        self.guide = load_guide(flags["guide"], checkpoint, self.size, load)
+        images = flags["init_image"], flags["mask"]
+        how = (settings["mode"], settings["resize"], settings["depth"])
+        self.start = reading.read_start(*images, self.size, *how)
+        self.batch_size = flags["batch_size"]
+        if self.batch_size == "auto":
+            self.batch_size = devices.images_at_once(device, self.size, settings["width"])
+        # fail now if a batch cannot fit, before the list of its noise is built
+        shape = (min(flags["n_img"], self.batch_size), reading.CHANNELS[settings["mode"]])
+        torch.empty((*shape, *self.size), device=device)
+        starts = range(0, flags["n_img"], self.batch_size)
+        self.starts = processes.share_of(starts)
+        self.album = self.open_album(device)
+
+    @property
+    def moves(self) -> int:
+        """Steps of this process, of all its batches."""
+        return max(1, len(self.visited_steps) - 1) * len(self.starts)
+
+    def batches(self) -> Iterator[Batch]:
+        for first in self.starts:
+            numbers = range(first, min(first + self.batch_size, self.flags["n_img"]))
+            labels = labels_in_turn(self.chosen, numbers)
+            yield Batch(numbers, seeds_in_turn(self.flags, numbers), labels)
+
+    def open_album(self, device: torch.device) -> Album:
+        """The files of the images, which make themselves again by their command."""
+        flags, classes = self.flags, self.checkpoint["settings"]["classes"]
+        return Album(
+            folder=Path("results", flags["run_name"], flags["name"]),
+            flags=flags_of_images(flags, classes, self.size, self.batch_size),
+            labels=[classes[number] for number in self.chosen],
+            facts=facts_of_images(flags, self.checkpoint, self.guide, device),
+            save_grid=flags["save_grid"],
+            gif=flags["gif"],
+            moves=max(1, len(self.visited_steps) - 1),
+        )
