@@ -138,9 +138,8 @@ def remark_on(way: Way, checkpoint: dict) -> str:
     if not paths:
         return ""
     sampler, steps, spacing = way
-    if sampler == paths["sampler"] and spacing == ",".join(
-        map(str, by_number(paths).get(steps, ()))
-    ):
+    own = ",".join(map(str, by_number(paths).get(steps, ())))
+    if (sampler, spacing) == (paths["sampler"], own):
         teacher = printable(paths["teacher"])
         source = f"distilled from {teacher} for these" if teacher else "found for this run"
         return f"steps    {steps}, {source}: t = {spacing}"

@@ -467,8 +467,8 @@ def make_samples(
 ) -> Tensor:
     """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
-    The way holds no "auto". Processes share out the batches. Without `labels` (N,), the classes take turns, where there are
-    any.
+    In `way` nothing is "auto" any more. Processes share out the batches. Without `labels` (N,), the
+    classes take turns, where there are any.
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]

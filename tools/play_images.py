@@ -25,8 +25,8 @@ import utils
 from machinery import checkpoints, command_line, devices, reading, runs, writing
 from machinery.basics import UserError, counted
 from machinery.pixels import NUMBERS
-from machinery.steps import AUTO, choose
 from machinery.sampling import Request
+from machinery.steps import AUTO, choose
 
 MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
