@@ -34,6 +34,7 @@ from machinery.command_line import (
 )
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, tell_classes
+from machinery.steps import are_paths
 from machinery.trackers import check_trackers
 
 UNTITLED = "untitled"  # the run of those who name none
@@ -266,11 +267,18 @@ class Run:
         if "network" not in checkpoint:
             way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
+        if teacher := checkpoint.get("paths", {}).get("teacher"):
+            way_on = (
+                f"python -m tools.distill --run_name={teacher} --to={self.name} goes on with it"
+            )
+            raise UserError(f"models/{self.name} was distilled from {printable(teacher)}; {way_on}")
         check_same_run(checkpoint, self.settings, self.listing)
         began_from = checkpoint["settings"]["init_from"]
         if self.settings["init_from"] not in ("", began_from):
             print(f"--init_from={self.settings['init_from']} is passed over: the run has begun")
         self.settings["init_from"] = began_from
+        if checkpoint.pop("paths", None):
+            print("the steps that were found for this run are dropped: its network changes")
         self.checkpoint = checkpoint
 
     def share(self) -> None:
@@ -475,6 +483,8 @@ def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
             is_of(kind, value) and (limit is None or limit[0] <= value <= limit[1])
         ):
             return name
+    if "paths" in stored and not are_paths(stored["paths"], settings["noise_steps"]):
+        return "paths"
     if type(stored["log"]) is not list or not is_log(stored["log"], stored["step"]):
         return "the log"
     check_limits(settings, limits)
