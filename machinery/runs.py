@@ -483,7 +483,8 @@ def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
             is_of(kind, value) and (limit is None or limit[0] <= value <= limit[1])
         ):
             return name
-    if "paths" in stored and not are_paths(stored["paths"], settings["noise_steps"]):
+    allowed = settings["noise_steps"], limits["sampler"]
+    if "paths" in stored and not are_paths(stored["paths"], *allowed):
         return "paths"
     if type(stored["log"]) is not list or not is_log(stored["log"], stored["step"]):
         return "the log"

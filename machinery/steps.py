@@ -4,7 +4,7 @@ Reading order: spacings; what a run keeps; what `sample` is asked for.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,13 +69,14 @@ def kept(sampler: str, default: int, visited: Sequence[Sequence[int]], teacher: 
     return {"sampler": sampler, "default": default, "visited": visited, "teacher": teacher}
 
 
-def are_paths(stored, noise_steps: int) -> bool:
+def are_paths(stored, noise_steps: int, samplers: Container[str]) -> bool:
     """Whether a checkpoint's entry "paths" is what `kept` makes, for a run of so many steps."""
     kinds = {"sampler": str, "default": int, "visited": tuple, "teacher": str}
     return (
         type(stored) is dict
         and {name: type(value) for name, value in stored.items()} == kinds
         and all(type(each) is tuple and is_path(each, noise_steps) for each in stored["visited"])
+        and stored["sampler"] in samplers
         and stored["default"] in by_number(stored)
     )
 

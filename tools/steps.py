@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import ddpm
+from ddpm import Diffusion
 from machinery import basics, checkpoints, command_line, devices, runs, sampling
 from machinery.basics import UserError
 from machinery.steps import LEAP, kept
@@ -36,68 +37,43 @@ COUNTS = range(4, 11)  # of steps that are looked for
 class Walks(NamedTuple):
     """Images on their way out of the noise."""
 
-    places: list[int]  # the values of t they pass through, from T on, falling; not 0
+    places: list[int]  # the values of t they pass through, falling from T; not 0
     x_t: Tensor  # at each place (P, N, D)
     x_0: Tensor  # the guess there (P, N, D)
-    images: Tensor  # at the end (N, D)
 
 
-def fine_places(noise_steps: int, last: int) -> list[int]:
-    """About PLACES values of t, even from T to `last`."""
-    count = min(PLACES, noise_steps - last + 1)
-    return np.linspace(noise_steps, last, count).round().astype(int).tolist()
-
-
-class Walker:
-    """Makes the images of SEEDS with a run, on any path.
-
-    Args:
-        checkpoint: of the run.
-        device: where to compute.
-        bar: moved on after every step of all images.
-    """
-
-    def __init__(self, checkpoint: dict, device: torch.device, bar):
-        self.network, self.diffusion = ddpm.build_trained(checkpoint, device)
-        settings = checkpoint["settings"]
-        self.size = settings["img_size"]
-        self.labels = sampling.labels_in_turn(range(len(settings["classes"])), SEEDS)
-        self.bar = bar
-
-    def walk(self, visited_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """x_t after every step, and the guess of x_0 before it: (steps, N, D) each."""
-        walk = ddpm.generate(
-            self.network,
-            self.diffusion,
-            SEEDS,
-            self.size,
-            visited_steps=visited_steps,
-            sampler=ddpm.USUAL.sampler,
-            labels=self.labels,
-        )
-        found = []
-        for pair in walk:
-            stride = math.ceil(pair[0][0].numel() / VALUES)
-            found.append([each.flatten(1)[:, ::stride].float().cpu() for each in pair])
-            self.bar.update()
-        x_t, x_0 = map(torch.stack, zip(*found, strict=True))
-        return x_t, x_0
-
-    def fine(self, last: int) -> Walks:
-        """The walks through all places, and from the last of these straight to the image."""
-        places = fine_places(self.diffusion.noise_steps, last)
-        x_t, x_0 = self.walk([*places, 0])
-        noise = [next(basics.noise_of(seed, (self.network.channels, *self.size))) for seed in SEEDS]
-        start = torch.from_numpy(np.stack(noise)).flatten(1)
-        start = start[:, :: math.ceil(start.shape[1] / VALUES)]
-        return Walks(places, torch.cat([start[None], x_t[:-1]]), x_0, x_t[-1])
+def walk_finely(checkpoint: dict, last: int, device: torch.device) -> tuple[Walks, Diffusion]:
+    """The images of SEEDS in PLACES even steps from T to `last`, and the noising process."""
+    network, diffusion = ddpm.build_trained(checkpoint, device)
+    settings = checkpoint["settings"]
+    places = np.linspace(diffusion.noise_steps, last, PLACES).round().astype(int).tolist()
+    walk = ddpm.generate(
+        network,
+        diffusion,
+        SEEDS,
+        settings["img_size"],
+        visited_steps=[*places, 0],
+        sampler=ddpm.USUAL.sampler,
+        labels=sampling.labels_in_turn(range(len(settings["classes"])), SEEDS),
+    )
+    shape = (network.channels, *settings["img_size"])
+    noise = np.stack([next(basics.noise_of(seed, shape)) for seed in SEEDS])
+    stride = math.ceil(math.prod(shape) / VALUES)
+    thin = lambda images: images.flatten(1)[:, ::stride].float().cpu()  # noqa: E731
+    x_t, x_0 = [thin(torch.from_numpy(noise))], []
+    with basics.progress_bar(PLACES, unit="step", title="fine walks") as bar:
+        for after, guess in walk:
+            x_t.append(thin(after))
+            x_0.append(thin(guess))
+            bar.update()
+    return Walks(places, torch.stack(x_t[:-1]), torch.stack(x_0)), diffusion
 
 
 # ---- misses --------------------------------------------------------------------------------------
 
 
 def misses(walks: Walks, alpha_bar: Tensor) -> np.ndarray:
-    """How far a step from one place to another misses: the mean square (P, P, P).
+    """How far a step from one place to another misses: a weighed mean square (P, P, P).
 
     [before, here, there] is for a step of DPM-Solver++(2M) from `here` to `there`, which knows the
     guess at `before`, too; [0, 0, there] is the first one, which knows none. Infinite where these
@@ -108,7 +84,10 @@ def misses(walks: Walks, alpha_bar: Tensor) -> np.ndarray:
         x_there - (noise' / noise) x_here - (signal' - signal noise' / noise) x_0,
         x_0 = guess_here + ratio (guess_here - guess_before)
 
-    So its square is a sum of products of pairs of these, which are computed once.
+    So its square is a sum of products of pairs of these, which are computed once. On the way to the
+    image a miss grows by up to 1 / signal (in what varies far more than 1, as the brightness of a
+    whole picture) or not at all (in what varies less); the weight is the middle, 1 / signal of the
+    squares.
     """
     count = len(walks.places)
     signal = alpha_bar[walks.places].sqrt().numpy()
@@ -131,7 +110,8 @@ def misses(walks: Walks, alpha_bar: Tensor) -> np.ndarray:
         fixed = [here, count + here, count + before]
         places = np.stack([there, *(np.full(len(there), place) for place in fixed)])  # (4, K)
         pairs = products[places[:, None], places[None]]  # (4, 4, K)
-        found[before, here, there] = np.einsum("ak,abk,bk->k", factors, pairs, factors)
+        squares = np.einsum("ak,abk,bk->k", factors, pairs, factors)
+        found[before, here, there] = squares / signal[there]
     return found.clip(min=0)
 
 
@@ -163,6 +143,17 @@ def search(missed: np.ndarray, steps: int) -> list[int]:
     return [int(place) for place in path]
 
 
+def missed_by(missed: np.ndarray, path: Sequence[int]) -> float:
+    """The sum over a path's steps."""
+    return sum(missed[triple] for triple in zip([0, *path], path, path[1:], strict=False))
+
+
+def nearest(walks: Walks, visited_steps: Sequence[int]) -> list[int]:
+    """The places next to values of t, but for the last, 0, each once."""
+    distances = abs(np.subtract.outer(visited_steps[:-1], walks.places))
+    return sorted({int(place) for place in distances.argmin(axis=1)})
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 LIMITS = ddpm.LIMITS | {"last": (1, 99_999)}
@@ -173,10 +164,10 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
 
         python -m tools.steps --run_name=my_run
 
-    Makes 32 images in 50 fine steps, and looks for the paths of fewer steps that miss these least.
-    They are kept in models/RUN/checkpoint.pt, and `ddpm.py sample` takes them. Without --steps it
-    takes the fewest that come as near to the fine images as it would come without them. If the run
-    is trained on, they are dropped: its network changes.
+    Makes 32 images in 50 fine steps, and finds the paths of fewer steps that miss these least. They
+    are kept in models/RUN/checkpoint.pt, and `ddpm.py sample` takes them, without --steps as many
+    as miss no more than the usual steps. If the run is trained on, they are dropped: its network
+    changes.
 
     Args:
         run_name: a folder in models/.
@@ -192,51 +183,37 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
     place = devices.pick_device(device)
     with runs.lock_run(checkpoints.paths_of(run_name)[0].parent):
         stored = ddpm.load_run(run_name)
-        noise_steps = stored["settings"]["noise_steps"]
         if teacher := stored.get("paths", {}).get("teacher"):
             made = f"models/{run_name} was distilled from {basics.printable(teacher)}"
             raise UserError(f"{made}, for its own steps; no others suit it")
+        noise_steps = stored["settings"]["noise_steps"]
         if last == "auto":
-            last = max(1, round(LEAP * noise_steps))
+            last = round(LEAP * noise_steps)
         if noise_steps - last < PLACES:
-            few = f"{noise_steps} noising steps of which the last comes from {last}"
-            raise UserError(f"{few} are too few to choose from; {PLACES} must lie between them")
-        sampler, usual_steps, spacing = ddpm.USUAL
-        total = PLACES + 2 * sum(COUNTS)
-        with basics.progress_bar(total, unit="step") as bar:
-            walker = Walker(stored, place, bar)
-            walks = walker.fine(last)
-            missed = misses(walks, walker.diffusion.alpha_bar)
-            found, distances = {}, {}
-            for count in COUNTS:
-                path = [walks.places[each] for each in search(missed, count - 1)] + [0]
-                usual = walker.diffusion.visited_steps(count, spacing=spacing)
-                ends = [walker.walk(visited)[0][-1] for visited in (path, usual)]
-                distances[count] = [127.5 * rms(end - walks.images) for end in ends]
-                found[count] = path
-        usual_distance = distances[usual_steps][1]
-        enough = [count for count in COUNTS if distances[count][0] <= usual_distance]
-        default = enough[0] if enough else usual_steps
+            few = f"--last={last} of the {noise_steps} noising steps of this run"
+            raise UserError(f"{few} leaves too few to choose from; it takes at least {PLACES}")
+        walks, diffusion = walk_finely(stored, last, place)
+        missed = misses(walks, diffusion.alpha_bar)
+        paths = {count: search(missed, count - 1) for count in COUNTS}
+        usual = diffusion.visited_steps(ddpm.USUAL.steps, spacing=ddpm.USUAL.spacing)
+        limit = missed_by(missed, nearest(walks, usual))
+        are_enough = [count for count in COUNTS if missed_by(missed, paths[count]) <= limit]
+        default = min(are_enough, default=max(COUNTS))
+        visited = [[*(walks.places[each] for each in path), 0] for path in paths.values()]
         raw = checkpoints.load(run_name)  # as it is, without what newer versions add
         del raw["format"]
-        raw["paths"] = kept(sampler, default, list(found.values()))
-        checkpoints.save(run_name, **raw)
-    print(told(found, distances, spacing))
+        checkpoints.save(run_name, **raw | {"paths": kept(ddpm.USUAL.sampler, default, visited)})
+    for count, values in zip(COUNTS, visited, strict=True):
+        miss = in_levels(missed_by(missed, paths[count]))
+        path = ",".join(map(str, values))
+        print(f"{count:2} steps miss by {miss:5.2f} levels of 255: t = {path}")
+    print(f"the usual {ddpm.USUAL.steps} ({ddpm.USUAL.spacing}) miss by {in_levels(limit):.2f}")
     print(f"`python ddpm.py sample --run_name={run_name}` now takes {default} steps")
 
 
-def rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
-
-
-def told(found: dict, distances: dict, spacing: str) -> str:
-    """A table: how far from the fine images each number of steps ends, in levels of 255."""
-    lines = [f"distance from the images of {PLACES} steps, in levels of 255"]
-    lines.append(f"{'steps':>5}{'found':>8}{spacing:>9}  found are t =")
-    for count, (ours, usual) in distances.items():
-        path = ",".join(map(str, found[count]))
-        lines.append(f"{count:5}{ours:8.2f}{usual:9.2f}  {path}")
-    return "\n".join(lines)
+def in_levels(square: float) -> float:
+    """A mean square of values in [-1, 1] as its root, in levels of 255."""
+    return 127.5 * math.sqrt(square)
 
 
 def main() -> None:
