@@ -274,7 +274,7 @@ NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 LABEL_DROPOUT = 0.1  # fraction of labels hidden in training, which guidance needs
 EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
 # why these: benchmarks/README.md, "Samplers and steps"
-USUAL = Way(sampler="dpm++", steps=8, spacing="log-snr")
+USUAL = Way(sampler="dpm++", steps=8, spacing="rho-7")
 GUIDANCE = 2.0
 STRENGTH = 0.6
 
@@ -823,7 +823,7 @@ def sample(
             what tools.steps or tools.distill found for the run.
         spacing: which ones; even, or even in the noise (log-snr, rho-7), or the values of t
             (1000,600,40,0); auto are those found for the run, where it has some for so many steps,
-            else log-snr.
+            else rho-7.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         precision: mixed precision, as in training; the images differ by what is hardly seen.

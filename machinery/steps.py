@@ -12,7 +12,7 @@ import numpy as np
 from machinery.basics import UserError, printable
 
 LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
-MOST_NOISE = 80.0  # noise / signal that counts as that of T, where it may be without bound
+MOST_NOISE = 20.0  # noise / signal that counts as that of T, where it may be without bound
 
 # ---- spacings ------------------------------------------------------------------------------------
 

@@ -321,12 +321,12 @@ def test_every_spacing_falls_from_noise_to_image(schedule, spacing):
     ("spacing", "scale"), [("log-snr", math.log), ("rho-7", lambda noise: noise ** (1 / 7))]
 )
 def test_a_spacing_is_even_on_its_own_scale_and_leaps_at_the_end(spacing, scale):
-    """From where there is eighty times as much noise as signal to a 25th of T."""
+    """From where there is twenty times as much noise as signal to a 25th of T."""
     diffusion = Diffusion(100_000, "cosine")  # so many that rounding to one is not felt
     path = diffusion.visited_steps(9, spacing=spacing)
     assert path[-2:] == [4000, 0]
     ratios = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()[path[1:-1]].tolist()
-    places = [scale(80.0), *map(scale, ratios)]
+    places = [scale(20.0), *map(scale, ratios)]
     gaps = [one - two for one, two in itertools.pairwise(places)]
     assert max(gaps) / min(gaps) - 1 < 0.01
 
