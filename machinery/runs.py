@@ -327,10 +327,15 @@ class Run:
         size = self.settings["img_size"]
         how = {name: self.settings[name] for name in ("crop", "resize", "depth")}
         old_mode = self.old_settings().get("mode")
+        remarks = []
         with processes.first_alone():
             data = reading.read_dataset(self.listing, size, mode, **how)
             if old_mode and mode == "auto" and data.mode != old_mode:
+                own = reading.MODES[data.mode]
                 data = reading.read_dataset(self.listing, size, old_mode, **how)
+                if self.init_checkpoint:
+                    whose = f"the network of --init_from={self.settings['init_from']}"
+                    remarks = [f"in {reading.MODES[old_mode]}, not in {own}, as {whose} makes them"]
         folder = self.listing.folder
         labels = data.labels if self.settings["classes"] else None
         self.split = held_out.split(data.names, self.settings["held_out"], labels)
@@ -348,7 +353,7 @@ class Run:
         self.settings["mode"] = data.mode
         about = tell_classes(self.listing, self.settings["conditional"])
         about += held_out.remarks(self.split, self.is_small)
-        return data._replace(remarks=about + data.remarks, learned=self.split.learned)
+        return data._replace(remarks=remarks + about + data.remarks, learned=self.split.learned)
 
     def save(self, **state) -> None:
         """Write a checkpoint that keeps `state`; see `checkpoints.save`."""

@@ -145,7 +145,8 @@ class Progress:
     def summary(self, step: int) -> str:
         """How long the training is, and how much of it is done."""
         length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images"
-        budget = f", or {self.max_minutes:g} minutes" if self.max_minutes else ""
+        unit = "minute" if self.max_minutes == 1 else "minutes"
+        budget = f", or {self.max_minutes:g} {unit}" if self.max_minutes else ""
         few = warning(self.last_step * self.batch_size, "--epochs")
         return f"{length}{budget}; {step:,} steps are done{few}"
 

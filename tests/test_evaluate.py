@@ -1022,7 +1022,3 @@ def test_two_processes_judge_the_same_images_as_one(place, trained, run_main):
     first, second = rows("sorted")
     assert {**first, "date": ""} == {**second, "date": ""}
     assert picture.read_bytes() == alone
-    result = run_torch(*words, "--dataset=nowhere", processes=2)
-    assert result.returncode != 0
-    assert result.stderr.count("--dataset=nowhere does not exist") == 1
-    assert len(rows("sorted")) == 2

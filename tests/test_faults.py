@@ -48,7 +48,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals"
 )
 def test_a_storm_of_kills_loses_nothing(place):
     """No finished save is lost, and the end is that of a run without kills, to the bit."""
-    command = [sys.executable, str(ROOT / "tests" / "storm.py"), "--minutes=0.3"]
+    command = [sys.executable, str(ROOT / "tests" / "storm.py"), "--minutes=0.2"]
     end = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )

@@ -122,6 +122,8 @@ def test_a_run_that_begins_from_another_has_its_mode(place, train, run):
             f"--epochs={epochs}",
         )
         assert result.status == 0, result.err
+        told = "in color, not in gray, as the network of --init_from=run makes them"
+        assert (told in result.out) == (epochs == 1)
     assert checkpoints.load("two")["settings"]["mode"] == "RGB"
 
 

@@ -168,6 +168,14 @@ def test_the_page_makes_what_the_command_line_makes(page):
     assert {"--label=lakes", "--guidance=7.5"} <= {*shlex.split(command)}
     assert np.array_equal(other, made_by(command))
     assert abs(other - made).max() > 8
+
+    page.get_by_text("Sampler, steps, size, autoguidance").click()
+    page.get_by_label("Lead away from a weaker run").click()
+    page.get_by_role("option", name="early").click()
+    command, guided = make(page, "Make images", 3)
+    assert {"--guide=early", "--guidance=7.5"} <= {*shlex.split(command)}
+    assert np.array_equal(guided, made_by(command))
+    assert not np.array_equal(guided, other)
     assert {url.split("/")[2] for url in page.asked if url.startswith("http")} == {
         f"127.0.0.1:{page.url.split(':')[2].strip('/')}"
     }

@@ -257,7 +257,7 @@ def test_a_run_stopped_anywhere_equals_the_one_that_was_not(train, monkeypatch):
         strategies.sampled_from([0, 10]),
     )
 
-    @hypothesis.settings(max_examples=6, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=3, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
         strategies.lists(stops, min_size=1, max_size=3, unique_by=lambda stop: stop[0]).map(sorted)
     )

@@ -35,7 +35,7 @@ MASK_BYTES = 2**22
 PACE = 0.1  # seconds between two steps that are shown: more often, a browser falls behind
 VARIATION = 0.2  # of the way to another seed: another picture of the same scene
 # what the page asks for, in the order of its inputs
-FORM = ("run_name", "seed", "n_img", "sampler", "steps", "img_size", "label", "guidance")
+FORM = ("run_name", "seed", "n_img", "sampler", "steps", "img_size", "label", "guide", "guidance")
 FORM += ("variation", "strength", "init_image", "mask", "seed_from", "seed_to", "frames")
 
 # ---- the model in memory -------------------------------------------------------------------------
@@ -85,6 +85,12 @@ def usual_steps(run_name: str) -> int:
     return choose(AUTO, load(run_name)[0], ddpm.USUAL).steps
 
 
+def guides_of(run_name: str) -> list[str]:
+    """What autoguidance may lead away from; whether a run fits is seen when it is asked for."""
+    early = ["early"] if load(run_name)[0].get("early") else []
+    return ["", *early, *(name for name in checkpoints.run_names() if name != run_name)]
+
+
 # ---- what the page asks for ----------------------------------------------------------------------
 
 
@@ -100,6 +106,8 @@ def flags_of(kind: str, form: dict) -> dict:
         wanted["img_size"] = form["img_size"]
     if form["label"]:
         wanted["label"] = ",".join(form["label"])
+    if form["guide"]:
+        wanted["guide"] = form["guide"]
     if form["guidance"] != ddpm.GUIDANCE:
         wanted["guidance"] = form["guidance"]
     if kind == "walk":

@@ -22,6 +22,7 @@ from tools.play_images import (
     explain,
     facts_in,
     facts_of,
+    guides_of,
     keep_start,
     load,
     show,
@@ -80,13 +81,15 @@ class Page:
         how = {"visible": bool(classes)}
         form["label"] = gr.Dropdown(classes, multiselect=True, label="Classes, in turn", **how)
         form["guidance"] = gr.Slider(0, 10, ddpm.GUIDANCE, step=0.1, label="Guidance", **how)
-        with gr.Accordion("Sampler, steps, size", open=False):
+        with gr.Accordion("Sampler, steps, size, autoguidance", open=False):
             form["sampler"] = gr.Dropdown(
                 list(ddpm.LIMITS["sampler"]), value="auto", label="Sampler"
             )
             form["steps"] = gr.Number(usual_steps(run_name), label="Steps")
             hint = "as the run was trained"
             form["img_size"] = gr.Textbox("", label="Size (height x width)", placeholder=hint)
+            guides = guides_of(run_name)
+            form["guide"] = gr.Dropdown(guides, value="", label="Lead away from a weaker run")
 
     def lay_out_tabs(self) -> None:
         form = self.form
@@ -165,12 +168,17 @@ class Page:
         try:
             facts = facts_of(run_name)
         except UserError as error:
-            return f"**{html.escape(str(error))}**", *[gr.skip()] * 5
+            return f"**{html.escape(str(error))}**", *[gr.skip()] * 6
         settings = load(run_name)[0]["settings"]
         classes = list(settings["classes"])
         label = gr.Dropdown(choices=classes, value=[], visible=bool(classes))
         guidance = gr.Slider(value=ddpm.GUIDANCE, visible=bool(classes))
-        return facts, label, guidance, usual_steps(run_name), "", gr.Column(visible=False)
+        guide = gr.Dropdown(choices=guides_of(run_name), value="")
+        return facts, label, guidance, usual_steps(run_name), "", guide, gr.Column(visible=False)
+
+    def show_guidance(self, run_name: str, guide: str) -> gr.Slider:
+        """It counts where there are classes or a guide."""
+        return gr.Slider(visible=bool(guide or load(run_name)[0]["settings"]["classes"]))
 
     def take(self, path: str, run_name: str, img_size: str, strength: float) -> tuple:
         """A picture for the painter, read by our reader."""
@@ -239,7 +247,10 @@ class Page:
         self.dice.click(lambda: secrets.randbelow(10**6), None, form["seed"], **now)
         self.gallery.select(self.select, self.outcome, view, **now)
         shown = [self.facts, form["label"], form["guidance"], form["steps"], form["img_size"]]
-        form["run_name"].input(self.show_run, form["run_name"], [*shown, self.chosen], **queued)
+        shown += [form["guide"], self.chosen]
+        form["run_name"].input(self.show_run, form["run_name"], shown, **queued)
+        inputs = [form["run_name"], form["guide"]]
+        form["guide"].input(self.show_guidance, inputs, form["guidance"], **queued)
 
 
 def open_page(run_name: str, **where) -> gr.Blocks:
