@@ -268,9 +268,8 @@ class Run:
             way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
         if teacher := checkpoint.get("paths", {}).get("teacher"):
-            way_on = (
-                f"python -m tools.distill --run_name={teacher} --to={self.name} goes on with it"
-            )
+            source = f"--run_name={printable(teacher).partition(' ')[0]}"
+            way_on = f"python -m tools.distill {source} --to={self.name} continues it"
             raise UserError(f"models/{self.name} was distilled from {printable(teacher)}; {way_on}")
         check_same_run(checkpoint, self.settings, self.listing)
         began_from = checkpoint["settings"]["init_from"]

@@ -77,6 +77,7 @@ def are_paths(stored, noise_steps: int, samplers: Container[str]) -> bool:
         and {name: type(value) for name, value in stored.items()} == kinds
         and all(type(each) is tuple and is_path(each, noise_steps) for each in stored["visited"])
         and stored["sampler"] in samplers
+        and stored["sampler"] != "auto"
         and stored["default"] in by_number(stored)
     )
 

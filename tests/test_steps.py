@@ -216,6 +216,7 @@ def test_a_training_that_goes_on_drops_the_steps_and_a_fine_tuning_has_none(here
         kept("dpm++", 2, [(60, 20.0, 0)]),
         kept("dpm++", 1, [(60, -1)]),
         kept("euler", 2, [(60, 20, 0)]),
+        kept("auto", 2, [(60, 20, 0)]),
     ],
 )
 def test_paths_that_are_none_are_refused(here, run, paths):

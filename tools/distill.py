@@ -282,7 +282,8 @@ class Budget:
 def work(distillation: Distillation, budget: Budget, keep) -> None:
     """Go on until the budget is used up or somebody stops it; `keep` is called now and then."""
     if budget.done(distillation.round) >= 1:
-        print("nothing to do: this distillation is finished; a larger --max_minutes continues it")
+        longer = "a larger --max_minutes or --walks continues it"
+        print(f"nothing to do: this distillation is finished; {longer}")
         return
     bar = basics.progress_bar(
         budget.rounds, distillation.round, "round", budget=60 * (budget.max_minutes or np.inf)
