@@ -265,7 +265,7 @@ PRESETS = {
 }
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES}
-LIMITS |= {"sampler": {"auto": ""} | SAMPLERS}
+LIMITS |= {"sampler": {"auto": None} | SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
 LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
 LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}

@@ -56,7 +56,7 @@ class Progress:
         previews: images of the last preview, which is part of the budget; with guidance, twice.
     """
 
-    PREVIEW_COST = 12  # images trained in the time of one preview: 8 steps, a start and an end
+    PREVIEW_COST = 20  # images trained in the time of one preview: 8 steps, a start, much to spare
     PREVIEWS = 10  # of a training whose epochs would give it fewer than half as many
     PREVIEW_WAIT = 5  # at least so many times what a preview costs lies between two of these
     speed = 0.0  # images per second, the best row of this sitting; 0 while there is none

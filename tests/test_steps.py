@@ -154,6 +154,7 @@ def test_sample_takes_the_steps_of_the_run_and_says_so(here, run):
     assert "found for" not in other.out
     for words in (["--steps=11"], ["--sampler=ddim", "--steps=5"]):
         assert "found for" not in run("sample", "--run_name=found", "--n_img=1", *words, DEVICE).out
+    assert "--spacing=rho-7" in command_in(Path("results/found/samples_5/sample_0001.png"))
     assert pictures("found/samples") != pictures("found/samples_3")
 
 

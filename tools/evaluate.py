@@ -716,7 +716,9 @@ def evaluate(
         features: the network that describes images; only inception gives FID. It downloads 91 MB
             the first time.
         seed: image number i depends on seed + i, and on its class, alone.
-        sampler, steps, spacing: which noising steps are visited, as in `ddpm.py sample`.
+        sampler: as in `ddpm.py sample`.
+        steps: how many of the noising steps are visited, as in `ddpm.py sample`.
+        spacing: which ones, as in `ddpm.py sample`.
         guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
             trained with --conditional. 1 samples what was learned; more gives clearer and less
             varied images, which recall shows.
