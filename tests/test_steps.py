@@ -416,6 +416,10 @@ def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
         line = refused(distill(*words))
         assert message in line
     assert not Path("models/new").exists()
+    stored = checkpoints.load("fast")
+    other = stored["paths"] | {"visited": ((60, 20, 0),)}
+    checkpoints.write(checkpoints.paths_of("fast")[0], **stored | {"paths": other})
+    assert "other values of t" in refused(distill("--walks=8"))
     line = refused(run(*[word.replace("=run", "=fast") for word in TRAIN], "--epochs=9"))
     assert "models/fast was distilled from run" in line
     assert "was distilled from" in refused(run_main(tools.steps.main, "--run_name=fast", DEVICE))

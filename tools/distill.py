@@ -155,14 +155,18 @@ def check_teacher(run_name: str, teacher: dict, steps: int) -> None:
         raise UserError(f"--steps={steps} is too many for {few}: {rule}")
 
 
-def check_student(to: str, student: dict, source: str, steps: int) -> None:
-    """Refuse to continue a run that is not this distillation."""
+def check_student(to: str, student: dict, source: str, visited: Sequence[int]) -> None:
+    """Refuse to continue a run that is not this distillation, for the same values of t."""
+    steps = len(visited) - 1
     paths = student.get("paths") or {"teacher": "", "visited": ()}
     if paths["teacher"] != source:
         made = f"was distilled from {paths['teacher']}" if paths["teacher"] else "holds another run"
         raise UserError(f"--to={to}: models/{to} {made}, not from {source}; choose another name")
     if steps not in by_number(paths):
         raise UserError(f"--to={to} is distilled for {paths['default']} steps, not {steps}")
+    if by_number(paths)[steps] != tuple(visited):
+        fault = "is distilled for other values of t, by another version of this program"
+        raise UserError(f"--to={to} {fault}; choose another name")
     if "network" not in student:
         raise UserError(f"--to={to} holds weights to sample only; choose another name")
 
@@ -230,10 +234,10 @@ def distill(
     source = f"{run_name} {checkpoints.fingerprint_of(teacher['average'])}"
     with runs.lock_run(checkpoints.paths_of(to)[0].parent):
         student = ddpm.load_run(to) if checkpoints.exists(to) else None
-        if student:
-            check_student(to, student, source, steps)
         network, diffusion = ddpm.build_trained(teacher, place)
         path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=ddpm.USUAL.spacing)
+        if student:
+            check_student(to, student, source, path[::SHORT_STEPS])
         distillation = Distillation(
             network.requires_grad_(False),
             ddpm.build_trained(teacher, place)[0],
