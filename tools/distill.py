@@ -8,11 +8,11 @@ From each place where one of them begins, the teacher goes to where it ends, in 
 and the student learns to arrive there at once. It begins with the teacher's weights, so that a
 short training is enough, and needs no images.
 
-Reading order: Distillation; the student's run; distill, the command.
+Reading order: Distillation; the student's run; how long; distill, the command.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -178,6 +178,63 @@ def save(to: str, teacher: dict, distillation: Distillation, minutes: float, pat
     checkpoints.save(to, settings=settings, data=teacher["data"], log=[], **state)
 
 
+# ---- how long ------------------------------------------------------------------------------------
+
+
+class Budget:
+    """How far a distillation is, by its walks or by the clock.
+
+    Args:
+        walks: how many there shall be, at most.
+        max_minutes: how long, earlier sittings included; 0 for no limit.
+        batch_size: walks of a round.
+        minutes: used by earlier sittings.
+        began: when this one did (time.monotonic()).
+    """
+
+    def __init__(
+        self, walks: int, max_minutes: float, batch_size: int, minutes: float, began: float
+    ):
+        self.rounds = max(1, walks // batch_size)
+        self.max_minutes = max_minutes
+        self.minutes_before = minutes
+        self.began = began
+
+    def minutes(self) -> float:
+        """Minutes used, earlier sittings included."""
+        return self.minutes_before + (time.monotonic() - self.began) / 60
+
+    def done(self, rounds: int) -> float:
+        """The fraction that is done, in [0, 1]: of the walks or of the minutes, the larger one."""
+        by_clock = self.minutes() / self.max_minutes if self.max_minutes else 0.0
+        return min(1.0, max(rounds / self.rounds, by_clock))
+
+
+def work(distillation: Distillation, budget: Budget, keep: Callable[[], None]) -> None:
+    """Go on until the budget is used up or somebody stops it; `keep` is called now and then."""
+    if budget.done(distillation.round) >= 1:
+        longer = "a larger --max_minutes or --walks continues it"
+        print(f"nothing to do: this distillation is finished; {longer}")
+        return
+    bar = basics.progress_bar(
+        budget.rounds, distillation.round, "round", budget=60 * (budget.max_minutes or np.inf)
+    )
+    saved_at = time.monotonic()
+    with StopSignals() as signals, bar:
+        while (done := budget.done(distillation.round)) < 1 and not signals.status:
+            losses = distillation.advance(done)
+            bar.set_postfix_str(f"{done:.0%}, differs by {127.5 * losses.mean().sqrt():.2f} levels")
+            bar.update()
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                keep()
+                saved_at = time.monotonic()
+    if distillation.round:
+        keep()
+    if signals.status:
+        print("stopped and saved; the same command resumes it")
+        raise SystemExit(signals.status)
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 LIMITS = ddpm.LIMITS | {"steps": (1, 16), "walks": runs.COUNT}
@@ -193,7 +250,7 @@ def distill(
     walks: int = 100_000,
     seed: int = 0,
     # optimization
-    batch_size: int = 16,
+    batch_size: int = 8,
     lr: float = 2e-4,
     # running
     device: str = "auto",
@@ -260,51 +317,6 @@ def distill(
     number = distillation.round * batch_size
     print(f"models/{to}: {number:,} walks in {budget.minutes():.1f} minutes")
     print(f"to generate images:\n  python ddpm.py sample --run_name={to} --n_img=16")
-
-
-class Budget:
-    """How far a distillation is, by its walks or by the clock."""
-
-    def __init__(
-        self, walks: int, max_minutes: float, batch_size: int, minutes: float, began: float
-    ):
-        self.rounds = max(1, walks // batch_size)
-        self.max_minutes = max_minutes
-        self.minutes_before = minutes
-        self.began = began
-
-    def minutes(self) -> float:
-        """Minutes used, earlier sittings included."""
-        return self.minutes_before + (time.monotonic() - self.began) / 60
-
-    def done(self, round: int) -> float:
-        """The fraction that is done, in [0, 1]: of the walks or of the minutes, the larger one."""
-        by_clock = self.minutes() / self.max_minutes if self.max_minutes else 0.0
-        return min(1.0, max(round / self.rounds, by_clock))
-
-
-def work(distillation: Distillation, budget: Budget, keep) -> None:
-    """Go on until the budget is used up or somebody stops it; `keep` is called now and then."""
-    if budget.done(distillation.round) >= 1:
-        longer = "a larger --max_minutes or --walks continues it"
-        print(f"nothing to do: this distillation is finished; {longer}")
-        return
-    bar = basics.progress_bar(
-        budget.rounds, distillation.round, "round", budget=60 * (budget.max_minutes or np.inf)
-    )
-    saved_at = time.monotonic()
-    with StopSignals() as signals, bar:
-        while (done := budget.done(distillation.round)) < 1 and not signals.status:
-            losses = distillation.advance(done)
-            bar.set_postfix_str(f"{done:.0%}, differs by {127.5 * losses.mean().sqrt():.2f} levels")
-            bar.update()
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                keep()
-                saved_at = time.monotonic()
-    keep()
-    if signals.status:
-        print("stopped and saved; the same command resumes it")
-        raise SystemExit(signals.status)
 
 
 def main() -> None:

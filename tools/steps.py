@@ -198,7 +198,7 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
         usual = diffusion.visited_steps(ddpm.USUAL.steps, spacing=ddpm.USUAL.spacing)
         limit = missed_by(missed, nearest(walks, usual))
         are_enough = [count for count in COUNTS if missed_by(missed, paths[count]) <= limit]
-        default = min(are_enough, default=max(COUNTS))
+        default = min(are_enough, default=ddpm.USUAL.steps)
         visited = [[*(walks.places[each] for each in path), 0] for path in paths.values()]
         raw = checkpoints.load(run_name)  # as it is, without what newer versions add
         del raw["format"]
