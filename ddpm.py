@@ -32,6 +32,7 @@ from machinery.listing import CACHE, check_classes
 from machinery.sampling import GUIDANCE, Request, guidance_of, labels_in_turn, preview_seeds
 from machinery.session import Session
 from machinery.sources import FRAMES
+from machinery.steps import Way, choose, spaced
 from modules import UNet, update_ema
 
 # ---- noise schedules -----------------------------------------------------------------------------
@@ -65,9 +66,16 @@ NOISE_SCHEDULES = {
     "sigmoid": sigmoid_alpha_bar,
 }
 OBJECTIVES = {"eps": "the noise", "x0": "the clean image", "v": "a mix of both"}
-# eta, the share of fresh noise (Song et al. 2021, eq. 16); how dpm++ differs from ddim stands in
-# `Diffusion.denoise`
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0}
+# eta, the share of fresh noise (Song et al. 2021, eq. 16); how dpm++ and ipndm differ from ddim
+# stands in `Diffusion.denoise`
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0, "ipndm": 0.0}
+# weights of the newest eps and of those before it, for as many as there are (Adams-Bashforth)
+ADAMS_BASHFORTH = {
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
@@ -167,14 +175,14 @@ class Diffusion:
         error = (output - self.target(x_0, t, eps)).square().mean(dim=(1, 2, 3))
         return self.weight(t) * error
 
-    def visited_steps(self, steps: int, strength: float = 1.0) -> list[int]:
-        """The values of t to visit, from T to 0, evenly spaced ("trailing": Lin et al. 2024).
+    def visited_steps(self, steps: int, strength: float = 1.0, spacing: str = "even") -> list[int]:
+        """The values of t to visit, from T to 0; even ones are "trailing" (Lin et al. 2024).
 
         With less strength they start at that fraction of T (SDEdit: Meng et al. 2022).
         """
         start = round(self.noise_steps * strength)
-        spaced = [round(self.noise_steps * (1 - i / steps)) for i in range(steps + 1)]
-        return [start] + [t for t in spaced if t < start]
+        visited = spaced(spacing, steps, self.alpha_bar.tolist())
+        return [start] + [t for t in visited if t < start]
 
     @torch.no_grad()
     def denoise(
@@ -187,14 +195,15 @@ class Diffusion:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go from noise to images, yielding (x_t, guess of x_0) after every step.
 
-        After the last step both are the image. DDPM (Ho et al. 2020, Algorithm 2), DDIM and
-        DPM-Solver++(2M) are one rule (Song et al. 2021, eq. 12):
+        After the last step both are the image. DDPM (Ho et al. 2020, Algorithm 2), DDIM,
+        DPM-Solver++(2M) and iPNDM are one rule (Song et al. 2021, eq. 12):
 
             x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + fresh_std * z
 
         They differ in two places only. DDPM adds fresh noise z, the others none (variance = 0,
         fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
-        al. 2022, Algorithm 2); the others take it as it is.
+        al. 2022, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang & Chen 2023); the
+        others take them as they are.
 
         The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
         is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of
@@ -211,7 +220,7 @@ class Diffusion:
         eta = SAMPLERS[sampler]
         has_no_gap = len(visited_steps) == visited_steps[0] + 1
         alpha_bars = self.alpha_bar.tolist()  # float64, and no tensor for a scalar
-        last_x_0, last_gap = None, None
+        last_x_0, last_gap, last_eps = None, None, []
         for t, t_next in itertools.pairwise(visited_steps):
             alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t_next]
             signal, signal_next = math.sqrt(alpha_bar), math.sqrt(alpha_bar_next)
@@ -227,6 +236,12 @@ class Diffusion:
                 if last_gap is not None:
                     x_0 = guess + (guess - last_x_0) * (gap / (2 * last_gap))
                 last_x_0, last_gap = guess, gap
+            if sampler == "ipndm" and t_next > 0:
+                last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
+                weights = ADAMS_BASHFORTH[len(last_eps)]
+                eps = sum(weight * each for weight, each in zip(weights, last_eps, strict=True))
+                # as a change of x_0: x_t - noise * eps, near T, would be lost in rounding
+                x_0 = guess - (eps - last_eps[0]) * (noise / signal)
             eps = (x_t - signal * x_0) / noise
             x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
             if eta and t_next > 0:
@@ -250,7 +265,8 @@ PRESETS = {
     "tiny": SMALL | {"img_size": (32,), "multipliers": (1, 2, 4), "lr": 2e-3, "max_minutes": 8},
 }
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
-LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES, "sampler": SAMPLERS}
+LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES}
+LIMITS |= {"sampler": {"auto": None} | SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
 LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
 LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
@@ -258,7 +274,8 @@ NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "drop
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 CONDITION_DROPOUT = 0.1  # fraction of classes and inputs hidden in training, for guidance
 EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
-STEPS = 15  # why so few: benchmarks/README.md, "Samplers and steps"
+# why these: benchmarks/README.md, "Samplers and steps"
+USUAL = Way(sampler="dpm++", steps=8, spacing="rho-7")
 STRENGTH = 0.6
 
 
@@ -433,10 +450,11 @@ class Training:
         """Images from the same noise every time, saved at `path`: (N, 3, H, W) in 0..255."""
         settings = self.settings
         classes = settings["classes"]
-        steps = self.diffusion.visited_steps(min(STEPS, settings["noise_steps"]))
+        steps = min(USUAL.steps, settings["noise_steps"])
+        visited_steps = self.diffusion.visited_steps(steps, spacing=USUAL.spacing)
         seeds = preview_seeds(len(classes))
         labels = labels_in_turn(range(len(classes)), seeds)
-        how = {"visited_steps": steps, "labels": labels, "precision": settings["precision"]}
+        how = {"visited_steps": visited_steps, "labels": labels, "precision": settings["precision"]}
         how["guidance"] = guidance_of("auto", settings)
         if settings["inputs"]:
             truth, how["inputs"], how["labels"] = examples(self.loader, len(seeds), classes)
@@ -552,11 +570,13 @@ def generate(
 def plan_images(flags: dict, checkpoint: dict, device: torch.device) -> Request:
     """What the flags of `sample` ask of a run, checked: its batches, steps and files."""
     strength = flags["strength"] if flags["init_image"] else 1.0
-    # which steps are visited does not depend on the schedule
-    diffusion = Diffusion(checkpoint["settings"]["noise_steps"])
-    visited_steps = diffusion.visited_steps(flags["steps"], strength)
+    settings = checkpoint["settings"]
+    asked = Way(flags["sampler"], flags["steps"], flags["spacing"])
+    way = choose(asked, checkpoint, USUAL)
+    diffusion = Diffusion(settings["noise_steps"], settings["schedule"])
+    visited_steps = diffusion.visited_steps(way.steps, strength, way.spacing)
     defaults = inspect.signature(sample).parameters
-    return Request(flags, defaults, checkpoint, visited_steps, device, load_run)
+    return Request(flags | way._asdict(), defaults, checkpoint, visited_steps, device, load_run)
 
 
 def make_images(
@@ -754,8 +774,7 @@ def train(
             while session.goes_on():
                 # logs the step; saves, previews and stops when that is due
                 session.note(*training.advance(session.done))
-    # with fewer noising steps than `sample` visits by default, it must be told
-    session.conclude(f" --steps={noise_steps}" if noise_steps < STEPS else "")
+    session.conclude()
 
 
 def sample(
@@ -779,8 +798,9 @@ def sample(
     strength: float = STRENGTH,
     mask: FilePath = "",
     # sampler
-    sampler: str = "dpm++",
-    steps: int = STEPS,
+    sampler: str = "auto",
+    steps: int | str = "auto",
+    spacing: str = "auto",
     # running
     batch_size: int | str = "auto",
     device: str = "auto",
@@ -824,9 +844,14 @@ def sample(
         strength: how much of init_image changes: 0 nothing, 1 everything.
         mask: inpainting: an image of the same size, white where to repaint, black where every
             pixel is kept.
-        sampler: ddpm is the paper's, for many steps; ddim and dpm++ need far fewer, add no noise.
+        sampler: ddpm is the paper's, for many steps; the others need far fewer, add no noise; auto
+            is dpm++, or what the run was distilled for.
         steps: how many of the noising steps are visited; all of them (1000) with ddpm is the
-            paper's Algorithm 2, with the guess of the image clipped to its range.
+            paper's Algorithm 2, with the guess of the image clipped to its range; auto is 8, or
+            what tools.steps or tools.distill found for the run.
+        spacing: which ones; even, or even in the noise (log-snr, rho-7), or the values of t
+            (1000,600,40,0); auto are those found for the run, where it has some for so many steps,
+            else rho-7.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         precision: mixed precision, as in training; the images differ by what is hardly seen.

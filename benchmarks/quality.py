@@ -21,6 +21,7 @@ from machinery import command_line, devices
 from machinery.basics import UserError
 from machinery.command_line import FilePath
 from machinery.listing import list_images
+from machinery.steps import Way
 from tools import evaluate
 
 # A small network that learns something within minutes on a CPU; every variant changes a bit of it.
@@ -67,6 +68,7 @@ EXPERIMENTS = {
         },
     },
 }
+WAY = Way("dpm++", 25, "even")  # every variant is sampled so
 UNCHANGED = "base"  # the variant that all experiments share: it is trained once
 LIMITS = measuring.LIMITS | {
     "experiment": EXPERIMENTS,
@@ -178,7 +180,7 @@ def quality(
         settings |= {"device": device, "sample_every": 0}
         ddpm.train(dataset=dataset, run_name=run_name, **settings)
         stored = ddpm.load_run(run_name)
-        samples = evaluate.make_samples(stored, range(n), "dpm++", 25, 64, place)
+        samples = evaluate.make_samples(stored, range(n), WAY, 64, place)
         size, mode = (stored["settings"][name] for name in ("img_size", "mode"))
         unseen = utils.load_dataset(Path(held_out), size, mode).images
         row = key | {"experiment": experiment, "minutes": stored["minutes"]}

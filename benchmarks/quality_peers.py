@@ -49,6 +49,7 @@ from machinery import basics, command_line, devices, reading, writing
 from machinery.basics import UserError
 from machinery.command_line import FilePath
 from machinery.listing import list_images
+from machinery.steps import Way
 from tools import evaluate
 
 STRIDE = 32  # diffusers' network halves an image five times
@@ -169,7 +170,7 @@ def train_ours(name: str, settings: dict, task: Task) -> Learned:
     network = ddpm.build_trained(stored, task.device)[0]
 
     def sample(n: int) -> Tensor:
-        return evaluate.make_samples(stored, range(n), "dpm++", 25, BATCH, task.device)
+        return evaluate.make_samples(stored, range(n), Way("dpm++", 25, "even"), BATCH, task.device)
 
     return Learned(images, millions(network), 0.0, 60 * stored["minutes"], "dpm++", 25, sample)
 

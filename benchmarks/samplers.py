@@ -1,4 +1,4 @@
-"""Which sampler needs how many steps: a trained run is sampled in every way and judged alike.
+"""Which sampler and spacing needs how many steps: a run is sampled in every way and judged alike.
 
     python -m benchmarks.samplers --run_name=landscapes
     python -m benchmarks.samplers --help
@@ -14,36 +14,66 @@ from pathlib import Path
 import ddpm
 import utils
 from benchmarks import measuring
-from benchmarks.quality import FIGURES, done_before
-from machinery import command_line, devices
+from benchmarks.quality import FIGURES, done_before, matching
+from machinery import checkpoints, command_line, devices
+from machinery.steps import SPACINGS, Way, by_number, choose
 from tools import evaluate
 
-STEPS = (10, 15, 20, 25, 50, 100, 250, 1000)
-LIMITS = measuring.LIMITS | {"n_img": (16, 10**9), "most_steps": (1, 10**9)}
-COLUMNS = ("run", "step", "sampler", "steps", "measure", "n", *FIGURES, "seconds", *measuring.WHERE)
+FOUND = "found"  # beside the spacings: the steps that tools.steps or tools.distill gave the run
+LIMITS = measuring.LIMITS | {"n_img": (16, 10**9)}
+COLUMNS = ("run", "step", "weights", "sampler", "spacing", "steps", "measure", "n", *FIGURES)
+COLUMNS += ("seconds", *measuring.WHERE)
+
+
+def ways(
+    stored: dict, samplers: str, spacings: str, steps: tuple[int, ...]
+) -> list[tuple[str, Way]]:
+    """The ways to sample a run, with what each one's spacing is called; the quickest first.
+
+    Raises:
+        UserError: a name or a number is not known.
+    """
+    known = {"samplers": ddpm.SAMPLERS, "spacings": [*SPACINGS, FOUND]}
+    chosen = {}
+    for flag, text in (("samplers", samplers), ("spacings", spacings)):
+        chosen[flag] = known[flag] if text == "all" else text.split(",")
+        for name in chosen[flag]:
+            command_line.check_limits({flag: name}, {flag: dict.fromkeys(known[flag])})
+    own = by_number(stored["paths"]) if "paths" in stored else {}
+    found = []
+    for count, sampler, spacing in itertools.product(steps, *chosen.values()):
+        if spacing != FOUND:
+            way = choose(Way(sampler, count, spacing), stored, ddpm.USUAL)
+            found.append((spacing, way))
+        elif count in own and sampler == stored["paths"]["sampler"]:
+            found.append((spacing, choose(Way(sampler, count, "auto"), stored, ddpm.USUAL)))
+    return found
 
 
 def samplers(
     run_name: str = "landscapes",
-    n_img: int = 2048,
-    most_steps: int = 1000,
+    n_img: int = 512,
+    steps: tuple = (4, 5, 6, 8, 10, 15, 25),
+    samplers: str = "all",
+    spacings: str = "all",
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Sample a run by every sampler at 10 to 1,000 steps, and judge the images.
+    """Sample a run by every sampler and spacing in 4 to 25 steps, and judge the images.
 
     They are judged by the images that the run was trained on.
 
         python -m benchmarks.samplers --run_name=landscapes
 
-    Adds a row for every sampler and number of steps to results/benchmarks/samplers.csv, and prints
-    all of them.
+    Adds a row for every way to results/benchmarks/samplers.csv, and prints all of them. Where the
+    run keeps steps of its own (tools.steps, tools.distill), these are a spacing more: found.
 
     Args:
         run_name: the run to sample from, a folder in models/.
         n_img: how many images are judged; distances can be compared for the same number only.
-        most_steps: leave out what takes more steps; 1,000 take as long as all of the others and
-            half of that again.
+        steps: the numbers of steps.
+        samplers: all, or some with commas: dpm++,ipndm.
+        spacings: all, or some with commas: even,log-snr,rho-7,found.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
 
@@ -57,33 +87,29 @@ def samplers(
     command_line.check_table(path, COLUMNS)
     stored = ddpm.load_run(run_name)
     settings = stored["settings"]
+    wanted = ways(stored, samplers, spacings, steps)
     features = evaluate.load_efficientnet(place)
     folder = Path(settings["dataset"])
     images = utils.load_dataset(folder, settings["img_size"], settings["mode"]).images
     n = evaluate.comparable(n_img, len(images))
-    shared = {"run": run_name, "step": stored["step"], "n": n}
-
-    def is_shared(row: dict) -> bool:
-        return all(row[name] == str(value) for name, value in shared.items())
-
-    counts = [steps for steps in STEPS if steps <= min(most_steps, settings["noise_steps"])]
-    for steps, sampler in itertools.product(counts, ddpm.SAMPLERS):
-        done = [(row["sampler"], row["steps"]) for row in done_before(path) if is_shared(row)]
-        if (sampler, str(steps)) in done:
+    weights = checkpoints.fingerprint_of(stored["average"])
+    shared = {"run": run_name, "step": stored["step"], "weights": weights, "n": n}
+    for spacing, way in wanted:
+        key = shared | {"sampler": way.sampler, "spacing": spacing, "steps": way.steps}
+        if matching(done_before(path), key):
             continue
-        print(f"\n{sampler}, {steps} steps", flush=True)
+        print(f"\n{way.sampler}, {spacing}, {way.steps} steps", flush=True)
         began = time.monotonic()
-        samples = evaluate.make_samples(stored, range(n), sampler, steps, batch_size, place)
+        samples = evaluate.make_samples(stored, range(n), way, batch_size, place)
         seconds = time.monotonic() - began
         figures = evaluate.judge(samples, images, features, place)
-        row = shared | {"sampler": sampler, "steps": steps, "seconds": seconds}
-        row |= figures | measuring.facts_of(place)
+        row = key | {"seconds": seconds} | figures | measuring.facts_of(place)
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
     rows = []
-    for row in filter(is_shared, done_before(path)):
+    for row in matching(done_before(path), shared):
         rows.append(row | {name: float(row[name]) for name in (*FIGURES, "seconds")})
-    shown = {"sampler": ("sampler", ""), "steps": ("steps", ""), "seconds": ("seconds", ".0f")}
-    shown |= {name: (name, ".3f") for name in FIGURES}
+    shown = {name: (name, "") for name in ("sampler", "spacing", "steps")}
+    shown |= {"seconds": ("seconds", ".0f")} | {name: (name, ".3f") for name in FIGURES}
     print(f"\n{run_name}: {n:,} images, {features.measure}; {measuring.hardware(place)}")
     print(measuring.table(rows, shown))
 

@@ -287,13 +287,12 @@ class Log:
             append_rows(self.path, self.columns, self.rows[written:])
         self.rows_written = len(self.rows)
 
-    def report(self, run_name: str, asked: str, sample_flags: str, blank_loss: float) -> str:
+    def report(self, run_name: str, asked: str, blank_loss: float) -> str:
         """What came out, and what to do with it.
 
         Args:
             run_name: of the run.
             asked: what `sample` is asked for, in its flags.
-            sample_flags: what commands that sample from it need to be told.
             blank_loss: what an output of nothing but zeros costs.
         """
         mean = ""
@@ -314,9 +313,9 @@ the weights are in {checkpoints.paths_of(run_name)[0]},
 previews, log.csv and loss.png in {self.path.parent},
 all of it for a browser in {self.path.with_name("index.html")}{hint(images, way_on)}
 to make images:
-  python ddpm.py sample --run_name={run_name} {asked}{sample_flags}
+  python ddpm.py sample --run_name={run_name} {asked}
 to judge them, and see whether they are copies:
-  python -m tools.evaluate --run_name={run_name}{sample_flags}"""
+  python -m tools.evaluate --run_name={run_name}"""
 
     def illustrate(self, previews: dict[str, Tensor]) -> None:
         """Draw loss.png anew; hand images (B, C, H, W) in 0..255 to trackers, by their names."""

@@ -35,6 +35,7 @@ from machinery.command_line import (
 from machinery.inputs import are_alike
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, tell_classes
+from machinery.steps import are_paths
 from machinery.trackers import check_trackers
 
 UNTITLED = "untitled"  # the run of those who name none
@@ -273,11 +274,17 @@ class Run:
         if "network" not in checkpoint:
             way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
+        if teacher := checkpoint.get("paths", {}).get("teacher"):
+            source = f"--run_name={printable(teacher).partition(' ')[0]}"
+            way_on = f"python -m tools.distill {source} --to={self.name} continues it"
+            raise UserError(f"models/{self.name} was distilled from {printable(teacher)}; {way_on}")
         check_same_run(checkpoint, self.settings, self.listing)
         began_from = checkpoint["settings"]["init_from"]
         if self.settings["init_from"] not in ("", began_from):
             print(f"--init_from={self.settings['init_from']} is passed over: the run has begun")
         self.settings["init_from"] = began_from
+        if checkpoint.pop("paths", None):
+            print("the steps that were found for this run are dropped: its network changes")
         self.checkpoint = checkpoint
 
     def share(self) -> None:
@@ -489,6 +496,9 @@ def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
             is_of(kind, value) and (limit is None or limit[0] <= value <= limit[1])
         ):
             return name
+    allowed = settings["noise_steps"], limits["sampler"]
+    if "paths" in stored and not are_paths(stored["paths"], *allowed):
+        return "paths"
     if type(stored["log"]) is not list or not is_log(stored["log"], stored["step"]):
         return "the log"
     check_limits(settings, limits)

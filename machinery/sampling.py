@@ -22,6 +22,7 @@ from machinery.inputs import are_alike
 from machinery.listing import composed
 from machinery.reading import Start
 from machinery.runs import RANGES, check_size, full_size
+from machinery.steps import Way, remark_on
 from machinery.tiles import Tiled
 from machinery.writing import GRID_IMAGES, Album
 
@@ -86,18 +87,14 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     return [classes.index(name) for name in names]
 
 
-def check_sampling(settings: dict, flags: dict) -> None:
-    """Refuse more steps than a run has, and guidance where nothing leads.
+def check_guidance(settings: dict, guidance: float | str, guide: str) -> None:
+    """Refuse guidance where nothing leads.
 
     Args:
         settings: of the run.
-        flags: of the sampling: `steps`, `guidance` and `guide`.
+        guidance, guide: of the sampling.
     """
-    steps, guidance = flags["steps"], flags["guidance"]
-    if steps > settings["noise_steps"]:
-        limit = f"the {settings['noise_steps']} noising steps of this run"
-        raise UserError(f"--steps={steps} is more than {limit}")
-    is_led = settings["classes"] or settings["inputs"] or flags["guide"]
+    is_led = settings["classes"] or settings["inputs"] or guide
     if guidance != "auto" and not is_led:
         rule = "for class-conditional runs, trained with --conditional; others need a --guide"
         raise UserError(f"--guidance={guidance:g} is {rule}")
@@ -288,16 +285,17 @@ class Request:
         self.visited_steps = visited_steps
         self.chosen = check_labels(flags["label"], settings["classes"])
         input_files.check_inputs(flags["inputs"], settings)
-        check_sampling(settings, flags)
+        check_guidance(settings, flags["guidance"], flags["guide"])
         self.flags = flags = filled_in(flags, settings)
         check_start(flags, defaults["strength"].default, len(self.chosen))
+        if remark := remark_on(Way(*(flags[name] for name in Way._fields)), checkpoint):
+            print(remark)
         self.inputs = None
         if flags["inputs"]:
             self.inputs = InputFiles(flags["inputs"], settings, flags["img_size"])
             if flags["gif"] and len(set(self.inputs.sizes)) > 1:
-                raise UserError(
-                    "--gif shows images of one size; those of these inputs have several"
-                )
+                fault = "--gif shows images of one size"
+                raise UserError(f"{fault}; those of these inputs have several")
         self.count = flags["n_img"] * (len(self.inputs.images) if self.inputs else 1)
         # larger ones are made in tiles of the size that the run was trained at
         self.size = settings["img_size"] if self.inputs else sampling_size(flags, settings)

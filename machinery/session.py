@@ -57,7 +57,7 @@ class Progress:
         previews: images of the last preview, which is part of the budget; with guidance, twice.
     """
 
-    PREVIEW_COST = 20  # images trained in the time of one preview: 15 steps, a start and an end
+    PREVIEW_COST = 20  # images trained in the time of one preview: 8 steps, a start, much to spare
     PREVIEWS = 10  # of a training whose epochs would give it fewer than half as many
     PREVIEW_WAIT = 5  # at least so many times what a preview costs lies between two of these
     speed = 0.0  # images per second, the best row of this sitting; 0 while there is none
@@ -487,12 +487,8 @@ class Session:
             seconds = time.monotonic() - began
         print(self.progress.forecast(step, self.progress.batch_size / seconds))
 
-    def conclude(self, sample_flags: str) -> None:
-        """Print what came out. A training that was told to stop exits with its signal's status.
-
-        Args:
-            sample_flags: what a command that samples from this run needs to be told.
-        """
+    def conclude(self) -> None:
+        """Print what came out. A training that was told to stop exits with its signal's status."""
         if self.was_done and self.training.step == 0:
             reason = "reading the images took all of --max_minutes"
             print(f"nothing was learned: {reason}; they are cached now, start again")
@@ -510,4 +506,4 @@ class Session:
             # a target of images in [-1, 1] has a mean square of 1 at most
             blank_loss = diffusion.weight(every_step).mean().item()
             asked = inputs.asked(self.run.settings) or "--n_img=16"
-            print(self.log.report(self.run.name, asked, sample_flags, blank_loss))
+            print(self.log.report(self.run.name, asked, blank_loss))

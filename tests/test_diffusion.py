@@ -17,6 +17,7 @@ import ddpm
 import utils
 from ddpm import NOISE_SCHEDULES, OBJECTIVES, SAMPLERS, Diffusion
 from machinery import reading, sampling
+from machinery.steps import SPACINGS
 from modules import UNet, update_ema
 
 pytestmark = pytest.mark.quick
@@ -194,7 +195,7 @@ def test_fresh_noise_is_that_of_the_paper_over_all_steps_and_less_when_steps_are
         assert (spreads**2 - variance).abs().max() < 1e-12  # float64
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ipndm"])
 def test_if_the_image_is_known_the_walk_takes_noise_away_and_nothing_else(sampler):
     torch.manual_seed(0)
     diffusion = Diffusion(1000, "cosine")
@@ -252,7 +253,7 @@ class Gaussian:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.3, 0.5), (-0.5, 0.2)])
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2), ("ipndm", 2)])
 def test_sampler_converges_at_its_order(sampler, order, mean, std):
     """Twice the steps cut the error 2^order times.
 
@@ -263,7 +264,7 @@ def test_sampler_converges_at_its_order(sampler, order, mean, std):
     data = Gaussian(diffusion, mean, std)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
     errors = []
-    for steps in (64, 128, 256):
+    for steps in (128, 256, 512):
         path = diffusion.visited_steps(steps)[: steps * 3 // 4 + 1]
         assert path[-1] == 2048
         *_, (x_t, _) = diffusion.denoise(data.predict_clean, data.place(z, 8192), path, sampler)
@@ -273,8 +274,71 @@ def test_sampler_converges_at_its_order(sampler, order, mean, std):
     assert all(abs(measured - order) < 0.1 for measured in orders), orders
 
 
+@pytest.mark.parametrize("order", ddpm.ADAMS_BASHFORTH)
+def test_adams_bashforth_integrates_polynomials_exactly(order):
+    """From 0 to 1, by the values at 0, -1, -2, ...: of a degree below the order."""
+    for degree in range(order):
+        values = [(-place) ** degree for place in range(order)]
+        weighted = zip(ddpm.ADAMS_BASHFORTH[order], values, strict=True)
+        assert abs(sum(weight * value for weight, value in weighted) - 1 / (degree + 1)) < 1e-12
+
+
+@pytest.mark.parametrize("spacing", ["even", "rho-7"])
+def test_ipndm_is_that_of_diffusers(spacing):
+    """Up to the last step, which is DDIM's here and extrapolates there."""
+    diffusion = Diffusion(1000, "cosine")
+    data = Gaussian(diffusion, 0.3, 0.5)
+    path = diffusion.visited_steps(9, spacing=spacing)
+    signal, noise = diffusion.alpha_bar[path].sqrt(), (1 - diffusion.alpha_bar[path]).sqrt()
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(9)
+    scheduler.alphas, scheduler.betas = signal, noise  # it has a process of its own
+    x_t = theirs = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    walk = [x_t for x_t, _ in diffusion.denoise(data.predict_clean, x_t, path, "ipndm")]
+    for number, t in enumerate(path[:-2]):
+        x_0 = data.predict_clean(theirs, t)
+        v = (signal[number] * theirs - x_0) / noise[number]  # what its network answers
+        theirs = scheduler.step(v, scheduler.timesteps[number], theirs).prev_sample
+        # float64, divided by the signal, which is 5e-5 at T
+        assert (walk[number] - theirs).abs().max() < 1e-9
+
+
+# ---- spacings ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
-@pytest.mark.parametrize(("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012)])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_falls_from_noise_to_image(schedule, spacing):
+    for noise_steps in (2, 10, 1000):
+        diffusion = Diffusion(noise_steps, schedule)
+        for steps in {1, 2, min(8, noise_steps), noise_steps - 1, noise_steps}:
+            path = diffusion.visited_steps(steps, spacing=spacing)
+            assert (path[0], path[-1], len(path)) == (noise_steps, 0, steps + 1)
+            assert all(t > t_next for t, t_next in itertools.pairwise(path))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "scale"), [("log-snr", math.log), ("rho-7", lambda noise: noise ** (1 / 7))]
+)
+def test_a_spacing_is_even_on_its_own_scale_and_leaps_at_the_end(spacing, scale):
+    """From where there is twenty times as much noise as signal to a 25th of T."""
+    diffusion = Diffusion(100_000, "cosine")  # so many that rounding to one is not felt
+    path = diffusion.visited_steps(9, spacing=spacing)
+    assert path[-2:] == [4000, 0]
+    ratios = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()[path[1:-1]].tolist()
+    places = [scale(20.0), *map(scale, ratios)]
+    gaps = [one - two for one, two in itertools.pairwise(places)]
+    assert max(gaps) / min(gaps) - 1 < 0.01
+
+
+def test_steps_may_be_named_one_by_one():
+    diffusion = Diffusion(1000)
+    assert diffusion.visited_steps(3, spacing="1000,600,40,0") == [1000, 600, 40, 0]
+    assert diffusion.visited_steps(3, 0.5, "1000,600,40,0") == [500, 40, 0]
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize(("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012), ("ipndm", 0.012)])
 def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
     """The data spreads by 0.5.
 
@@ -540,7 +604,9 @@ def two_colors() -> tuple[nn.Module, Diffusion, Tensor]:
     return average, diffusion, colors
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 100), ("ddim", 20), ("dpm++", 20)])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddpm", 100), ("ddim", 20), ("dpm++", 20), ("ipndm", 20)]
+)
 def test_what_was_learned_from_two_colors_is_two_colors(two_colors, sampler, steps):
     network, diffusion, colors = two_colors
     how = {"visited_steps": diffusion.visited_steps(steps), "sampler": sampler}

@@ -18,6 +18,7 @@ from torch import Tensor
 import ddpm
 from machinery import basics, command_line, reading, writing
 from machinery.listing import CACHE, list_images
+from machinery.steps import Way
 from tools import evaluate
 from tools.evaluate import find_copies, find_nearest, frechet_distance, judge, share_among
 
@@ -649,7 +650,7 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
     told = {
         "run": "tiny",
         "step": "10",
-        "sampler": "dpm++",
+        "sampler": "dpm++ (rho-7)",
         "steps": "2",
         "n": "20",
         "measure": "FD (few)",
@@ -665,7 +666,7 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
 def test_the_images_are_those_that_sample_makes(run_tool, run_name):
     """In batches of another size, so a level of 255 may be the rounding's, or four in bfloat16."""
     stored = ddpm.load_run(run_name)
-    images = evaluate.make_samples(stored, range(5, 22), "ddim", 3, 4, CPU)
+    images = evaluate.make_samples(stored, range(5, 22), Way("ddim", 3, "rho-7"), 4, CPU)
     ddpm.sample(
         run_name=run_name, n_img=17, seed=5, sampler="ddim", steps=3, device="cpu", save_grid=False
     )

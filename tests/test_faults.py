@@ -435,6 +435,7 @@ def test_any_words_are_done_or_refused(run, far_enough):
 
     Nothing is written where it should not be.
     """
+    caches = set()  # where `train` was told to keep decoded images
 
     @hypothesis.settings(
         max_examples=200 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1
@@ -442,17 +443,14 @@ def test_any_words_are_done_or_refused(run, far_enough):
     @hypothesis.given(lines())
     @hypothesis.example(["sample", "--run_name=run", "--steps=2"])
     def holds(words: list[str]) -> None:
+        caches.update(word[8:] for word in words if word.startswith("--cache="))
         result = run(*words)
         assert result.status in (0, 2)
         assert result.err.count("\n") == (result.status == 2), result.err
         assert files_below(far_enough / "pictures") == {"picture_0000.png", "picture_0001.png"}
         assert {path.name for path in (far_enough / "datasets").iterdir()} <= {".cache"}
-        assert {path.name for path in far_enough.iterdir()} <= {
-            "models",
-            "results",
-            "datasets",
-            "pictures",
-        }
+        known = {"models", "results", "datasets", "pictures", *caches}
+        assert {path.name for path in far_enough.iterdir()} <= known
         assert {path.name for path in far_enough.parent.iterdir()} == {"here"}
 
     holds()

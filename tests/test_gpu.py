@@ -49,7 +49,7 @@ def trained(tmp_path_factory) -> Path:
     """A place with runs that were trained on a pretended GPU and on the CPU: made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("trained"))
-        patch.setattr(ddpm, "STEPS", 1)  # of the previews
+        patch.setattr(ddpm, "USUAL", ddpm.USUAL._replace(steps=1))  # of the previews
         for name in ("cats", "dogs"):
             paint(Path("sorted", name), count=4, first_seed=ord(name[0]))
         with pretended_gpu():
@@ -61,7 +61,7 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture
 def pictures(place, monkeypatch) -> None:
     """Two classes of two pictures: a training of one step, whose previews have one, too."""
-    monkeypatch.setattr(ddpm, "STEPS", 1)
+    monkeypatch.setattr(ddpm, "USUAL", ddpm.USUAL._replace(steps=1))
     for name in ("cats", "dogs"):
         paint(Path("sorted", name), count=2, first_seed=ord(name[0]))
 
@@ -380,7 +380,7 @@ def test_rows_of_other_lengths_are_means_of_their_steps(place, run, monkeypatch)
     paint(Path("pictures"))
     monkeypatch.setattr(journal, "ROW_EVERY", 2)
     monkeypatch.setattr(journal, "DENSE_ROWS", 2)
-    monkeypatch.setattr(ddpm, "STEPS", 1)
+    monkeypatch.setattr(ddpm, "USUAL", ddpm.USUAL._replace(steps=1))
     words = [word.replace("warmup=5", "warmup=0") for word in TINY]
     words += ["--dataset=pictures", "--lr_decay=none"]
 
@@ -455,5 +455,5 @@ def test_the_checks_of_a_gpu_go_through_on_a_cpu_and_find_what_is_wrong(place, m
     with pytest.raises(SystemExit):
         correct.correct(device="cpu", quick=True)
     out = capsys.readouterr().out
-    assert out.count("FAIL\n") == 3  # one for each sampler
+    assert out.count("FAIL\n") == len(ddpm.SAMPLERS)
     assert "against one that was not stopped" in out

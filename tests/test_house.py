@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import ddpm
 from machinery import command_line
-from tools import evaluate, exchange, play, report, unpack
+from tools import distill, evaluate, exchange, play, report, steps, unpack
 
 pytestmark = pytest.mark.quick
 
@@ -34,6 +34,8 @@ PROGRAMS = {
         {},
     ),
     "tools.report": ({"report": report.report}, {}),
+    "tools.steps": ({"steps": steps.steps}, steps.LIMITS),
+    "tools.distill": ({"distill": distill.distill}, distill.LIMITS),
 }
 
 

@@ -191,7 +191,7 @@ def test_a_click_on_an_image_offers_variations_and_more_steps(page):
     assert {"--seed=41", "--variation=0.2", "--label=lakes"} <= {*shlex.split(command)}
     assert np.array_equal(made, made_by(command))
     page.get_by_role("button", name="More steps").click()
-    page.locator(".command code").filter(has_text="--steps=30").wait_for()
+    page.locator(".command code").filter(has_text="--steps=16").wait_for()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download PNG").click()
     with Image.open(download.value.path()) as picture:

@@ -32,7 +32,7 @@ def train(run, place, monkeypatch):
     """Train the tiny run by the command line, with a row of the log for every second step."""
     paint(place / "pictures")
     monkeypatch.setattr(journal, "ROW_EVERY", 2)
-    monkeypatch.setattr(ddpm, "STEPS", 1)  # of the preview
+    monkeypatch.setattr(ddpm, "USUAL", ddpm.USUAL._replace(steps=1))  # of the preview
     return lambda **options: run(*words(**options))
 
 

@@ -47,6 +47,7 @@ from machinery.command_line import FilePath
 from machinery.inputs import is_made, list_pairs
 from machinery.listing import CACHE, Listing, list_images
 from machinery.pixels import FileFault, open_source
+from machinery.steps import Way, choose, remark_on
 from tools import fidelity
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
@@ -476,8 +477,7 @@ def labels_at(
 def make_samples(
     stored: dict,
     seeds: range,
-    sampler: str,
-    steps: int,
+    way: Way,
     batch_size: int,
     device: torch.device,
     labels: Tensor | None = None,
@@ -488,27 +488,28 @@ def make_samples(
 ) -> Tensor:
     """The images of a checkpoint, one for each seed: (N, C, H, W) uint8, on the CPU.
 
-    Processes share out the batches. Without `labels` (N,), the classes take turns, where there are
-    any.
+    In `way` nothing is "auto" any more. Processes share out the batches. Without `labels` (N,), the
+    classes take turns, where there are any.
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
     weaker = sampling.load_guide(guide, stored, settings["img_size"], ddpm.load_run)
     weaker = ddpm.build_trained(weaker, device)[0] if weaker else None
+    visited_steps = diffusion.visited_steps(way.steps, spacing=way.spacing)
     images = []
     if labels is None:
         labels = sampling.labels_in_turn(range(len(settings["classes"])), range(len(seeds)))
     parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
     parts = processes.share_of(parts)
-    with basics.progress_bar(steps * len(parts), unit="step", title="samples") as bar:
+    with basics.progress_bar(way.steps * len(parts), unit="step", title="samples") as bar:
         for part in parts:
             denoising = ddpm.generate(
                 network,
                 diffusion,
                 seeds[part],
                 settings["img_size"],
-                visited_steps=diffusion.visited_steps(steps),
-                sampler=sampler,
+                visited_steps=visited_steps,
+                sampler=way.sampler,
                 labels=None if labels is None else labels[part],
                 guidance=guidance,
                 guide=weaker,
@@ -568,8 +569,7 @@ def from_run(
     n_img: int,
     save_images: str,
     seed: int,
-    sampler: str,
-    steps: int,
+    way: Way,
     guidance: float,
     guide: str,
     batch_size: int,
@@ -603,11 +603,13 @@ def from_run(
             print(f"{basics.printable(dataset)} is not what {run_name} was trained on: {missed}")
     n, labels, shown = processes.from_first(wanted)
     seeds = range(seed, seed + n)
-    how = (sampler, steps, batch_size, device, labels, guidance, guide, precision)
+    how = (way, batch_size, device, labels, guidance, guide, precision)
     samples = make_samples(stored, seeds, *how, shown)
     if not processes.is_first():
         return None
-    facts = {"run": run_name, "step": stored["step"], "sampler": sampler, "steps": steps}
+    facts = {"run": run_name, "step": stored["step"], "sampler": way.sampler, "steps": way.steps}
+    if way.spacing != "even":
+        facts["sampler"] += f" ({way.spacing})"
     if save_images:
         names = [classes[label] for label in labels] if classes else []
         save_all(samples, Path(save_images), seed, names, **facts)
@@ -759,8 +761,9 @@ def evaluate(
     features: str = "efficientnet",
     # how a run makes its images
     seed: int = 0,
-    sampler: str = "dpm++",
-    steps: int = ddpm.STEPS,
+    sampler: str = "auto",
+    steps: int | str = "auto",
+    spacing: str = "auto",
     guidance: float | str = "auto",
     guide: str = "",
     save_images: FilePath = "",
@@ -801,6 +804,7 @@ def evaluate(
         seed: image number i depends on seed + i, and on its class, alone.
         sampler: as in `ddpm.py sample`.
         steps: how many of the noising steps are visited, as in `ddpm.py sample`.
+        spacing: which ones, as in `ddpm.py sample`.
         guidance: strength of classifier-free guidance (CFG), as in `ddpm.py sample`, for runs
             trained with --conditional. 1 samples what was learned; more gives clearer and less
             varied images, which recall shows.
@@ -815,8 +819,9 @@ def evaluate(
     """
     command_line.check_limits(locals(), LIMITS)
     for_runs = {"run_name": run_name, "save_images": save_images, "seed": seed}
-    for_runs |= {"sampler": sampler != "dpm++", "steps": steps != ddpm.STEPS}
-    for_runs |= {"guidance": guidance != "auto", "guide": guide, "inputs": inputs}
+    for_runs |= {"sampler": sampler != "auto", "steps": steps != "auto"}
+    for_runs |= {"spacing": spacing != "auto", "inputs": inputs}
+    for_runs |= {"guidance": guidance != "auto", "guide": guide}
     for_runs |= {"precision": precision != "auto"}
     check_subject(run_name, images, dataset, for_runs, img_size)
     device = processes.join(devices.pick_device(device))
@@ -825,8 +830,8 @@ def evaluate(
     columns = COLUMNS
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
-        asked = {"steps": steps, "guidance": guidance, "guide": guide}
-        sampling.check_sampling(stored["settings"], asked)
+        way = choose(Way(sampler, steps, spacing), stored, ddpm.USUAL)
+        sampling.check_guidance(stored["settings"], guidance, guide)
         guidance = sampling.guidance_of(guidance, stored["settings"])
         check_pairs(inputs, stored["settings"])
         if stored["settings"]["inputs"]:
@@ -839,7 +844,9 @@ def evaluate(
         basics.check_file(table.with_suffix(".png"))
         extractor = FEATURES[features](device)
     if stored:
-        how = (seed, sampler, steps, guidance, guide, batch_size, device, precision)
+        if is_first and (remark := remark_on(way, stored)):
+            print(remark)
+        how = (seed, way, guidance, guide, batch_size, device, precision)
         subject = from_run(stored, run_name, dataset, inputs, n_img, save_images, *how)
     elif is_first:
         subject = from_folder(images, dataset, img_size, n_img)

@@ -26,6 +26,7 @@ from machinery.basics import UserError
 from machinery.command_line import FilePath
 from machinery.inputs import is_made, is_sound
 from machinery.pixels import NUMBERS
+from machinery.steps import are_paths, kept
 from modules import SelfAttention, UNet
 from tools.model_card import write_card
 
@@ -118,6 +119,7 @@ EMA_KEYS = {"decay", "min_decay", "optimization_step", "update_after_step", "use
 EMA_KEYS |= {"inv_gamma", "power", "min_value", "max_value", "foreach"}
 INPUTS = "inputs.json"  # what an image-to-image network is shown behind the channels of x_t
 INPUT_KEYS = ("inputs", "input_mode")
+PATHS = "paths.json"  # which steps suit the run; diffusers takes other ones
 CLASSES = "classes.json"  # names, in the order of their numbers; diffusers has no place for them
 
 
@@ -242,6 +244,8 @@ def export(run_name: str = "", to: FilePath = "", license: str = "unknown") -> N
         configs["model_index.json"] = {"_class_name": "DDPMPipeline"} | parts
     if settings["classes"]:
         configs[CLASSES] = settings["classes"]
+    if "paths" in stored:
+        configs[PATHS] = stored["paths"]
     copies = {
         name: weight.clone(memory_format=torch.contiguous_format)
         for name, weight in stored["average"].items()
@@ -336,6 +340,24 @@ def inputs_of(path: Path) -> dict:
         rule = 'it takes {"inputs": "@gray", "input_mode": "L"}'
         raise UserError(f"its {path.name} has other entries than known; {rule}")
     return {key: found[key] for key in INPUT_KEYS}
+
+
+def paths_in(path: Path, noise_steps: int) -> dict:
+    """The entry "paths" of a checkpoint, which an export keeps at `path`; {} if it has none.
+
+    Raises:
+        UserError: it is none for so many noising steps.
+    """
+    if not path.exists():
+        return {}
+    read = read_json(path)
+    try:
+        paths = kept(**read)
+    except TypeError as error:
+        raise UserError(f"{path.name} does not tell which steps suit the run") from error
+    if not are_paths(paths, noise_steps, ddpm.SAMPLERS):
+        raise UserError(f"{path.name} names steps that do not fall from {noise_steps} to 0")
+    return {"paths": paths}
 
 
 def attended_levels(config: dict) -> tuple[int, ...]:
@@ -525,6 +547,7 @@ def import_(source: FilePath = "", run_name: str = "") -> None:
         classes = classes_of(config, folder / CLASSES)
         network, settings = network_of(config, noising, classes, given)
         weights = weights_of(unet, network, config.get("flip_sin_to_cos", True))
+        paths = paths_in(folder / PATHS, noising["noise_steps"])
     except UserError as error:
         raise UserError(f"--source={source} cannot be imported: {error}") from error
     except basics.BROKEN_FILE as error:
@@ -533,7 +556,8 @@ def import_(source: FilePath = "", run_name: str = "") -> None:
         raise UserError(message) from error
     settings |= {"run_name": run_name, "dataset": folder.resolve().name}
     with runs.new_run("run_name", run_name):
-        checkpoints.save(run_name, settings=settings, data="", step=1, log=[], average=weights)
+        facts = {"settings": settings, "data": "", "step": 1, "log": []} | paths
+        checkpoints.save(run_name, **facts, average=weights)
     number = sum(weight.numel() for weight in weights.values())
     message = f"{checkpoints.paths_of(run_name)[0]}: {number:,} weights"
     if others:

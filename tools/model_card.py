@@ -26,6 +26,7 @@ from machinery import (
 )
 from machinery.basics import UserError
 from machinery.inputs import input_channels, is_made
+from machinery.steps import AUTO, choose
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -121,12 +122,12 @@ def write_samples(stored: dict, run_name: str, path: Path) -> None:
     if stored["settings"]["inputs"]:
         made_by = f"python ddpm.py sample --run_name={run_name} --inputs=..."
         raise UserError(f"there are no images of {run_name} for its card; `{made_by}` makes some")
-    steps = min(ddpm.STEPS, stored["settings"]["noise_steps"])
     shown = classes[:16]
     count = 4 * len(shown) or 16
     labels = sampling.labels_in_turn(range(len(shown)), range(count))
     device = devices.pick_device("auto")
-    samples = make_samples(stored, range(count), "dpm++", steps, 4, device, labels)
+    way = choose(AUTO, stored, ddpm.USUAL)
+    samples = make_samples(stored, range(count), way, 4, device, labels)
     writing.save_png(samples, path, shown)
 
 

@@ -26,6 +26,7 @@ from machinery import checkpoints, command_line, devices, reading, runs, writing
 from machinery.basics import UserError, counted
 from machinery.pixels import NUMBERS
 from machinery.sampling import Request
+from machinery.steps import AUTO, choose
 
 MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
@@ -82,6 +83,11 @@ def facts_of(run_name: str) -> str:
     if settings["classes"]:
         facts.append(f"{len(settings['classes'])} classes")
     return f"**{run_name}**: {', '.join(facts)}."
+
+
+def usual_steps(run_name: str) -> int:
+    """How many steps `sample` would take of a run."""
+    return choose(AUTO, load(run_name)[0], ddpm.USUAL).steps
 
 
 def guides_of(run_name: str) -> list[str]:

@@ -26,6 +26,7 @@ from tools.play_images import (
     keep_start,
     load,
     show,
+    usual_steps,
 )
 
 # the inputs that an action on an image fills in
@@ -81,8 +82,10 @@ class Page:
         form["label"] = gr.Dropdown(classes, multiselect=True, label="Classes, in turn", **how)
         form["guidance"] = gr.Slider(0, 10, ddpm.GUIDANCE, step=0.1, label="Guidance", **how)
         with gr.Accordion("Sampler, steps, size, autoguidance", open=False):
-            form["sampler"] = gr.Dropdown(list(ddpm.SAMPLERS), value="dpm++", label="Sampler")
-            form["steps"] = gr.Number(min(ddpm.STEPS, settings["noise_steps"]), label="Steps")
+            form["sampler"] = gr.Dropdown(
+                list(ddpm.LIMITS["sampler"]), value="auto", label="Sampler"
+            )
+            form["steps"] = gr.Number(usual_steps(run_name), label="Steps")
             hint = "as the run was trained"
             form["img_size"] = gr.Textbox("", label="Size (height x width)", placeholder=hint)
             guides = guides_of(run_name)
@@ -170,9 +173,8 @@ class Page:
         classes = list(settings["classes"])
         label = gr.Dropdown(choices=classes, value=[], visible=bool(classes))
         guidance = gr.Slider(value=ddpm.GUIDANCE, visible=bool(classes))
-        steps = min(ddpm.STEPS, settings["noise_steps"])
         guide = gr.Dropdown(choices=guides_of(run_name), value="")
-        return facts, label, guidance, steps, "", guide, gr.Column(visible=False)
+        return facts, label, guidance, usual_steps(run_name), "", guide, gr.Column(visible=False)
 
     def show_guidance(self, run_name: str, guide: str) -> gr.Slider:
         """It counts where there are classes or a guide."""

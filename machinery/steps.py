@@ -1,0 +1,170 @@
+"""Which noising steps a sampler visits: even, spaced by the noise, or found for a run.
+
+Reading order: spacings; what a run keeps; what `sample` is asked for.
+"""
+
+import itertools
+from collections.abc import Container, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from machinery.basics import UserError, printable
+
+LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
+MOST_NOISE = 20.0  # noise / signal that counts as that of T, where it may be without bound
+
+# ---- spacings ------------------------------------------------------------------------------------
+
+
+def rho_7(noise: np.ndarray) -> np.ndarray:
+    """The seventh root of noise / signal (Karras et al. 2022, eq. 5)."""
+    return noise ** (1 / 7)
+
+
+# what lies in even distances between two steps, as a function of noise / signal; None is t itself
+SPACINGS = {"even": None, "log-snr": np.log, "rho-7": rho_7}
+
+
+def spaced(spacing: str, steps: int, alpha_bar: Sequence[float]) -> list[int]:
+    """`steps` steps from T to 0: the steps + 1 values of t that are visited, falling.
+
+    Args:
+        spacing: one of SPACINGS, or the values themselves, with commas.
+        steps: how many, T at most.
+        alpha_bar: of t = 0..T, falling from 1 (T + 1,).
+    """
+    noise_steps = len(alpha_bar) - 1
+    if spacing not in SPACINGS:
+        return [int(t) for t in spacing.split(",")]
+    if spacing == "even":
+        return [round(noise_steps * (1 - i / steps)) for i in range(steps + 1)]
+    alpha_bar = np.asarray(alpha_bar)[1:]
+    noise = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..T, rising
+    measured = SPACINGS[spacing](noise)
+    last = max(1, round(LEAP * noise_steps))
+    ends = SPACINGS[spacing](np.minimum(noise[[-1, last - 1]], MOST_NOISE))
+    wanted = np.linspace(*ends, steps)
+    nearest = np.abs(measured[:, None] - wanted).argmin(axis=0) + 1
+    nearest[0] = noise_steps
+    # no value twice: each at least 1 below the one before it, and far enough from 0 for the rest
+    order = np.arange(steps)
+    falling = np.minimum.accumulate(nearest + order) - order
+    return [*np.maximum(falling, steps - order).tolist(), 0]
+
+
+# ---- what a run keeps ----------------------------------------------------------------------------
+
+
+def kept(sampler: str, default: int, visited: Sequence[Sequence[int]], teacher: str = "") -> dict:
+    """The entry "paths" of a checkpoint: which steps suit a run.
+
+    Args:
+        sampler: with which they do.
+        default: how many `sample` takes if it is not told.
+        visited: the values of t, from T to 0, for each number of steps.
+        teacher: of a distilled run, the run it was distilled from.
+    """
+    visited = tuple(tuple(each) for each in visited)
+    return {"sampler": sampler, "default": default, "visited": visited, "teacher": teacher}
+
+
+def are_paths(stored, noise_steps: int, samplers: Container[str]) -> bool:
+    """Whether a checkpoint's entry "paths" is what `kept` makes, for a run of so many steps."""
+    kinds = {"sampler": str, "default": int, "visited": tuple, "teacher": str}
+    return (
+        type(stored) is dict
+        and {name: type(value) for name, value in stored.items()} == kinds
+        and all(type(each) is tuple and is_path(each, noise_steps) for each in stored["visited"])
+        and stored["sampler"] in samplers
+        and stored["sampler"] != "auto"
+        and stored["default"] in by_number(stored)
+    )
+
+
+def is_path(visited: Sequence[int], noise_steps: int) -> bool:
+    """Whether values of t fall from T to 0."""
+    return (
+        len(visited) > 1
+        and all(type(t) is int for t in visited)
+        and (visited[0], visited[-1]) == (noise_steps, 0)
+        and all(t > t_next for t, t_next in itertools.pairwise(visited))
+    )
+
+
+def by_number(paths: dict) -> dict[int, tuple[int, ...]]:
+    """The kept steps, by how many they are."""
+    return {len(visited) - 1: visited for visited in paths["visited"]}
+
+
+# ---- what is asked for ---------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """How images are made: the flags of `sample` of these names."""
+
+    sampler: str
+    steps: int | str
+    spacing: str  # one of SPACINGS, or the values of t, with commas
+
+
+AUTO = Way("auto", "auto", "auto")
+
+
+def choose(asked: Way, checkpoint: dict, usual: Way) -> Way:
+    """What "auto" means for a run: what it keeps itself, or else `usual`.
+
+    Raises:
+        UserError: the steps do not fit the run, or each other.
+    """
+    noise_steps = checkpoint["settings"]["noise_steps"]
+    paths = checkpoint.get("paths") or kept(usual.sampler, usual.steps, ())
+    sampler, steps, spacing = asked
+    if sampler == "auto":
+        sampler = paths["sampler"]
+    if spacing not in ("auto", *SPACINGS):
+        return Way(sampler, number_of(spacing, steps, noise_steps), spacing)
+    own = by_number(paths) if sampler == paths["sampler"] and spacing == "auto" else {}
+    if steps == "auto":
+        steps = paths["default"] if own else min(usual.steps, noise_steps)
+    if steps > noise_steps:
+        raise UserError(f"--steps={steps} is more than the {noise_steps} noising steps of this run")
+    if steps in own:
+        spacing = ",".join(map(str, own[steps]))
+    return Way(sampler, steps, usual.spacing if spacing == "auto" else spacing)
+
+
+def remark_on(way: Way, checkpoint: dict) -> str:
+    """That a run's own steps are taken, or that a distilled run is asked for others; or nothing."""
+    paths = checkpoint.get("paths")
+    if not paths:
+        return ""
+    sampler, steps, spacing = way
+    own = ",".join(map(str, by_number(paths).get(steps, ())))
+    if (sampler, spacing) == (paths["sampler"], own):
+        teacher = printable(paths["teacher"])
+        source = f"distilled from {teacher} for these" if teacher else "found for this run"
+        return f"steps    {steps}, {source}: t = {spacing}"
+    if paths["teacher"]:
+        made_for = f"{paths['default']} steps of {paths['sampler']}"
+        return f"steps    {steps} of {sampler}; this run was distilled for {made_for}"
+    return ""
+
+
+def number_of(spacing: str, steps: int | str, noise_steps: int) -> int:
+    """How many steps are named one by one in `--spacing=1000,600,40,0`.
+
+    Raises:
+        UserError: they do not fall from T to 0, or are not as many as `--steps`.
+    """
+    try:
+        visited = [int(t) for t in spacing.split(",")]
+    except ValueError:
+        visited = []
+    if not is_path(visited, noise_steps):
+        rule = f"is not one of: auto, {', '.join(SPACINGS)}, nor values of t that fall"
+        raise UserError(f"--spacing={spacing} {rule} from {noise_steps} to 0, with commas")
+    if steps not in ("auto", len(visited) - 1):
+        number = f"names {len(visited) - 1} steps"
+        raise UserError(f"--spacing={spacing} {number}; leave out --steps={steps}")
+    return len(visited) - 1

@@ -1,0 +1,425 @@
+"""Which steps suit a run: the search, what `sample` makes of them, and distillation."""
+
+import itertools
+import math
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, paint, refused
+from PIL import Image
+from torch import Tensor, nn
+
+import ddpm
+import tools.distill
+import tools.steps
+from ddpm import Diffusion
+from machinery import checkpoints, command_line
+from machinery.steps import AUTO, Way, are_paths, choose, kept
+from tools.steps import Walks, missed_by, misses, search
+
+NOISE_STEPS = 60
+TRAIN = ("train", "--dataset=pictures", "--run_name=run", f"--noise_steps={NOISE_STEPS}")
+TRAIN += (*(word for word in TINY if not word.startswith("--lr=")), "--lr=0.01")
+DEVICE = "--device=cpu"
+
+# ---- the search ----------------------------------------------------------------------------------
+
+
+def test_search_finds_what_trying_all_paths_finds():
+    """Of 9 places in 4 steps: 35 paths."""
+    rng = np.random.default_rng(0)
+    missed = rng.random((9, 9, 9))
+    paths = [(0, *between, 8) for between in itertools.combinations(range(1, 8), 3)]
+    for before, here, there in itertools.product(range(9), repeat=3):
+        if not (before < here < there or before == here == 0 < there):
+            missed[before, here, there] = math.inf
+    best = min(paths, key=lambda path: missed_by(missed, path))
+    assert search(missed, 4) == list(best)
+    assert missed_by(missed, search(missed, 4)) < math.inf
+
+
+def exact_walks(diffusion: Diffusion, places: list[int], spread: Tensor) -> Walks:
+    """Data of N(0, spread^2) in each of D values: its way out of the noise is known exactly."""
+    torch.manual_seed(0)
+    z = torch.randn(16, len(spread))  # (N, D)
+    alpha_bar = diffusion.alpha_bar[places, None, None]
+    spreads = (alpha_bar * spread**2 + 1 - alpha_bar).sqrt()  # of x_t (P, 1, D)
+    x_t = spreads * z
+    return Walks(places, x_t, alpha_bar.sqrt() * spread**2 / spreads**2 * x_t)
+
+
+def test_misses_are_those_of_the_sampler():
+    """What the products say is what `denoise` does: its first step, and one that knows another."""
+    diffusion = Diffusion(1000, "cosine")
+    places = [1000, 900, 700, 400, 40]
+    walks = exact_walks(diffusion, places, torch.linspace(0.1, 3, 7, dtype=torch.float64))
+    missed = misses(walks, diffusion.alpha_bar)
+    guesses = dict(zip(places, walks.x_0, strict=True))
+    states = dict(zip(places, walks.x_t, strict=True))
+
+    def miss(path: list[int]) -> float:
+        """Of the last step, all before it being exact."""
+        walk = diffusion.denoise(lambda x_t, t: guesses[t], states[path[0]], path, "dpm++")
+        *_, (x_t, _) = walk
+        if len(path) == 3:  # what the first step got wrong is put right
+            first = next(diffusion.denoise(lambda _, t: guesses[t], states[path[0]], path, "dpm++"))
+            kept_noise = (1 - diffusion.alpha_bar[path[2]]) / (1 - diffusion.alpha_bar[path[1]])
+            x_t = x_t + kept_noise.sqrt() * (states[path[1]] - first[0])
+        weight = diffusion.alpha_bar[path[-1]].sqrt()
+        return ((x_t - states[path[-1]]).square().mean() / weight).item()
+
+    assert abs(missed[0, 0, 2] - miss([1000, 700])) < 1e-9
+    assert abs(missed[0, 1, 3] - miss([1000, 900, 400])) < 1e-9
+    assert abs(missed[1, 2, 4] - miss([900, 700, 40])) < 1e-9
+    assert missed[2, 1, 4] == missed[1, 1, 3] == math.inf
+
+
+def test_found_steps_end_nearer_to_the_exact_image_than_others():
+    """Of data of a spread of 0.3."""
+    diffusion = Diffusion(1000, "cosine")
+    spread = torch.full((64,), 0.3, dtype=torch.float64)
+    places = np.linspace(1000, 40, 49).round().astype(int).tolist()
+    walks = exact_walks(diffusion, places, spread)
+    missed = misses(walks, diffusion.alpha_bar)
+
+    def predict_clean(x_t: Tensor, t: int) -> Tensor:
+        alpha_bar = diffusion.alpha_bar[t]
+        return alpha_bar.sqrt() * 0.09 / (alpha_bar * 0.09 + 1 - alpha_bar) * x_t
+
+    def error(path: list[int]) -> float:
+        """At t = 40: the last leap is the same for all."""
+        *_, (x_t, _) = diffusion.denoise(predict_clean, walks.x_t[0], path[:-1], "dpm++")
+        return (x_t - walks.x_t[-1]).abs().mean().item()
+
+    for steps in (5, 8):
+        found = [places[each] for each in search(missed, steps - 1)] + [0]
+        even = [round(1000 - 960 * i / (steps - 1)) for i in range(steps)] + [0]
+        assert error(found) < 0.8 * error(even)
+
+
+# ---- what a run keeps ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A place with a run, and with what tools.steps has found for it in the run `found`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("trained"))
+        paint(Path("pictures"))
+        command_line.plan("ddpm.py", {"train": ddpm.train}, [*TRAIN, "--epochs=8"])()
+        shutil.copytree("models/run", "models/found")
+        tools.steps.steps("found", device="cpu")
+        return Path.cwd()
+
+
+def paths_of(run_name: str) -> dict:
+    return checkpoints.load(run_name)["paths"]
+
+
+def pictures(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("results", folder).glob("sample_*.png")}
+
+
+def command_in(path: Path) -> list[str]:
+    with Image.open(path) as picture:
+        return shlex.split(picture.text["command"], comments=True)
+
+
+def test_steps_of_4_to_10_are_kept_and_the_rest_of_the_run_stays(here):
+    before, after = checkpoints.load("run"), checkpoints.load("found")
+    paths = after.pop("paths")
+    assert before.keys() == after.keys()
+    assert before["settings"] == after["settings"]
+    assert all(
+        torch.equal(before["average"][name], after["average"][name]) for name in after["average"]
+    )
+    assert are_paths(paths, NOISE_STEPS, ddpm.SAMPLERS)
+    assert [len(visited) - 1 for visited in paths["visited"]] == [*range(4, 11)]
+    assert all(visited[-2] == 2 for visited in paths["visited"])  # a 25th of 60
+
+
+def test_sample_takes_the_steps_of_the_run_and_says_so(here, run):
+    result = run("sample", "--run_name=found", "--n_img=2", "--steps=5", DEVICE)
+    path = ",".join(map(str, paths_of("found")["visited"][1]))
+    assert f"steps    5, found for this run: t = {path}\n" in result.out
+    assert f"--spacing={path}" in command_in(Path("results/found/samples/sample_0001.png"))
+    result = run("sample", "--run_name=found", "--n_img=2", DEVICE)
+    assert f"steps    {paths_of('found')['default']}, found for this run" in result.out
+    other = run("sample", "--run_name=found", "--n_img=2", "--steps=5", "--spacing=even", DEVICE)
+    assert "found for" not in other.out
+    for words in (["--steps=11"], ["--sampler=ddim", "--steps=5"]):
+        assert "found for" not in run("sample", "--run_name=found", "--n_img=1", *words, DEVICE).out
+    assert "--spacing=rho-7" in command_in(Path("results/found/samples_5/sample_0001.png"))
+    assert pictures("found/samples") != pictures("found/samples_3")
+
+
+def test_the_command_of_a_png_makes_it_again_when_other_steps_are_found(here, run):
+    assert run("sample", "--run_name=found", "--n_img=2", "--steps=5", DEVICE).status == 0
+    stored = checkpoints.load("found")
+    stored["paths"] = kept("dpm++", 5, [(60, 40, 30, 20, 10, 0)])
+    checkpoints.write(checkpoints.paths_of("found")[0], **stored)
+    words = command_in(Path("results/found/samples/sample_0001.png"))
+    result = run(*words[2:], DEVICE, "--name=again")
+    assert result.status == 0, result.err
+    assert pictures("found/samples") == pictures("found/again")
+
+
+def test_image_to_image_takes_the_end_of_the_found_steps(here, run):
+    words = ("--n_img=1", "--steps=6", "--init_image=pictures/picture_0000.png", "--strength=0.5")
+    assert run("sample", "--run_name=found", *words, DEVICE).status == 0
+
+
+def test_a_published_and_an_exported_run_keep_their_steps(here, exchange):
+    assert exchange("publish", "--run_name=found", "--to=given").status == 0
+    assert paths_of("given") == paths_of("found")
+    assert exchange("export", "--run_name=found", "--to=folder").status == 0
+    assert exchange("import", "--source=folder", "--run_name=back").status == 0
+    assert paths_of("back") == paths_of("found")
+    assert exchange("export", "--run_name=run", "--to=plain").status == 0
+    assert exchange("import", "--source=plain", "--run_name=bare").status == 0
+    assert "paths" not in checkpoints.load("bare")
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1]", '{"sampler": "dpm++", "default": 2, "visited": [[60, 0]], "teacher": ""}']
+)
+def test_strange_steps_of_an_export_are_refused(here, exchange, text):
+    assert exchange("export", "--run_name=found", "--to=folder").status == 0
+    Path("folder/paths.json").write_text(text)
+    line = refused(exchange("import", "--source=folder", "--run_name=back"))
+    assert "cannot be" in line
+    assert not Path("models/back").exists()
+
+
+def test_a_training_that_goes_on_drops_the_steps_and_a_fine_tuning_has_none(here, run):
+    words = [word.replace("=run", "=found") if "run_name" in word else word for word in TRAIN]
+    result = run(*words, "--epochs=9")
+    assert (result.status, "are dropped: its network changes" in result.out) == (0, True)
+    assert "paths" not in checkpoints.load("found")
+    tools.steps.steps("run", device="cpu")
+    words = [word.replace("=run", "=tuned") if "run_name" in word else word for word in TRAIN]
+    assert run(*words, "--init_from=run", "--epochs=1").status == 0
+    assert "paths" not in checkpoints.load("tuned")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        {"sampler": "dpm++"},
+        kept("dpm++", 5, [(60, 20, 0)]),
+        kept("dpm++", 2, [(60, 60, 0)]),
+        kept("dpm++", 2, [(61, 20, 0)]),
+        kept("dpm++", 2, [(60, 20.0, 0)]),
+        kept("dpm++", 1, [(60, -1)]),
+        kept("euler", 2, [(60, 20, 0)]),
+        kept("auto", 2, [(60, 20, 0)]),
+    ],
+)
+def test_paths_that_are_none_are_refused(here, run, paths):
+    stored = checkpoints.load("found") | {"paths": paths}
+    checkpoints.write(checkpoints.paths_of("found")[0], **stored)
+    assert "entries that do not fit" in refused(run("sample", "--run_name=found", DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--spacing=odd"], "--spacing=odd is not one of: auto, even, log-snr, rho-7, nor values"),
+        (["--spacing=60,20,30,0"], "that fall from 60 to 0"),
+        (["--spacing=50,20,0"], "that fall from 60 to 0"),
+        (["--spacing=60,20,0", "--steps=3"], "names 2 steps; leave out --steps=3"),
+        (["--steps=many"], "--steps=many is not a whole number or auto"),
+        (["--sampler=euler"], "is not one of: auto, ddpm, ddim, dpm++, ipndm"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(here, run, words, message):
+    assert message in refused(run("sample", "--run_name=run", *words, DEVICE))
+    assert not Path("results/run/samples").exists()
+
+
+def test_steps_refuses_a_last_step_that_leaves_no_choice(here, run_main):
+    words = ("--run_name=run", DEVICE, "--last=20")
+    assert "leaves too few to choose from" in refused(run_main(tools.steps.main, *words))
+    assert "paths" not in checkpoints.load("run")
+
+
+def test_all_steps_of_ddpm_are_algorithm_2_whatever_the_spacing(here, run):
+    """Bits included: there is no choice of steps where all are visited."""
+    for spacing in ("even", "log-snr", "auto"):
+        words = ("--n_img=2", "--sampler=ddpm", f"--steps={NOISE_STEPS}", f"--spacing={spacing}")
+        assert run("sample", "--run_name=found", *words, f"--name={spacing}", DEVICE).status == 0
+    assert pictures_pixels("even") == pictures_pixels("log-snr") == pictures_pixels("auto")
+
+
+def pictures_pixels(name: str) -> list[bytes]:
+    found = []
+    for path in sorted(Path("results/found", name).glob("sample_*.png")):
+        with Image.open(path) as picture:
+            found.append(picture.tobytes())
+    assert found
+    return found
+
+
+def test_a_run_without_steps_of_its_own_is_sampled_as_usual():
+    checkpoint = {"settings": {"noise_steps": 1000}}
+    assert choose(AUTO, checkpoint, ddpm.USUAL) == ddpm.USUAL
+    assert choose(Way("ddim", 50, "auto"), checkpoint, ddpm.USUAL).spacing == ddpm.USUAL.spacing
+    few = {"settings": {"noise_steps": 3}}
+    assert choose(AUTO, few, ddpm.USUAL).steps == 3
+
+
+# ---- distillation --------------------------------------------------------------------------------
+
+
+class TwoPeaks(nn.Module):
+    """The perfect network of values that are half N(-0.6, 0.1^2) and half N(0.6, 0.1^2)."""
+
+    mean, std = 0.6, 0.1
+
+    def __init__(self, diffusion: Diffusion):
+        super().__init__()
+        self.diffusion = diffusion
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """v, from E[x_0 | x_t]."""
+        signal, noise = (each.double() for each in self.diffusion.at(t))
+        x_t = x_t.double()
+        variance = (signal * self.std) ** 2 + noise**2  # of x_t around each peak
+        means = torch.stack([-self.mean * signal + 0 * x_t, self.mean * signal + 0 * x_t])
+        shares = (-((x_t - means) ** 2) / (2 * variance)).softmax(dim=0)
+        centers = torch.tensor([-self.mean, self.mean]).view(2, 1, 1, 1, 1)
+        guesses = centers + signal * self.std**2 / variance * (x_t - means)
+        x_0 = (shares * guesses).sum(dim=0)
+        return ((signal * x_t - x_0) / noise).float()
+
+    def exact(self, z: Tensor) -> Tensor:
+        """Where the probability flow leads from the noise z: as many of the values lie below."""
+        grid = torch.linspace(-1.2, 1.2, 4801, dtype=torch.float64)
+        normal = torch.distributions.Normal(0.0, 1.0)
+        below = [normal.cdf((grid - mean) / self.std) for mean in (-self.mean, self.mean)]
+        places = torch.searchsorted((below[0] + below[1]) / 2, normal.cdf(z.double()))
+        return grid[places.clamp(max=4800)]
+
+
+class Curve(nn.Module):
+    """v of one value by a small perceptron of it, at any t."""
+
+    def __init__(self):
+        super().__init__()
+        layers = (nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.layers(x_t.unsqueeze(-1)).squeeze(-1)
+
+
+def test_a_student_learns_to_jump_to_where_the_flow_leads():
+    """In one step, of data whose flow is known; without learning, one step leads to the mean."""
+    torch.manual_seed(0)
+    diffusion = Diffusion(300, "cosine", "v")
+    teacher, student = TwoPeaks(diffusion), Curve()
+    path = diffusion.visited_steps(60)
+    how = {"batch_size": 256, "lr": 5e-3, "seed": 0, "precision": "float32"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools.distill, "SHORT_STEPS", 60)
+        distillation = tools.distill.Distillation(
+            teacher, student, diffusion, path, (1, 1, 1), **how
+        )
+        for number in range(300):
+            distillation.advance(number / 300)
+    z = torch.linspace(-2, 2, 81)
+    z = z[z.abs() > 0.15].view(-1, 1, 1, 1)  # between the peaks the flow is as good as a jump
+    with torch.no_grad():
+        made = distillation.step(z, 300, 0)
+        at_once = distillation.guess(teacher, z, 300)
+    exact = teacher.exact(z)
+    assert (at_once - exact).abs().mean() > 0.5
+    assert (made - exact).abs().mean() < 0.06
+
+
+@pytest.fixture
+def distill(here, run_main):
+    """Run `python -m tools.distill` from the run `run` to the run `fast`."""
+    words = ("--run_name=run", "--to=fast", "--steps=2", "--batch_size=4", "--max_minutes=0")
+
+    def run_words(*more: str):
+        given = {word.partition("=")[0] for word in more}
+        kept_words = [word for word in words if word.partition("=")[0] not in given]
+        return run_main(tools.distill.main, *kept_words, *more, DEVICE)
+
+    return run_words
+
+
+def test_a_distilled_run_is_a_run_that_says_from_whom_and_for_which_steps(distill, run, exchange):
+    assert distill("--walks=12").status == 0
+    paths = paths_of("fast")
+    assert (paths["sampler"], paths["default"], paths["teacher"][:4]) == ("ddim", 2, "run ")
+    result = run("sample", "--run_name=fast", "--n_img=2", DEVICE)
+    assert "steps    2, distilled from run " in result.out
+    words = command_in(Path("results/fast/samples/sample_0001.png"))
+    assert {"--sampler=ddim", "--steps=2"} <= set(words)
+    result = run("sample", "--run_name=fast", "--n_img=2", "--steps=5", DEVICE)
+    assert "steps    5 of ddim; this run was distilled for 2 steps of ddim" in result.out
+    assert exchange("publish", "--run_name=fast", "--to=given").status == 0
+    assert paths_of("given") == paths
+    weights = checkpoints.load("fast")["average"]
+    assert not torch.equal(
+        weights["conv_in.weight"], checkpoints.load("run")["average"]["conv_in.weight"]
+    )
+
+
+def test_a_stopped_distillation_goes_on_to_the_bit(distill, monkeypatch):
+    assert distill("--walks=24").status == 0
+    whole = checkpoints.load("fast")
+    shutil.rmtree("models/fast")
+    advance = tools.distill.Distillation.advance
+
+    def stop_at_two(self, fraction_done):
+        losses = advance(self, fraction_done)
+        if self.round == 2:
+            signal.raise_signal(signal.SIGINT)
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.distill.Distillation, "advance", stop_at_two)
+        result = distill("--walks=24")
+    assert (result.status, "stopped and saved" in result.out) == (130, True)
+    assert checkpoints.load("fast")["step"] == 2
+    assert distill("--walks=24").status == 0
+    again = checkpoints.load("fast")
+    assert again["step"] == whole["step"] == 6
+    assert checkpoints.fingerprint_of(again["average"]) == checkpoints.fingerprint_of(
+        whole["average"]
+    )
+    assert "nothing to do" in distill("--walks=24").out
+
+
+def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
+    assert distill("--walks=4").status == 0
+    for words, message in (
+        (["--steps=3"], "--to=fast is distilled for 2 steps, not 3"),
+        (["--to=found"], "models/found holds another run"),
+        (["--to=new", "--run_name=fast"], "was itself distilled from run"),
+        (["--to=new", "--steps=16", "--run_name=few"], "--steps=16 is too many for the 20"),
+        (["--to="], "--to is missing"),
+        (["--to=new", "--steps=17"], "--steps=17 is out of range"),
+    ):
+        if "--run_name=few" in words:
+            stored = checkpoints.load("run")
+            stored["settings"] |= {"noise_steps": 20, "run_name": "few"}
+            checkpoints.write(checkpoints.paths_of("few")[0], **stored)
+        line = refused(distill(*words))
+        assert message in line
+    assert not Path("models/new").exists()
+    stored = checkpoints.load("fast")
+    other = stored["paths"] | {"visited": ((60, 20, 0),)}
+    checkpoints.write(checkpoints.paths_of("fast")[0], **stored | {"paths": other})
+    assert "other values of t" in refused(distill("--walks=8"))
+    line = refused(run(*[word.replace("=run", "=fast") for word in TRAIN], "--epochs=9"))
+    assert "models/fast was distilled from run" in line
+    assert "was distilled from" in refused(run_main(tools.steps.main, "--run_name=fast", DEVICE))

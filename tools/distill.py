@@ -1,0 +1,327 @@
+"""Distillation: a run that makes its images in 2 to 4 steps, taught by a run that needs more.
+
+    python -m tools.distill --run_name=my_run --to=my_fast_run --steps=4
+    python -m tools.distill --help
+
+After Zhou et al. 2024 (SFD): the student goes its own way from noise to image in a few long steps.
+From each place where one of them begins, the teacher goes to where it ends, in several short ones,
+and the student learns to arrive there at once. It begins with the teacher's weights, so that a
+short training is enough, and needs no images.
+
+Reading order: Distillation; the student's run; how long; distill, the command.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ddpm
+from ddpm import Diffusion
+from machinery import basics, checkpoints, command_line, devices, runs
+from machinery.basics import UserError
+from machinery.command_line import StopSignals
+from machinery.journal import SUMS
+from machinery.steps import by_number, kept
+
+SHORT_STEPS = 3  # of the teacher, for one of the student
+SAVE_SECONDS = 300
+SAMPLER = "ddim"  # of the student: it has learned where each single step leads
+
+
+class Distillation:
+    """A student that learns to go in one step where its teacher goes in several.
+
+    Everything random in a round depends on (seed, round) alone, so a resumed distillation equals
+    one that was never stopped (on the same machine with a CPU; under --max_minutes the learning
+    rate depends on the clock).
+
+    Args:
+        teacher, student: networks of (x_t, t), of the same objective.
+        diffusion: their noising process.
+        path: of the teacher: values of t from T to 0, SHORT_STEPS for each step of the student.
+        shape: of an image (C, H, W).
+        batch_size: images of a round.
+        lr: learning rate at the beginning; it falls to 0.
+        seed: of the noise.
+        precision: one of devices.PRECISIONS.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        diffusion: Diffusion,
+        path: Sequence[int],
+        shape: Sequence[int],
+        *,
+        batch_size: int,
+        lr: float,
+        seed: int,
+        precision: str = "auto",
+    ):
+        self.teacher, self.student, self.diffusion = teacher, student, diffusion
+        self.path = path
+        self.shape = shape
+        self.batch_size = batch_size
+        self.lr = lr
+        self.seed = seed
+        self.device = diffusion.signal.device
+        self.precision = devices.precision_of(precision, self.device)
+        if self.precision == torch.float16:  # small gradients would be lost without a loss scale
+            self.precision = torch.float32
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+        self.round = 0
+
+    def state(self) -> dict:
+        """What a checkpoint keeps; the inverse of `restore`."""
+        weights = self.student.state_dict()
+        return {
+            "network": weights,
+            "average": weights,  # the falling learning rate does what an average would
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.round,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Stand where `state` was saved."""
+        self.student.load_state_dict(state["network"])
+        checkpoints.restore_adamw(self.optimizer, state["optimizer"])
+        self.round = state["step"]
+
+    def guess(self, network: nn.Module, x_t: Tensor, t: int) -> Tensor:
+        """A network's guess of x_0 (B, C, H, W)."""
+        times = torch.full((len(x_t),), t, device=self.device)
+        with devices.autocast(self.device, self.precision):
+            output = network(x_t, times)
+        return self.diffusion.clean(x_t, times, output.float())
+
+    def follow_teacher(self, x_t: Tensor, short: Sequence[int]) -> Tensor:
+        """Where the teacher comes to from x_t, in short steps."""
+        predict_clean = lambda x_t, t: self.guess(self.teacher, x_t, t).clamp(-1, 1)  # noqa: E731
+        *_, (x_next, _) = self.diffusion.denoise(predict_clean, x_t, short, "dpm++")
+        return x_next
+
+    def step(self, x_t: Tensor, t: int, t_next: int) -> Tensor:
+        """Where the student comes to from x_t, in one step of DDIM."""
+        here, there = torch.tensor([[t], [t_next]], device=self.device)
+        x_0 = self.guess(self.student, x_t, t)
+        signal, noise = self.diffusion.at(here)
+        return self.diffusion.add_noise(x_0, there, (x_t - signal * x_0) / noise)
+
+    def advance(self, fraction_done: float) -> Tensor:
+        """A round: a batch of images goes the whole way, and the student learns at every step.
+
+        Returns:
+            The mean squared difference from the teacher, of each step (steps,).
+        """
+        rng = np.random.default_rng((self.seed, self.round))
+        noise = rng.standard_normal((self.batch_size, *self.shape), np.float32)
+        x_t = torch.from_numpy(noise).to(self.device)
+        self.optimizer.param_groups[0]["lr"] = self.lr * (1 - fraction_done)
+        losses = []
+        for first in range(0, len(self.path) - 1, SHORT_STEPS):
+            short = self.path[first : first + SHORT_STEPS + 1]
+            target = self.follow_teacher(x_t, short)
+            arrived = self.step(x_t, short[0], short[-1])
+            loss = (arrived - target).square().mean()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), max_norm=1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+            x_t = arrived.detach()  # on its own way, also where it errs
+        self.round += 1
+        return torch.stack(losses)
+
+
+# ---- the student's run ---------------------------------------------------------------------------
+
+
+def check_teacher(run_name: str, teacher: dict, steps: int) -> None:
+    """Refuse a run that cannot teach `steps` steps."""
+    settings = teacher["settings"]
+    if settings["classes"]:
+        rule = "classes need guidance, which is not distilled"
+        raise UserError(f"--run_name={run_name} is class-conditional: {rule}")
+    if source := teacher.get("paths", {}).get("teacher"):
+        rule = "take that one as the teacher"
+        raise UserError(f"--run_name={run_name} was itself distilled from {source}; {rule}")
+    if steps * SHORT_STEPS > settings["noise_steps"]:
+        few = f"the {settings['noise_steps']} noising steps of this run"
+        rule = f"the teacher takes {SHORT_STEPS} for each"
+        raise UserError(f"--steps={steps} is too many for {few}: {rule}")
+
+
+def check_student(to: str, student: dict, source: str, visited: Sequence[int]) -> None:
+    """Refuse to continue a run that is not this distillation, for the same values of t."""
+    steps = len(visited) - 1
+    paths = student.get("paths") or {"teacher": "", "visited": ()}
+    if paths["teacher"] != source:
+        made = f"was distilled from {paths['teacher']}" if paths["teacher"] else "holds another run"
+        raise UserError(f"--to={to}: models/{to} {made}, not from {source}; choose another name")
+    if steps not in by_number(paths):
+        raise UserError(f"--to={to} is distilled for {paths['default']} steps, not {steps}")
+    if by_number(paths)[steps] != tuple(visited):
+        fault = "is distilled for other values of t, by another version of this program"
+        raise UserError(f"--to={to} {fault}; choose another name")
+    if "network" not in student:
+        raise UserError(f"--to={to} holds weights to sample only; choose another name")
+
+
+def save(to: str, teacher: dict, distillation: Distillation, minutes: float, paths: dict) -> None:
+    """Write the student as a run: what `sample` and a resumed distillation need."""
+    state = distillation.state() | {"minutes": minutes, "sums": torch.zeros(SUMS), "paths": paths}
+    settings = teacher["settings"] | {"run_name": to, "init_from": teacher["settings"]["run_name"]}
+    checkpoints.save(to, settings=settings, data=teacher["data"], log=[], **state)
+
+
+# ---- how long ------------------------------------------------------------------------------------
+
+
+class Budget:
+    """How far a distillation is, by its walks or by the clock.
+
+    Args:
+        walks: how many there shall be, at most.
+        max_minutes: how long, earlier sittings included; 0 for no limit.
+        batch_size: walks of a round.
+        minutes: used by earlier sittings.
+        began: when this one did (time.monotonic()).
+    """
+
+    def __init__(
+        self, walks: int, max_minutes: float, batch_size: int, minutes: float, began: float
+    ):
+        self.rounds = max(1, walks // batch_size)
+        self.max_minutes = max_minutes
+        self.minutes_before = minutes
+        self.began = began
+
+    def minutes(self) -> float:
+        """Minutes used, earlier sittings included."""
+        return self.minutes_before + (time.monotonic() - self.began) / 60
+
+    def done(self, rounds: int) -> float:
+        """The fraction that is done, in [0, 1]: of the walks or of the minutes, the larger one."""
+        by_clock = self.minutes() / self.max_minutes if self.max_minutes else 0.0
+        return min(1.0, max(rounds / self.rounds, by_clock))
+
+
+def work(distillation: Distillation, budget: Budget, keep: Callable[[], None]) -> None:
+    """Go on until the budget is used up or somebody stops it; `keep` is called now and then."""
+    if budget.done(distillation.round) >= 1:
+        longer = "a larger --max_minutes or --walks continues it"
+        print(f"nothing to do: this distillation is finished; {longer}")
+        return
+    bar = basics.progress_bar(
+        budget.rounds, distillation.round, "round", budget=60 * (budget.max_minutes or np.inf)
+    )
+    saved_at = time.monotonic()
+    with StopSignals() as signals, bar:
+        while (done := budget.done(distillation.round)) < 1 and not signals.status:
+            losses = distillation.advance(done)
+            bar.set_postfix_str(f"{done:.0%}, differs by {127.5 * losses.mean().sqrt():.2f} levels")
+            bar.update()
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                keep()
+                saved_at = time.monotonic()
+    if distillation.round:
+        keep()
+    if signals.status:
+        print("stopped and saved; the same command resumes it")
+        raise SystemExit(signals.status)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+LIMITS = ddpm.LIMITS | {"steps": (1, 16), "walks": runs.COUNT}
+
+
+def distill(
+    # what
+    run_name: str = "",
+    to: str = "",
+    steps: int = 4,
+    # how long
+    max_minutes: float = 30.0,
+    walks: int = 100_000,
+    seed: int = 0,
+    # optimization
+    batch_size: int = 8,
+    lr: float = 2e-4,
+    # running
+    device: str = "auto",
+    precision: str = "auto",
+) -> None:
+    """Distill a run into one that makes its images in 2 to 4 steps.
+
+        python -m tools.distill --run_name=my_run --to=my_fast_run --steps=4
+
+    Writes models/TO/checkpoint.pt, a run like any other, which `ddpm.py sample` samples in so many
+    steps of ddim. The same command resumes a distillation that was stopped (Ctrl-C saves first).
+    Neither images nor classes are needed; class-conditional runs cannot be distilled.
+
+    Args:
+        run_name: the teacher, a folder in models/.
+        to: the student, a new run.
+        steps: how many the student takes.
+        max_minutes: a time budget, earlier sittings included; 0 for none.
+        walks: how many images the student learns from, if the time suffices.
+        seed: of their noise.
+        batch_size: images at the same time.
+        lr: learning rate at the beginning; it falls to 0 at the end.
+        device: auto, cpu, cuda, cuda:N, mps or xpu.
+        precision: mixed precision, as in training; float16 is not used.
+
+    Raises:
+        UserError: a flag that does not fit, no such teacher, or another run in the student's place.
+    """
+    began = time.monotonic()
+    command_line.check_limits(locals(), LIMITS)
+    for flag, name in (("run_name", run_name), ("to", to)):
+        if not name:
+            raise UserError(f"--{flag} is missing")
+        command_line.check_name(flag, name)
+    place = devices.pick_device(device)
+    teacher = ddpm.load_run(run_name)
+    check_teacher(run_name, teacher, steps)
+    source = f"{run_name} {checkpoints.fingerprint_of(teacher['average'])}"
+    with runs.lock_run(checkpoints.paths_of(to)[0].parent):
+        student = ddpm.load_run(to) if checkpoints.exists(to) else None
+        network, diffusion = ddpm.build_trained(teacher, place)
+        path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=ddpm.USUAL.spacing)
+        if student:
+            check_student(to, student, source, path[::SHORT_STEPS])
+        distillation = Distillation(
+            network.requires_grad_(False),
+            ddpm.build_trained(teacher, place)[0],
+            diffusion,
+            path,
+            (network.channels, *teacher["settings"]["img_size"]),
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            precision=precision,
+        )
+        minutes = 0.0
+        if student:
+            distillation.restore(student)
+            minutes = student["minutes"]
+        paths = kept(SAMPLER, steps, [path[::SHORT_STEPS]], source)
+        budget = Budget(walks, max_minutes, batch_size, minutes, began)
+        keep = lambda: save(to, teacher, distillation, budget.minutes(), paths)  # noqa: E731
+        work(distillation, budget, keep)
+    number = distillation.round * batch_size
+    print(f"models/{to}: {number:,} walks in {budget.minutes():.1f} minutes")
+    print(f"to generate images:\n  python ddpm.py sample --run_name={to} --n_img=16")
+
+
+def main() -> None:
+    command_line.run_command_line("-m tools.distill", {"distill": distill}, LIMITS)
+
+
+if __name__ == "__main__":
+    main()
