@@ -19,7 +19,7 @@ import ddpm
 import utils
 from machinery import checkpoints, command_line, devices, input_files, inputs, reading, runs, tiles
 from modules import UNet
-from tools import evaluate, fidelity, play_images
+from tools import distill, evaluate, fidelity, play_images, steps
 
 TRAIN = ["train", *TINY, "--dataset=pictures", "--noise_steps=8", "--epochs=2"]
 KINDS = ("@gray", "@small:2", "@edges", "@masked")
@@ -404,6 +404,13 @@ def test_tiles_cover_an_image_and_leave_no_seam():
 def test_the_page_to_play_refuses_in_a_line(here):
     with pytest.raises(runs.UserError, match="trained with --inputs, which this page has none of"):
         play_images.load("gray")
+
+
+@pytest.mark.parametrize("tool, words", [(steps, []), (distill, ["--to=fast", "--steps=2"])])
+def test_what_starts_from_noise_alone_refuses_in_a_line(here, run_main, tool, words):
+    line = refused(run_main(tool.main, "--run_name=gray", *words))
+    assert "--run_name=gray" in line
+    assert "inputs" in line
 
 
 # ---- evaluation ----------------------------------------------------------------------------------

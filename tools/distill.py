@@ -146,6 +146,9 @@ def check_teacher(run_name: str, teacher: dict, steps: int) -> None:
     if settings["classes"]:
         rule = "classes need guidance, which is not distilled"
         raise UserError(f"--run_name={run_name} is class-conditional: {rule}")
+    if settings["inputs"]:
+        rule = "a distilled network is shown nothing but noise"
+        raise UserError(f"--run_name={run_name} takes inputs ({settings['inputs']}): {rule}")
     if source := teacher.get("paths", {}).get("teacher"):
         rule = "take that one as the teacher"
         raise UserError(f"--run_name={run_name} was itself distilled from {source}; {rule}")

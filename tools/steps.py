@@ -186,6 +186,9 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
         if teacher := stored.get("paths", {}).get("teacher"):
             made = f"models/{run_name} was distilled from {basics.printable(teacher)}"
             raise UserError(f"{made}, for its own steps; no others suit it")
+        if stored["settings"]["inputs"]:
+            rule = "steps are found for runs that start from noise alone"
+            raise UserError(f"--run_name={run_name} was trained with --inputs; {rule}")
         noise_steps = stored["settings"]["noise_steps"]
         if last == "auto":
             last = round(LEAP * noise_steps)
