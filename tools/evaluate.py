@@ -784,7 +784,8 @@ def evaluate(
         copies     memorization: share that copies a training image
         red, green, blue, contrast  means, in levels of 255
 
-    Classes are generated in the proportions of the data set and judged all together.
+    Classes are generated in the proportions of the data set and judged all together. What a run
+    trained with --inputs makes is also compared with the true images, beside a plain baseline.
 
     Adds a row to results/RUN/evaluation.csv. Writes results/RUN/evaluation.png: images, each above
     the real image nearest to it. With --images, both are in results/.
