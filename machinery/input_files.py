@@ -213,17 +213,20 @@ class InputFiles:
             return self.names
         return [f"{name}_{number}" for name in self.names for number in range(1, each + 1)]
 
-    def batches(self, each: int, batch_size: int) -> list[range]:
-        """The numbers of all images, `each` of an input, in batches of one size."""
-        batches = []
-        for number in range(each * len(self.images)):
-            size = self.sizes[number // each]
-            last = batches[-1] if batches else range(0)
-            if len(last) in (0, batch_size) or self.sizes[last.start // each] != size:
-                batches.append(range(number, number + 1))
-            else:
-                batches[-1] = range(last.start, number + 1)
-        return batches
+    def end_of_a_size(self, first: int, stop: int, each: int) -> int:
+        """Up to where the images from `first` on are of one size, `stop` at the latest."""
+        sizes = [self.sizes[number // each] for number in range(first, stop)]
+        return first + next((n for n, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+
+    def starts(self, each: int, batch_size: int) -> list[int]:
+        """Where batches begin whose images are of one size, of `each` images of every input."""
+        count = each * len(self.images)
+        found = [0]
+        while (
+            end := self.end_of_a_size(found[-1], min(found[-1] + batch_size, count), each)
+        ) < count:
+            found.append(end)
+        return found
 
     def show(
         self, places: Sequence[int], seed: int, channels: int, from_bytes: Callable

@@ -306,20 +306,22 @@ class Request:
         self.batch_size = flags["batch_size"]
         if self.batch_size == "auto":
             self.batch_size = devices.images_at_once(device, self.size, settings["width"])
-        batches = self.all_batches()
         # fail now if a batch cannot fit, before the list of its noise is built
         channels = reading.CHANNELS[settings["mode"]]
-        largest = max(batches, key=lambda batch: len(batch) * math.prod(self.size_of(batch)))
-        torch.empty((len(largest), channels, *self.size_of(largest)), device=device)
-        self.ranges = processes.share_of(batches)
+        largest = max(self.inputs.sizes, key=math.prod) if self.inputs else self.size
+        torch.empty((min(self.count, self.batch_size), channels, *largest), device=device)
+        self.starts = range(0, self.count, self.batch_size)
+        if self.inputs:
+            self.starts = self.inputs.starts(flags["n_img"], self.batch_size)
+        self.starts = processes.share_of(self.starts)
         self.album = self.open_album(device)
 
-    def all_batches(self) -> list[range]:
-        """The numbers of images that are made at the same time."""
+    def numbers_from(self, first: int) -> range:
+        """The images that are made at the same time as the first of them."""
+        stop = min(first + self.batch_size, self.count)
         if self.inputs:
-            return self.inputs.batches(self.flags["n_img"], self.batch_size)
-        firsts = range(0, self.count, self.batch_size)
-        return [range(first, min(first + self.batch_size, self.count)) for first in firsts]
+            stop = self.inputs.end_of_a_size(first, stop, self.flags["n_img"])
+        return range(first, stop)
 
     def size_of(self, numbers: range) -> tuple[int, int]:
         """Height and width of a batch."""
@@ -334,10 +336,10 @@ class Request:
     @property
     def moves(self) -> int:
         """Steps of this process, of all its batches."""
-        return max(1, len(self.visited_steps) - 1) * len(self.ranges)
+        return max(1, len(self.visited_steps) - 1) * len(self.starts)
 
     def batches(self) -> Iterator[Batch]:
-        for numbers in self.ranges:
+        for numbers in map(self.numbers_from, self.starts):
             labels = labels_in_turn(self.chosen, numbers)
             seeds = seeds_in_turn(self.flags, numbers)
             yield Batch(numbers, seeds, labels, self.size_of(numbers))
