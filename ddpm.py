@@ -494,14 +494,15 @@ def guided(
         return network(x_t, t, *given)
     if guide:
         better, worse = network(x_t, t, *given), guide(x_t, t, *given)
-    else:
-        hidden = zip(given, (network.null_class, 0), strict=False)
-        hidden = [None if each is None else torch.full_like(each, no) for each, no in hidden]
-        if guidance == 0:
-            return network(x_t, t, *hidden)
-        both = zip(given, hidden, strict=True)
-        both = [None if each is None else torch.cat([each, none]) for each, none in both]
-        better, worse = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), *both).chunk(2)
+    elif guidance == 0:
+        return network(x_t, t)
+    else:  # both in one call: the second half is given no class and no input
+        if labels is not None:
+            labels = torch.cat([labels, torch.full_like(labels, network.null_class)])
+        if inputs is not None:
+            inputs = torch.cat([inputs, torch.zeros_like(inputs)])
+        given = (labels,) if inputs is None else (labels, inputs)
+        better, worse = network(x_t.repeat(2, 1, 1, 1), t.repeat(2), *given).chunk(2)
     return worse.float() + guidance * (better.float() - worse.float())
 
 

@@ -264,9 +264,9 @@ def input_channels(settings: dict) -> int:
 def asked(settings: dict) -> str:
     """What `sample` of a run is asked for, in its flags; "" where nothing is shown."""
     flag = settings["inputs"]
-    return f"--inputs={shlex.quote('@' + settings['dataset'] if is_made(flag) else flag)}" * bool(
-        flag
-    )
+    if not flag:
+        return ""
+    return f"--inputs={shlex.quote('@' + settings['dataset'] if is_made(flag) else flag)}"
 
 
 def is_sound(settings: dict) -> bool:
