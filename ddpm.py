@@ -181,8 +181,7 @@ class Diffusion:
         With less strength they start at that fraction of T (SDEdit: Meng et al. 2022).
         """
         start = round(self.noise_steps * strength)
-        visited = spaced(spacing, steps, self.alpha_bar.tolist())
-        return [start] + [t for t in visited if t < start]
+        return spaced(spacing, steps, self.alpha_bar.tolist(), start)
 
     @torch.no_grad()
     def denoise(
@@ -628,7 +627,7 @@ def train(
     depth: int = 8,
     resize: str = "lanczos",
     crop: str = "center",
-    crop_margin: float = 1.25,
+    crop_margin: float = reading.CROP_MARGIN,
     flip: Flip = "horizontal",
     held_out: float | str = "auto",
     cache: FilePath = str(CACHE),

@@ -4,9 +4,10 @@ Reading order: what there is; sizes; InputFiles.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -60,17 +61,20 @@ def check_inputs(flag: str, settings: dict) -> None:
         raise UserError(f"--inputs={flag}: {rule}")
 
 
-def find(flag: str, source: Path) -> tuple[list[str], list]:
+def find(flag: str) -> tuple[list[str], list]:
     """The names of the images in a folder, an archive or a file, and how to open each.
 
     The grids that `sample` has written beside its images are left out.
     """
+    source = Path(flag.removeprefix("@"))
+    if flag == "@":
+        raise UserError("--inputs=@ names no images; write the folder behind it")
     if source.is_file() and source.suffix.lower() not in (".zip", ".npy", ".npz"):
         return [source.name], [str(source)]
     try:
         listing = list_images(source)
     except UserError as error:
-        raise UserError(str(error).replace("--dataset=", f"--{flag}=", 1)) from error
+        raise UserError(str(error).replace(f"--dataset={source}", f"--inputs={flag}", 1)) from error
     pairs = zip(listing.names, listing.paths, strict=True)
     found = [(name, path) for name, path in pairs if Path(name).name not in OWN_FILES]
     own = len(listing.names) - len(found)
@@ -84,11 +88,14 @@ def find(flag: str, source: Path) -> tuple[list[str], list]:
 
 def names_of_outputs(names: Sequence[str]) -> list[str]:
     """A name for what is made of each input, without a suffix: its own; numbered if it is taken."""
+    stems = [stem(name).replace("\\", "/") for name in names]
+    # no file where a folder of others must be
+    folders = {str(folder).lower() for name in stems for folder in PurePosixPath(name).parents}
+    blocked = {"samples", "interpolation"} | {os.path.splitext(folder)[0] for folder in folders}
     taken, chosen = set(), []
-    for name in names:
-        plain = own = stem(name).replace("\\", "/")
-        number = 1
-        while plain.lower() in taken or plain.lower() in ("samples", "interpolation"):
+    for plain in stems:
+        own, number = plain, 1
+        while plain.lower() in taken | blocked:
             number += 1
             plain = f"{own}_{number}"
         taken.add(plain.lower())
@@ -124,9 +131,16 @@ def check_output(name: str, size: tuple[int, int], settings: dict) -> None:
         made = f"--inputs: {name} would become {size[0]}x{size[1]} (height x width)"
         if side > LARGEST:
             raise UserError(f"{made}; at most {LARGEST} pixels can be made")
-        if side < trained and side % stride:
+        if side < trained and (side % stride or not side):
             ways = f"at least {trained} or a multiple of {stride}"
             raise UserError(f"{made}; this run makes {ways}")
+
+
+def luma(levels: Tensor) -> Tensor:
+    """Gray (B, 1, H, W) of levels (B, 3, H, W), as Pillow's "L" has it; of 16 bits as int16."""
+    colors = levels.long() & 0xFFFF if levels.dtype == torch.int16 else levels.long()
+    weights = colors.new_tensor([19595, 38470, 7471]).view(1, 3, 1, 1)  # of 65,536
+    return ((colors * weights).sum(dim=1, keepdim=True) + 0x8000 >> 16).to(levels.dtype)
 
 
 class InputFiles:
@@ -152,7 +166,7 @@ class InputFiles:
         self.are_images = is_made(flag)
         if is_made(self.kind):
             _, self.factor = kind_of(self.kind)
-        names, paths = find("inputs", Path(flag.removeprefix("@")))
+        names, paths = find(flag)
         self.names = names_of_outputs(names)
         self.sizes, self.images, resized = [], [], []
         for name, path in zip(names, paths, strict=True):
@@ -205,7 +219,7 @@ class InputFiles:
         for name, image in zip(names, self.images, strict=True):
             if (image[3] == image.new_tensor(255 if image.dtype == torch.uint8 else -1)).all():
                 rule = "this run paints what is transparent; --inputs=@FOLDER makes holes by chance"
-                raise UserError(f"--inputs: {name} is transparent nowhere; {rule}")
+                raise UserError(f"--inputs: {name} is transparent nowhere, or everywhere; {rule}")
 
     def names_of_all(self, each: int) -> list[str]:
         """The names of all images, `each` of an input, without suffix."""
@@ -251,5 +265,5 @@ class InputFiles:
         if self.kind != "@masked":
             return shown, None
         hidden = shown[:, 3:] < 1  # (B, 1, H, W): also what is hidden in part
-        start = Start(levels[:, :channels], hidden.float())
-        return inputs.masked(shown[:, :3], hidden), start
+        colors = luma(levels[:, :3]) if channels == 1 else levels[:, :3]
+        return inputs.masked(from_bytes(colors), hidden), Start(colors, hidden.float())

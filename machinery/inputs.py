@@ -266,7 +266,10 @@ def asked(settings: dict) -> str:
     flag = settings["inputs"]
     if not flag:
         return ""
-    return f"--inputs={shlex.quote('@' + settings['dataset'] if is_made(flag) else flag)}"
+    words = [f"--inputs={'@' + settings['dataset'] if is_made(flag) else flag}"]
+    if settings["classes"]:
+        words.append(f"--label={settings['classes'][0]}")
+    return shlex.join(words)
 
 
 def is_sound(settings: dict) -> bool:

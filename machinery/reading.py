@@ -57,6 +57,7 @@ PROCESSES_FROM = 10_000
 # what a process reads before it hands it over, at most
 PORTION = 64  # images
 PORTION_BYTES = 2**22
+CROP_MARGIN = 1.25  # images are decoded so much larger than the parts that are learned
 CROPS = {
     "center": "the middle",
     "random": "another part each time",
@@ -447,7 +448,7 @@ def read_dataset(
     mode: str = "auto",
     *,
     crop: str = "center",
-    crop_margin: float = 1.25,
+    crop_margin: float = CROP_MARGIN,
     resize: str = "lanczos",
     depth: int = 8,
 ) -> Dataset:

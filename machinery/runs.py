@@ -107,6 +107,9 @@ def check_training(settings: dict, limits: dict) -> None:
     cache = Path(settings["cache"])
     if not settings["cache"] or (cache.exists() and not cache.is_dir()):
         raise UserError(f"--cache={settings['cache']} is no folder; it takes one, which is made")
+    if settings["crop"] != "random" and settings["crop_margin"] != reading.CROP_MARGIN:
+        margin = f"--crop_margin={settings['crop_margin']:g}"
+        raise UserError(f"{margin} is for --crop=random; other images are decoded in their size")
     if settings["preset"] != "none":
         values = {name: settings[name] for name in limits["preset"][settings["preset"]]}
         print(f"preset   {settings['preset']}: {in_flags(values)}")
@@ -133,9 +136,7 @@ def check_size(img_size: tuple[int, ...], multipliers: tuple[int, ...]) -> None:
     """Refuse an `--img_size` that a network of these levels cannot take."""
     flag = f"--img_size={as_typed('img_size', img_size)}"
     stride = 2 ** (len(multipliers) - 1)
-    if not 1 <= len(img_size) <= 2:
-        raise UserError(f"{flag} is not a size; write 64, or height x width such as 48x96")
-    for side in img_size:
+    for side in full_size(img_size):
         if side % stride or not stride <= side <= 2048:
             near = stride * min(2048 // stride, max(1, round(side / stride)))
             rule = f"a multiple of {stride} (2 to the power of levels - 1), at most 2048"
@@ -143,7 +144,14 @@ def check_size(img_size: tuple[int, ...], multipliers: tuple[int, ...]) -> None:
 
 
 def full_size(img_size: tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) of `--img_size=64` or `--img_size=48x96`."""
+    """(height, width) of `--img_size=64` or `--img_size=48x96`.
+
+    Raises:
+        UserError: it has no number or more than two.
+    """
+    if not 1 <= len(img_size) <= 2:
+        flag = f"--img_size={as_typed('img_size', img_size)}"
+        raise UserError(f"{flag} is not a size; write 64, or height x width such as 48x96")
     return img_size[0], img_size[-1]
 
 
@@ -161,7 +169,7 @@ def check_same_run(stored: dict, settings: dict, listing: Listing) -> None:
         if name == "inputs":  # where a folder lies changes nothing
             is_free = are_alike(value, before[name])
         if name not in before or not is_free:
-            then, now = as_typed(name, before.get(name)), as_typed(name, value)
+            then, now = (as_typed(name, each) or "empty" for each in (before.get(name), value))
             differences.append(f"--{name} was {then}, is now {now}")
     if not listing.is_known_as(stored["data"]):
         there = f"the images in {settings['dataset']} ({len(listing.names):,})"
@@ -276,7 +284,8 @@ class Run:
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
         if teacher := checkpoint.get("paths", {}).get("teacher"):
             source = f"--run_name={printable(teacher).partition(' ')[0]}"
-            way_on = f"python -m tools.distill {source} --to={self.name} continues it"
+            steps = f"--steps={checkpoint['paths']['default']}"
+            way_on = f"python -m tools.distill {source} --to={self.name} {steps} continues it"
             raise UserError(f"models/{self.name} was distilled from {printable(teacher)}; {way_on}")
         check_same_run(checkpoint, self.settings, self.listing)
         began_from = checkpoint["settings"]["init_from"]
@@ -284,7 +293,7 @@ class Run:
             print(f"--init_from={self.settings['init_from']} is passed over: the run has begun")
         self.settings["init_from"] = began_from
         if checkpoint.pop("paths", None):
-            print("the steps that were found for this run are dropped: its network changes")
+            print("the steps that were found for this run are dropped as soon as it learns more")
         self.checkpoint = checkpoint
 
     def share(self) -> None:

@@ -146,6 +146,9 @@ def filled_in(flags: dict, settings: dict) -> dict:
     n_img = flags["n_img"]
     if n_img == "auto":
         n_img = 1 if flags["inputs"] else IMAGES
+    if flags["inputs"] and flags["label"] == "all" and len(settings["classes"]) > 1:
+        rule = f"say of which class the images are: --label={settings['classes'][0]}"
+        raise UserError(f"--inputs of a run with classes: {rule}, or several, which take turns")
     for other in ("init_image", "interpolate", "variation"):
         if flags["inputs"] and flags[other]:
             value = as_typed(other, flags[other])
@@ -182,9 +185,11 @@ def check_guide(name: str, source: dict, settings: dict, size: tuple[int, int]) 
     if differs:
         flag = differs[0]
         has = f"it has --{flag}={as_typed(flag, source[flag])}"
+        if source[flag] == "":
+            has = f"it has no --{flag}"
         if flag == "classes":
             has = f"it has {counted(len(source[flag]), 'class')}"
-        rule = "a guide shares the classes, the colors and the noise of the run that it guides"
+        rule = "a guide shares the classes, inputs, colors and noise of the run that it guides"
         raise UserError(f"--guide={name} does not fit: {has}; {rule}")
 
 
@@ -288,11 +293,14 @@ class Request:
         check_guidance(settings, flags["guidance"], flags["guide"])
         self.flags = flags = filled_in(flags, settings)
         check_start(flags, defaults["strength"].default, len(self.chosen))
-        if remark := remark_on(Way(*(flags[name] for name in Way._fields)), checkpoint):
+        if remark := remark_on(
+            Way(*(flags[name] for name in Way._fields)), checkpoint, visited_steps
+        ):
             print(remark)
         self.inputs = None
         if flags["inputs"]:
-            self.inputs = InputFiles(flags["inputs"], settings, flags["img_size"])
+            size = full_size(flags["img_size"]) if flags["img_size"] else ()
+            self.inputs = InputFiles(flags["inputs"], settings, size)
             if flags["gif"] and len(set(self.inputs.sizes)) > 1:
                 fault = "--gif shows images of one size"
                 raise UserError(f"{fault}; those of these inputs have several")

@@ -26,27 +26,35 @@ def rho_7(noise: np.ndarray) -> np.ndarray:
 SPACINGS = {"even": None, "log-snr": np.log, "rho-7": rho_7}
 
 
-def spaced(spacing: str, steps: int, alpha_bar: Sequence[float]) -> list[int]:
-    """`steps` steps from T to 0: the steps + 1 values of t that are visited, falling.
+def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> list[int]:
+    """The values of t that are visited, falling, from `start` to 0.
+
+    With less than T as the start, spacings by the noise still take all `steps`; of even ones, and
+    of values that are named, those below the start are left.
 
     Args:
         spacing: one of SPACINGS, or the values themselves, with commas.
-        steps: how many, T at most.
+        steps: how many from T to 0, T at most.
         alpha_bar: of t = 0..T, falling from 1 (T + 1,).
+        start: 0..T.
     """
     noise_steps = len(alpha_bar) - 1
     if spacing not in SPACINGS:
-        return [int(t) for t in spacing.split(",")]
+        return [start] + [t for t in map(int, spacing.split(",")) if t < start]
     if spacing == "even":
-        return [round(noise_steps * (1 - i / steps)) for i in range(steps + 1)]
-    alpha_bar = np.asarray(alpha_bar)[1:]
-    noise = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..T, rising
+        even = [round(noise_steps * (1 - i / steps)) for i in range(steps + 1)]
+        return [start] + [t for t in even if t < start]
+    if start == 0:
+        return [0]
+    steps = min(steps, start)
+    alpha_bar = np.asarray(alpha_bar)[1 : start + 1]
+    noise = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..start, rising
     measured = SPACINGS[spacing](noise)
-    last = max(1, round(LEAP * noise_steps))
+    last = min(start, max(1, round(LEAP * noise_steps)))
     ends = SPACINGS[spacing](np.minimum(noise[[-1, last - 1]], MOST_NOISE))
     wanted = np.linspace(*ends, steps)
     nearest = np.abs(measured[:, None] - wanted).argmin(axis=0) + 1
-    nearest[0] = noise_steps
+    nearest[0] = start
     # no value twice: each at least 1 below the one before it, and far enough from 0 for the rest
     order = np.arange(steps)
     falling = np.minimum.accumulate(nearest + order) - order
@@ -134,8 +142,13 @@ def choose(asked: Way, checkpoint: dict, usual: Way) -> Way:
     return Way(sampler, steps, usual.spacing if spacing == "auto" else spacing)
 
 
-def remark_on(way: Way, checkpoint: dict) -> str:
-    """That a run's own steps are taken, or that a distilled run is asked for others; or nothing."""
+def remark_on(way: Way, checkpoint: dict, visited_steps: Sequence[int] = ()) -> str:
+    """That a run's own steps are taken, or that a distilled run is asked for others; or nothing.
+
+    Args:
+        way: what is asked for.
+        visited_steps: the values of t that come of it, where an image is not all noise.
+    """
     paths = checkpoint.get("paths")
     if not paths:
         return ""
@@ -144,7 +157,8 @@ def remark_on(way: Way, checkpoint: dict) -> str:
     if (sampler, spacing) == (paths["sampler"], own):
         teacher = printable(paths["teacher"])
         source = f"distilled from {teacher} for these" if teacher else "found for this run"
-        return f"steps    {steps}, {source}: t = {spacing}"
+        visited = visited_steps or by_number(paths)[steps]
+        return f"steps    {len(visited) - 1}, {source}: t = {','.join(map(str, visited))}"
     if paths["teacher"]:
         made_for = f"{paths['default']} steps of {paths['sampler']}"
         return f"steps    {steps} of {sampler}; this run was distilled for {made_for}"

@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from machinery import processes
-from machinery.basics import claimed_folder, counted, in_short, write_whole
+from machinery.basics import claimed_folder, counted, in_short, printable, write_whole
 from machinery.command_line import as_typed
 
 # ---- grids and files -----------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class Album:
                 path = self.folder / f"{self.name(number)}{self.suffix}"
                 facts = {} if self.goes_by_number else {"seed": self.flags["seed"] + number}
                 place = again.index(number)
-                there = self.names[number] if self.names else f"sample_{place + 1:04d}"
+                there = printable(self.names[number]) if self.names else f"sample_{place + 1:04d}"
                 facts["command"] = f"{command}  # this is {there}.png there"
                 if self.labels:
                     facts["label"] = self.labels[number % len(self.labels)]

@@ -256,6 +256,7 @@ def test_a_run_without_inputs_goes_on_with_some(place, run):
         (["--inputs=nowhere"], "--inputs=nowhere does not exist"),
         (["--inputs=others"], "no image of pictures has one of its name in others"),
         (["--crop_margin=0.5"], "--crop_margin=0.5 is out of range"),
+        (["--crop_margin=2"], "--crop_margin=2 is for --crop=random"),
     ],
 )
 def test_inputs_that_cannot_be_are_one_line(place, run, words, told):
@@ -341,6 +342,36 @@ def test_known_pixels_come_back_exactly(here, run):
     assert "picture_0000.png is transparent nowhere" in line
 
 
+def test_known_pixels_of_a_colored_input_are_its_luma_in_a_gray_run(here, run):
+    words = ("--inputs=@masked", "--mode=L", "--run_name=in_gray")
+    assert run(*TRAIN, *words).status == 0
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    picture[:, :, 3] = np.where(np.arange(8) < 4, 255, 0)
+    Image.fromarray(picture).save("holes.png")
+    assert run("sample", "--run_name=in_gray", "--inputs=holes.png", "--steps=2").status == 0
+    luma = np.asarray(Image.fromarray(picture[:, :, :3]).convert("L"))
+    made = pixels("results/in_gray/samples/holes.png")
+    assert np.array_equal(made[:, :4], luma[:, :4])
+
+
+def test_inputs_of_a_run_with_classes_are_of_the_class_that_is_named(place, run):
+    for name in ("hills", "lakes"):
+        paint(place / "pictures" / name, 3, size=(8, 8))
+    assert run(*TRAIN, "--inputs=@gray", "--conditional", "--run_name=both").status == 0
+    words = ["sample", "--run_name=both", "--inputs=pictures/lakes", "--steps=2"]
+    assert "say of which class the images are: --label=hills" in refused(run(*words))
+    assert run(*words, "--label=lakes").status == 0
+    with Image.open("results/both/samples/picture_0001.png") as picture:
+        assert picture.text["label"] == "lakes"
+
+
+def test_outputs_have_names_of_their_own():
+    """Those that differ in their suffix alone, and one where the folder of another must be."""
+    names = ["a.jpg", "A.png", "x.jpg", "x.png/y.png", "samples.png"]
+    outputs = input_files.names_of_outputs(names)
+    assert outputs == ["a", "A_2", "x_2", "x.png/y", "samples_2"]
+
+
 def test_small_images_of_any_size_are_enlarged(here, run):
     """Larger outputs than those of the training are made in tiles; grids of `sample` are passed."""
     paint(here / "small", 2, size=(4, 4))
@@ -374,12 +405,18 @@ def test_small_images_of_any_size_are_enlarged(here, run):
         ("gray", ["--inputs=pictures", "--init_image=broken.png"], "do not go together"),
         ("gray", ["--inputs=pictures", "--interpolate=1,2"], "do not go together"),
         ("gray", ["--inputs=pictures", "--n_img=0"], "--n_img=0 is out of range"),
+        ("gray", ["--inputs=pictures", "--img_size=8x8x8"], "--img_size=8x8x8 is not a size"),
+        ("gray", ["--inputs=pictures", "--img_size=0"], "would become 0x0"),
+        ("small", ["--inputs=@thin.png"], "would become 8x0"),
+        ("gray", ["--inputs=@nowhere"], "--inputs=@nowhere does not exist"),
+        ("gray", ["--inputs=@"], "--inputs=@ names no images"),
     ],
 )
 def test_inputs_that_cannot_be_used_are_one_line(here, run, run_name, words, told):
     Path("broken.png").write_text("no picture")
     Path("empty").mkdir()
     Image.new("RGB", (2000, 1)).save("huge.png")
+    Image.new("RGB", (1, 8)).save("thin.png")
     np.save("five.npy", np.zeros((2, 8, 8, 5), np.uint8))
     if run_name == "plain":
         assert run(*TRAIN, "--run_name=plain").status == 0

@@ -19,7 +19,7 @@ import tools.distill
 import tools.steps
 from ddpm import Diffusion
 from machinery import checkpoints, command_line
-from machinery.steps import AUTO, Way, are_paths, choose, kept
+from machinery.steps import AUTO, Way, are_paths, by_number, choose, kept
 from tools.steps import Walks, missed_by, misses, search
 
 NOISE_STEPS = 60
@@ -171,7 +171,23 @@ def test_the_command_of_a_png_makes_it_again_when_other_steps_are_found(here, ru
 
 def test_image_to_image_takes_the_end_of_the_found_steps(here, run):
     words = ("--n_img=1", "--steps=6", "--init_image=pictures/picture_0000.png", "--strength=0.5")
-    assert run("sample", "--run_name=found", *words, DEVICE).status == 0
+    result = run("sample", "--run_name=found", *words, DEVICE)
+    left = [30, *(t for t in by_number(paths_of("found"))[6] if t < 30)]
+    told = f"steps    {len(left) - 1}, found for this run: t = {','.join(map(str, left))}"
+    assert told in result.out, result.err
+
+
+@pytest.mark.parametrize("spacing", ["log-snr", "rho-7"])
+def test_image_to_image_takes_all_steps_from_where_it_begins(spacing):
+    """Of even ones those are left that lie below; steps by the noise are spread anew."""
+    diffusion = ddpm.Diffusion(1000, "cosine")
+    for start, strength in ((600, 0.6), (30, 0.03), (3, 0.003), (0, 0.0)):
+        visited = diffusion.visited_steps(8, strength, spacing)
+        assert visited[0] == start and visited[-1] == 0
+        assert len(visited) - 1 == min(8, start)
+        assert all(t > t_next for t, t_next in itertools.pairwise(visited))
+    assert diffusion.visited_steps(8, 0.6, spacing)[-2] == 40
+    assert diffusion.visited_steps(4, 0.6, "even") == [600, 500, 250, 0]
 
 
 def test_a_published_and_an_exported_run_keep_their_steps(here, exchange):
@@ -199,7 +215,7 @@ def test_strange_steps_of_an_export_are_refused(here, exchange, text):
 def test_a_training_that_goes_on_drops_the_steps_and_a_fine_tuning_has_none(here, run):
     words = [word.replace("=run", "=found") if "run_name" in word else word for word in TRAIN]
     result = run(*words, "--epochs=9")
-    assert (result.status, "are dropped: its network changes" in result.out) == (0, True)
+    assert (result.status, "are dropped as soon as it learns more" in result.out) == (0, True)
     assert "paths" not in checkpoints.load("found")
     tools.steps.steps("run", device="cpu")
     words = [word.replace("=run", "=tuned") if "run_name" in word else word for word in TRAIN]
@@ -244,7 +260,7 @@ def test_steps_that_do_not_fit_are_refused(here, run, words, message):
 
 def test_steps_refuses_a_last_step_that_leaves_no_choice(here, run_main):
     words = ("--run_name=run", DEVICE, "--last=20")
-    assert "leaves too few to choose from" in refused(run_main(tools.steps.main, *words))
+    assert "are too few to choose from" in refused(run_main(tools.steps.main, *words))
     assert "paths" not in checkpoints.load("run")
 
 
@@ -402,6 +418,8 @@ def test_a_stopped_distillation_goes_on_to_the_bit(distill, monkeypatch):
 def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
     assert distill("--walks=4").status == 0
     for words, message in (
+        (["--batch_size=2"], "--batch_size=2: --to=fast is another distillation; it began with"),
+        (["--seed=5"], "--seed=5: --to=fast is another distillation; it began with --seed=0"),
         (["--steps=3"], "--to=fast is distilled for 2 steps, not 3"),
         (["--to=found"], "models/found holds another run"),
         (["--to=new", "--run_name=fast"], "was itself distilled from run"),
@@ -422,4 +440,5 @@ def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
     assert "other values of t" in refused(distill("--walks=8"))
     line = refused(run(*[word.replace("=run", "=fast") for word in TRAIN], "--epochs=9"))
     assert "models/fast was distilled from run" in line
+    assert "--to=fast --steps=2 continues it" in line
     assert "was distilled from" in refused(run_main(tools.steps.main, "--run_name=fast", DEVICE))

@@ -158,8 +158,8 @@ def check_teacher(run_name: str, teacher: dict, steps: int) -> None:
         raise UserError(f"--steps={steps} is too many for {few}: {rule}")
 
 
-def check_student(to: str, student: dict, source: str, visited: Sequence[int]) -> None:
-    """Refuse to continue a run that is not this distillation, for the same values of t."""
+def check_student(to: str, student: dict, source: str, visited: Sequence[int], flags: dict) -> None:
+    """Refuse to continue a run that is not this distillation, of the same steps and flags."""
     steps = len(visited) - 1
     paths = student.get("paths") or {"teacher": "", "visited": ()}
     if paths["teacher"] != source:
@@ -170,14 +170,21 @@ def check_student(to: str, student: dict, source: str, visited: Sequence[int]) -
     if by_number(paths)[steps] != tuple(visited):
         fault = "is distilled for other values of t, by another version of this program"
         raise UserError(f"--to={to} {fault}; choose another name")
+    for name, value in flags.items():
+        if student["settings"][name] != value:
+            began = f"it began with --{name}={student['settings'][name]}"
+            raise UserError(f"--{name}={value}: --to={to} is another distillation; {began}")
     if "network" not in student:
         raise UserError(f"--to={to} holds weights to sample only; choose another name")
 
 
-def save(to: str, teacher: dict, distillation: Distillation, minutes: float, paths: dict) -> None:
+def save(
+    to: str, teacher: dict, distillation: Distillation, minutes: float, paths: dict, flags: dict
+) -> None:
     """Write the student as a run: what `sample` and a resumed distillation need."""
     state = distillation.state() | {"minutes": minutes, "sums": torch.zeros(SUMS), "paths": paths}
-    settings = teacher["settings"] | {"run_name": to, "init_from": teacher["settings"]["run_name"]}
+    settings = teacher["settings"] | flags
+    settings |= {"run_name": to, "init_from": teacher["settings"]["run_name"]}
     checkpoints.save(to, settings=settings, data=teacher["data"], log=[], **state)
 
 
@@ -291,13 +298,14 @@ def distill(
     place = devices.pick_device(device)
     teacher = ddpm.load_run(run_name)
     check_teacher(run_name, teacher, steps)
+    flags = {"batch_size": batch_size, "lr": lr, "seed": seed}  # a resumed one has the same
     source = f"{run_name} {checkpoints.fingerprint_of(teacher['average'])}"
     with runs.lock_run(checkpoints.paths_of(to)[0].parent):
         student = ddpm.load_run(to) if checkpoints.exists(to) else None
         network, diffusion = ddpm.build_trained(teacher, place)
         path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=ddpm.USUAL.spacing)
         if student:
-            check_student(to, student, source, path[::SHORT_STEPS])
+            check_student(to, student, source, path[::SHORT_STEPS], flags)
         distillation = Distillation(
             network.requires_grad_(False),
             ddpm.build_trained(teacher, place)[0],
@@ -315,7 +323,7 @@ def distill(
             minutes = student["minutes"]
         paths = kept(SAMPLER, steps, [path[::SHORT_STEPS]], source)
         budget = Budget(walks, max_minutes, batch_size, minutes, began)
-        keep = lambda: save(to, teacher, distillation, budget.minutes(), paths)  # noqa: E731
+        keep = lambda: save(to, teacher, distillation, budget.minutes(), paths, flags)  # noqa: E731
         work(distillation, budget, keep)
     number = distillation.round * batch_size
     print(f"models/{to}: {number:,} walks in {budget.minutes():.1f} minutes")

@@ -193,8 +193,8 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
         if last == "auto":
             last = round(LEAP * noise_steps)
         if noise_steps - last < PLACES:
-            few = f"--last={last} of the {noise_steps} noising steps of this run"
-            raise UserError(f"{few} leaves too few to choose from; it takes at least {PLACES}")
+            few = f"the {noise_steps} noising steps of this run, without the last {last},"
+            raise UserError(f"{few} are too few to choose from; it takes at least {PLACES}")
         walks, diffusion = walk_finely(stored, last, place)
         missed = misses(walks, diffusion.alpha_bar)
         paths = {count: search(missed, count - 1) for count in COUNTS}
