@@ -475,7 +475,7 @@ def test_zeros_cost_what_is_said_at_most(objective, min_snr):
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randint(0, 2, (100, 3, 16, 16), generator=generator) * 2.0 - 1
     eps = torch.randn(100, 3, 16, 16, generator=generator)
-    zeros = lambda x_t, t, labels: torch.zeros_like(x_t)  # noqa: E731
+    zeros = lambda x_t, t: torch.zeros_like(x_t)  # noqa: E731
     said = diffusion.weight(every_step).mean().item()
     assert diffusion.loss(zeros, x_0, every_step, eps).mean().item() == pytest.approx(
         said, rel=0.02

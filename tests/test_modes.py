@@ -404,7 +404,7 @@ def test_forgotten_labels_are_those_of_a_tenth(monkeypatch, classes, train):
     assert train("--conditional", "--epochs=100", "--batch_size=12").status == 0
     labels = torch.cat([batch for batch in seen if batch is not None])
     shares = labels.bincount(minlength=4) / len(labels)
-    assert abs(shares[3] - ddpm.LABEL_DROPOUT) < 0.035  # four standard errors of 1,200 draws
+    assert abs(shares[3] - ddpm.CONDITION_DROPOUT) < 0.035  # four standard errors of 1,200 draws
     assert (shares[:3] - 0.3).abs().max() < 0.02
 
 

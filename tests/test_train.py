@@ -911,7 +911,7 @@ def test_a_checkpoint_describes_its_run(train, finished):
         "flip": "horizontal",
     }
     flags = inspect.signature(ddpm.train).parameters.keys()
-    assert finished["settings"].keys() == flags - {"preset"} | {"classes"}
+    assert finished["settings"].keys() == flags - {"preset"} | {"classes", "input_mode"}
     assert asked_for.items() <= finished["settings"].items()
     assert finished["data"] == utils.load_dataset(Path("pictures"), (8, 8)).fingerprint
     network, _ = ddpm.build(finished["settings"], "cpu")
