@@ -481,11 +481,10 @@ def class_network(diffusion: Diffusion, means: Tensor) -> Callable:
     E[x_0 | x_t] = mean + signal (x_t - signal mean), for the variance of x_t is 1, too.
     """
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        signal, mean = (
-            diffusion.at(t)[0],
-            torch.cat([means, torch.zeros(1)])[labels].view(-1, 1, 1, 1),
-        )
+    def network(x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        labels = torch.full_like(t, len(means)) if labels is None else labels
+        signal, _ = diffusion.at(t)
+        mean = torch.cat([means, torch.zeros(1)])[labels].view(-1, 1, 1, 1)
         return mean + signal * (x_t - signal * mean)
 
     network.channels, network.null_class = 1, len(means)
