@@ -150,7 +150,7 @@ class InputFiles:
         flag: a folder, an archive, an array or a file; with @ in front, images of which inputs are
             made as in training.
         settings: of the run.
-        img_size: what is asked for; () for none.
+        img_size: height and width that are asked for; () for none.
 
     Attributes:
         names: of what is made of each, without suffix.
@@ -193,7 +193,7 @@ class InputFiles:
     ) -> tuple[int, int]:
         """Height and width of what is made of an input of the size `own`."""
         if img_size or self.factor == 1:
-            size = (img_size or settings["img_size"])[0], (img_size or settings["img_size"])[-1]
+            size = img_size or settings["img_size"]
             if any(side % self.factor for side in size):
                 rule = f"not a multiple of {self.factor}, as --inputs={self.kind} of this run needs"
                 raise UserError(f"--img_size={size[0]}x{size[1]} is {rule}")
