@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from machinery import checkpoints, command_line, devices, pixels, processes, reading, runs, writing
+from machinery import command_line, devices, optimizers, pixels, processes, reading, runs, writing
 from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
 from machinery.inputs import examples, input_channels, list_pairs, load_inputs, widen
 from machinery.listing import CACHE, check_classes
+from machinery.optimizers import OPTIMIZERS
 from machinery.sampling import GUIDANCE, Request, guidance_of, labels_in_turn, preview_seeds
 from machinery.session import Session
 from machinery.sources import FRAMES
@@ -265,8 +266,8 @@ PRESETS = {
 }
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES}
-LIMITS |= {"sampler": {"auto": None} | SAMPLERS}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
+LIMITS |= {"sampler": {"auto": None} | SAMPLERS, "optimizer": {"auto": None} | OPTIMIZERS}
 LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
 LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
@@ -341,8 +342,7 @@ class Training:
         self.network.to(memory_format=devices.layout(device))
         self.network.recompute = settings["grad_checkpointing"]
         self.ema = copy.deepcopy(self.network).eval().requires_grad_(False)
-        weights = self.network.parameters()
-        self.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+        self.optimizer = OPTIMIZERS[settings["optimizer"]](self.network, self.precision)
         self.scaler = devices.LossScaler(device, self.precision)
         share = processes.share(loader.batch_size)
         self.micro_batches = devices.MicroBatches(share, settings["micro_batch"])
@@ -362,7 +362,7 @@ class Training:
         """Stand where `state` was saved."""
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["average"])
-        checkpoints.restore_adamw(self.optimizer, state["optimizer"])
+        optimizers.restore(self.optimizer, state["optimizer"])
         self.early = state.get("early")
         self.scaler.restore(state)
         self.step = state["step"]
@@ -652,6 +652,7 @@ def train(
     # optimization; why these: benchmarks/README.md, "Learning rate and batch"
     batch_size: int = 32,
     micro_batch: int | str = "auto",
+    optimizer: str = "auto",
     lr: float = 5e-4,
     warmup: int = 500,
     lr_decay: str = "cosine",
@@ -720,6 +721,7 @@ def train(
         batch_size: images per training step, on all GPUs together.
         micro_batch: gradient accumulation: images that go through the network at the same time;
             auto is as many as fit into memory. The result is the same (with dropout: as good).
+        optimizer: auto is muon, which learns more from as many images, or what the run began with.
         lr: learning rate after the warm-up.
         warmup: steps in which the learning rate rises from 0; at most a tenth of the training.
         lr_decay: how the learning rate falls over the whole run.

@@ -144,7 +144,7 @@ def levers_of(shape: dict, device: torch.device, batch_size: int, compiled: bool
         for precision in precisions:
             kept, given_back = (with_blocks(sample(precision), kept) for kept in (True, False))
             add("sampling: large blocks of memory kept", given_back, kept, precision)
-    add("training: fused AdamW instead of foreach", train(fused=False), train())
+    add("training: Muon instead of AdamW", train(optimizer="adamw"), train())
     if device.type != "cuda":
         print("left out: TF32, CUDA graphs and large batches, which are for NVIDIA GPUs")
         return found

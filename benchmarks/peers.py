@@ -140,7 +140,8 @@ def our_training(network: UNet, precision: str, images: Tensor, **settings) -> d
     data = reading.Dataset(pixels, fingerprint="", remarks=[], mode="RGB", labels=labels)
     loader = utils.Loader(data, len(images), seed=0, flip="horizontal", device=images.device)
     parameters = inspect.signature(ddpm.train).parameters.values()
-    settings = {parameter.name: parameter.default for parameter in parameters} | settings
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    settings = defaults | {"optimizer": "muon"} | settings
     settings["precision"] = str(PRECISIONS[precision]).removeprefix("torch.")
     side = network.settings["img_size"]
     settings |= network.settings | {"img_size": (side, side), "mode": "RGB", "classes": ()}
@@ -154,15 +155,12 @@ def train_ours(
     precision: str,
     images: Tensor,
     memory_format: torch.memory_format | None = None,  # as in Training
-    fused: bool = True,
+    optimizer: str = "muon",
     compiled: bool = False,
 ) -> Callable[[], None]:
     """`ddpm.Training.advance`, from these images as its data set."""
-    training = our_training(network, precision, images)
+    training = our_training(network, precision, images, optimizer=optimizer)
     training.network.to(memory_format=memory_format or devices.layout(images.device))
-    if not fused:
-        weights = training.network.parameters()
-        training.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, foreach=True)
     if compiled:
         training.network.compile(dynamic=False)
     return functools.partial(training.advance, 0.5)

@@ -82,7 +82,7 @@ MAY_CHANGE |= {"keep_best", "track", "raw_previews", "sample_minutes"}
 # where a run and its cache lie, and where it began, change nothing
 MAY_CHANGE |= {"run_name", "init_from", "cache"}
 # What versions did that had no such flag, or kept no such setting, where it is not the default.
-BEFORE = {"mode": "RGB", "classes": (), "held_out": 0, "input_mode": ""}
+BEFORE = {"mode": "RGB", "classes": (), "held_out": 0, "input_mode": "", "optimizer": "adamw"}
 # what the settings of a network that was trained elsewhere may add; there are no flags for these
 IMPORTED = {
     "attention_levels": tuple,
@@ -301,13 +301,14 @@ class Run:
         self.checkpoint, self.init_checkpoint = processes.from_first(
             (self.checkpoint, self.init_checkpoint)
         )
-        old = self.old_settings()
+        old, before = self.old_settings(), self.checkpoint.get("settings", {})
         self.settings = {name: old[name] for name in IMPORTED if name in old} | self.settings
         if self.settings["held_out"] == "auto":
             share = held_out.automatic(len(self.listing.names))
             self.is_small = not self.checkpoint["step"] and not share
-            before = self.checkpoint.get("settings", {})
             self.settings["held_out"] = before.get("held_out", share)
+        if self.settings["optimizer"] == "auto":
+            self.settings["optimizer"] = before.get("optimizer", "muon")
         # or refuse it, before the images are read
         held_out.number_of(self.settings["held_out"], len(self.listing.names))
         if self.settings["keep_best"]:

@@ -211,6 +211,7 @@ def measuring(
     settings |= {"attention_size": 4, "dropout": 0.0, "mode": "RGB", "classes": ()}
     settings |= {"noise_steps": 100, "schedule": "cosine", "objective": objective, "min_snr": 5.0}
     settings |= {"grad_checkpointing": False, "micro_batch": "auto", "precision": "auto"}
+    settings["optimizer"] = "muon"
     training = ddpm.Training(settings, loader, torch.device("cpu"))
     torch.nn.init.normal_(training.ema.conv_out.weight)
     training.precision = torch.float32

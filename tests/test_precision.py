@@ -12,7 +12,7 @@ from conftest import TINY, paint, refused, start
 from PIL import Image
 
 import ddpm
-from machinery import checkpoints, devices, journal
+from machinery import checkpoints, devices, journal, optimizers
 from machinery.basics import UserError
 from tools import evaluate
 
@@ -208,27 +208,28 @@ def test_two_processes_in_float16_learn_the_same(train, place):
     whole, two = stored(), stored("two")
     assert (two["step"], two["loss_scale"]) == (whole["step"], whole["loss_scale"])
     for name, weight in whole["average"].items():
-        assert (weight - two["average"][name]).abs().max() < 2e-3  # two steps' worth of 1e-3
+        assert (weight - two["average"][name]).abs().max() < 3e-3  # three steps' worth of 1e-3
 
 
 def test_a_step_whose_gradient_is_infinite_is_skipped_and_told_once(train, monkeypatch):
     """At a scale of 2^40 float16 overflows, and at 2^39, and so on."""
     monkeypatch.setattr(devices.LossScaler, "FIRST", 2.0**26)
     changed = []
-    step = torch.optim.AdamW.step
+    step = optimizers.Muon.step
 
     def note(optimizer) -> None:
-        before = optimizer.param_groups[0]["params"][-2].clone()
+        weights = optimizer.param_groups[0]["params"]
+        before = [weight.clone() for weight in weights]
         step(optimizer)
-        changed.append(not torch.equal(before, optimizer.param_groups[0]["params"][-2]))
+        changed.append(not all(map(torch.equal, before, weights)))
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    monkeypatch.setattr(optimizers.Muon, "step", note)
     result = train(epochs=8, precision="float16")
     assert result.status == 0
     checkpoint = stored()
     skipped = round(math.log2(2.0**26 / checkpoint["loss_scale"]))
     assert 2 <= skipped <= 15
-    assert changed == [False] * skipped + [True] * (20 - skipped)
+    assert changed[:2] == [False, False] and changed.count(False) == skipped
     assert result.out.count("float16: a step was skipped, the loss scale is") == 1
     assert np.isfinite(losses(checkpoint)).all()
     assert checkpoint["optimizer"]["state"][0]["step"] == 20 - skipped

@@ -53,6 +53,7 @@ OTHER |= {
     "batch_size": 3,
 }
 OTHER |= {"held_out": 2, "inputs": "@gray"}
+OTHER |= {"optimizer": "adamw"}
 OTHER |= {"mode": "L", "lr": 0.002, "warmup": 0, "lr_decay": "none", "ema_decay": 0.1}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import ddpm
 from ddpm import Diffusion
-from machinery import basics, checkpoints, command_line, devices, runs
+from machinery import basics, checkpoints, command_line, devices, optimizers, runs
 from machinery.basics import UserError
 from machinery.command_line import StopSignals
 from machinery.journal import SUMS
@@ -88,7 +88,7 @@ class Distillation:
     def restore(self, state: dict) -> None:
         """Stand where `state` was saved."""
         self.student.load_state_dict(state["network"])
-        checkpoints.restore_adamw(self.optimizer, state["optimizer"])
+        optimizers.restore(self.optimizer, state["optimizer"])
         self.round = state["step"]
 
     def guess(self, network: nn.Module, x_t: Tensor, t: int) -> Tensor:
@@ -185,6 +185,7 @@ def save(
     state = distillation.state() | {"minutes": minutes, "sums": torch.zeros(SUMS), "paths": paths}
     settings = teacher["settings"] | flags
     settings |= {"run_name": to, "init_from": teacher["settings"]["run_name"]}
+    settings["optimizer"] = "adamw"  # see `Distillation`
     checkpoints.save(to, settings=settings, data=teacher["data"], log=[], **state)
 
 
