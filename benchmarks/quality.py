@@ -37,6 +37,7 @@ BASE = {
     "min_snr": 5.0,
     "ema_decay": 0.9999,
     "dropout": 0.0,
+    "optimizer": "adamw",  # as most tables were made
 }
 EXPERIMENTS = {
     "noise": {
@@ -53,6 +54,7 @@ EXPERIMENTS = {
         f"lr {lr:g}, batch {size}": {"lr": lr, "batch_size": size}
         for lr, size in itertools.product((5e-4, 1e-3, 2e-3), (16, 32, 64))
     },
+    "optimizer": {name: {"optimizer": name} for name in ("adamw", "muon")},
     # The average decays by (1 + s) / (10 + s) at most, 0.983 after 512 steps: more would change
     # nothing there.
     "average": {f"ema_decay {decay}": {"ema_decay": decay} for decay in (0.9, 0.97, 0.9999)},

@@ -7,8 +7,9 @@ All learn from the same images, decoded before and mirrored at random, on the sa
 the same minutes of the clock; each by its own settings, and each samples in its own way, with its
 EMA weights.
 
-- ours: the command line's defaults, and README's first training ("for a CPU"). What `ddpm.train`
-  does beside its steps, such as the last preview, comes out of its minutes. dpm++, 25 steps.
+- ours: the command line's defaults, and README's first training ("for a CPU"), the latter with
+  AdamW as well. What `ddpm.train` does beside its steps, such as the last preview, comes out of
+  its minutes. dpm++, 25 steps.
 - diffusers: the network and settings of its example, train_unconditional.py in
   examples/unconditional_image_generation, as its README calls it; the step is written here. Its
   learning rate falls by the clock, to end with it. 500 warm-up steps would be most of a short
@@ -19,6 +20,8 @@ EMA weights.
 - lucidrains: denoising-diffusion-pytorch's own Trainer, asked for a step at a time, with the
   defaults of its signature (the batches of its README are four times larger, so the steps were a
   fourth as many). Its own DDIM, 50 steps.
+- diffusers, our layers: the same recipe for a network of the layers that ours for a CPU has;
+  lucidrains, dim 32: its own network half as wide. For so few minutes these suit better.
 
 Theirs run in fp32, as they come, and in bf16, where the hardware has it: ours takes that by itself.
 The time to get ready (to build, and to see how many steps fit) is reported, not counted.
@@ -164,6 +167,7 @@ def train_ours(name: str, settings: dict, task: Task) -> Learned:
     # the clock alone ends it
     settings = settings | {"max_minutes": task.minutes, "epochs": 10**6, "sample_every": 0}
     settings |= {"img_size": size, "seed": task.seed, "device": str(task.device)}
+    settings |= {"mode": "RGB"}  # as all others: see `Task`
     ddpm.train(dataset=task.dataset, run_name=run_name, **settings)
     stored = ddpm.load_run(run_name)
     images = stored["step"] * min(stored["settings"]["batch_size"], len(task.images))
@@ -180,7 +184,14 @@ DIFFUSERS |= {"down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "Do
 DIFFUSERS |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4}
 
 
-def start_diffusers(precision: str, task: Task, noising, total: int) -> tuple:
+# of the network of `FOR_A_CPU`
+OUR_LAYERS = {"layers_per_block": 2, "block_out_channels": (32, 64, 128), "norm_num_groups": 8}
+OUR_LAYERS |= {"down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")}
+OUR_LAYERS |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")}
+OUR_LAYERS |= {"attention_head_dim": 64}
+
+
+def start_diffusers(precision: str, task: Task, noising, total: int, layers: dict) -> tuple:
     """A network in training, its EMA weights, and the function that makes one of `total` steps."""
     from diffusers import UNet2DModel
     from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -188,7 +199,7 @@ def start_diffusers(precision: str, task: Task, noising, total: int) -> tuple:
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(task.seed)
-    network = UNet2DModel(sample_size=task.images.shape[-1], **DIFFUSERS).train().to(task.device)
+    network = UNet2DModel(sample_size=task.images.shape[-1], **layers).train().to(task.device)
     # autocast would answer in bf16
     network.register_forward_hook(
         lambda _network, _inputs, output: UNet2DOutput(output.sample.float())
@@ -222,14 +233,15 @@ def start_diffusers(precision: str, task: Task, noising, total: int) -> tuple:
     return network, average, step
 
 
-def train_diffusers(precision: str, task: Task) -> Learned:
+def train_diffusers(precision: str, task: Task, layers: dict = DIFFUSERS) -> Learned:
     """See above; batches of 16."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
     began = time.monotonic()
     noising = DDPMScheduler(num_train_timesteps=1000)
-    total = steps_that_fit(start_diffusers(precision, task, noising, 1000)[-1], task.minutes)
-    network, average, step = start_diffusers(precision, task, noising, total)
+    start = functools.partial(start_diffusers, precision, task, noising, layers=layers)
+    total = steps_that_fit(start(total=1000)[-1], task.minutes)
+    network, average, step = start(total=total)
     prepared = time.monotonic() - began
     count, seconds = train_by_clock(step, task.minutes)
     average.copy_to(network.parameters())
@@ -245,9 +257,10 @@ def train_diffusers(precision: str, task: Task) -> Learned:
 
 
 LUCIDRAINS = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
+DIM_32 = LUCIDRAINS | {"dim": 32}
 
 
-def train_lucidrains(precision: str, task: Task) -> Learned:
+def train_lucidrains(precision: str, task: Task, layers: dict = LUCIDRAINS) -> Learned:
     """See above; batches of 16. Its averaged weights are in fp32, and so is its sampling."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
@@ -256,7 +269,7 @@ def train_lucidrains(precision: str, task: Task) -> Learned:
     # it would take any GPU there is
     os.environ["ACCELERATE_USE_CPU"] = str(task.device.type == "cpu")
     diffusion = GaussianDiffusion(
-        Unet(**LUCIDRAINS), image_size=task.images.shape[-1], sampling_timesteps=PEER_STEPS
+        Unet(**layers), image_size=task.images.shape[-1], sampling_timesteps=PEER_STEPS
     )
     never = {"calculate_fid": False, "save_and_sample_every": 10**12}
     trainer = Trainer(diffusion, task.dataset, results_folder=measuring.RESULTS, **never)
@@ -277,25 +290,36 @@ def train_lucidrains(precision: str, task: Task) -> Learned:
     return Learned(images, millions(diffusion), prepared, seconds, "ddim", PEER_STEPS, sample)
 
 
-FOR_A_CPU = quality.BASE | {"batch_size": 16, "lr": 2e-3}
+FOR_A_CPU = quality.BASE | {"batch_size": 16, "lr": 2e-3, "optimizer": "auto"}
 OURS = {"ours": ("defaults", {}), "ours, for a CPU": ("cpu", FOR_A_CPU)}
+OURS |= {"ours, for a CPU, AdamW": ("cpu_adamw", FOR_A_CPU | {"optimizer": "adamw"})}
 PEERS = {
-    "diffusers": ("diffusers", train_diffusers),
-    "lucidrains": ("denoising_diffusion_pytorch", train_lucidrains),
+    "diffusers": ("diffusers", train_diffusers, DIFFUSERS),
+    "diffusers, our layers": ("diffusers", train_diffusers, OUR_LAYERS),
+    "lucidrains": ("denoising_diffusion_pytorch", train_lucidrains, LUCIDRAINS),
+    "lucidrains, dim 32": ("denoising_diffusion_pytorch", train_lucidrains, DIM_32),
 }
 
 
-def contenders(device: torch.device) -> dict[str, Callable[[Task], Learned]]:
-    """Those that can take part on this device, with what is installed; says who cannot."""
+def contenders_of(device: torch.device, names: str = "all") -> dict[str, Callable[[Task], Learned]]:
+    """Those that can take part on this device, with what is installed; says who cannot.
+
+    Raises:
+        UserError: one of the names is none of theirs.
+    """
     found = {name: functools.partial(train_ours, *how) for name, how in OURS.items()}
     precisions = measuring.precisions_of(device)
-    for project, (module, train) in PEERS.items():
+    for project, (module, train, layers) in PEERS.items():
         if peers.is_installed(module):
-            found |= {
-                f"{project}, {precision}": functools.partial(train, precision)
-                for precision in precisions
-            }
-    return found
+            for precision in precisions:
+                how = functools.partial(train, precision, layers=layers)
+                found[f"{project}, {precision}"] = how
+    if names == "all":
+        return found
+    chosen = [name.strip() for name in names.split(";")]
+    for name in chosen:
+        command_line.check_limits({"contenders": name}, {"contenders": found})
+    return {name: found[name] for name in chosen}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -341,6 +365,7 @@ def quality_peers(
     n_img: int = 512,
     img_size: int = 32,
     seeds: int = 1,
+    contenders: str = "all",
     dataset: FilePath = "datasets/landscapes",
     held_out: FilePath = "datasets/held_out",
     device: str = "auto",
@@ -359,6 +384,7 @@ def quality_peers(
         n_img: how many images are judged.
         img_size: in pixels, a multiple of 32.
         seeds: how many times every contender is trained.
+        contenders: all, or the names of some with semicolons: ours, for a CPU;diffusers, bf16.
         dataset: what they learn from.
         held_out: what they are judged by.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
@@ -382,10 +408,10 @@ def quality_peers(
     n = evaluate.comparable(n_img, len(listings[1].paths))
     measuring.RESULTS.mkdir(parents=True, exist_ok=True)
     images, unseen = (
-        reading.read_dataset(listing, (img_size, img_size)).images for listing in listings
+        reading.read_dataset(listing, (img_size, img_size), "RGB").images for listing in listings
     )
     devices.keep_memory()  # for all, as ours has it
-    trainers = contenders(place)
+    trainers = contenders_of(place, contenders)
     shared = {"dataset": dataset, "minutes": f"{minutes:g}", "img_size": img_size, "n": n}
     for seed, (contender, train) in itertools.product(range(seeds), trainers.items()):
         key = shared | {"contender": contender, "seed": seed}

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import inspect
 import io
 import re
@@ -495,19 +496,23 @@ def small_peers(monkeypatch):
 
     Gives the trainer of a project that is installed.
     """
-    monkeypatch.setitem(quality_peers.DIFFUSERS, "block_out_channels", (8,) * 6)
-    monkeypatch.setitem(quality_peers.DIFFUSERS, "layers_per_block", 1)
-    monkeypatch.setitem(quality_peers.DIFFUSERS, "norm_num_groups", 2)
-    monkeypatch.setattr(
-        quality_peers,
-        "LUCIDRAINS",
-        {"dim": 8, "dim_mults": (1, 1, 1), "attn_heads": 1, "attn_dim_head": 8},
-    )
+    small = {"layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 8}
+    for layers, widths in (
+        (quality_peers.DIFFUSERS, (8,) * 6),
+        (quality_peers.OUR_LAYERS, (8,) * 3),
+    ):
+        for name, value in (small | {"block_out_channels": widths}).items():
+            monkeypatch.setitem(layers, name, value)
+    for layers in (quality_peers.LUCIDRAINS, quality_peers.DIM_32):
+        small = {"dim": 8, "dim_mults": (1, 1, 1), "attn_heads": 1, "attn_dim_head": 8}
+        for name, value in small.items():
+            monkeypatch.setitem(layers, name, value)
     monkeypatch.setattr(quality_peers, "PEER_STEPS", 3)
 
     def trainer(project: str):
-        pytest.importorskip(quality_peers.PEERS[project][0])
-        return quality_peers.PEERS[project][1]
+        module, train, layers = quality_peers.PEERS[project]
+        pytest.importorskip(module)
+        return functools.partial(train, layers=layers)
 
     return trainer
 
@@ -598,7 +603,7 @@ def test_rate_of_diffusers_warms_up_and_ends_with_the_minutes_even_on_a_machine_
 @pytest.mark.parametrize("project", quality_peers.PEERS)
 def test_samples_come_from_the_averaged_weights(project, small_peers, clock, place, monkeypatch):
     train, used = small_peers(project), []
-    if project == "diffusers":
+    if project.startswith("diffusers"):
         import diffusers
         from diffusers import training_utils
 
@@ -666,7 +671,7 @@ def test_one_color_is_learned_and_made_when_the_network_knows_it(
         found.append(eps)
         return eps, signal, noise
 
-    if project == "diffusers":
+    if project.startswith("diffusers"):
         import diffusers
 
         alpha_bar, walk_on = diffusers.DDPMScheduler().alphas_cumprod, diffusers.DDPMScheduler.step
@@ -732,7 +737,9 @@ def small_contest(place, monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        quality_peers, "contenders", lambda device: {"perfect": perfect, "black": black}
+        quality_peers,
+        "contenders_of",
+        lambda device, names: {"perfect": perfect, "black": black},
     )
     monkeypatch.setattr(quality_peers.evaluate, "load_efficientnet", pixels)
     paint(place / "pictures", count=100)
@@ -820,7 +827,7 @@ def test_every_contender_learns_samples_and_is_judged(small_peers, place, monkey
     status, out, err = contest(monkeypatch, "--minutes=0.017")
     assert status == 0, err
     rows = rows_of_contest()
-    assert [row["contender"] for row in rows] == list(quality_peers.contenders(CPU))
+    assert [row["contender"] for row in rows] == list(quality_peers.contenders_of(CPU))
     for row in rows:
         assert int(row["images"]) > 0
         assert float(row["trained_s"]) >= 1.0199, (
@@ -833,7 +840,7 @@ def test_contenders_are_ours_alone_where_nothing_is_installed_and_it_says_so(
     installed, hurried, capsys
 ):
     installed()
-    assert list(quality_peers.contenders(CPU)) == ["ours", "ours, for a CPU"]
+    assert list(quality_peers.contenders_of(CPU)) == list(quality_peers.OURS)
     out = capsys.readouterr().out
     assert "left out: bf16" in out
     for package in peers.PIP_NAMES.values():
@@ -841,8 +848,9 @@ def test_contenders_are_ours_alone_where_nothing_is_installed_and_it_says_so(
 
 
 def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_readme():
-    (_, defaults), (_, first) = quality_peers.OURS.values()
+    (_, defaults), (_, first), (_, before) = quality_peers.OURS.values()
     assert defaults == {}
+    assert before == first | {"optimizer": "adamw"}
     command = re.search(
         r"ddpm.py train (--run_name=first .*?) &&",
         (ROOT / "README.md").read_text(),
@@ -861,6 +869,26 @@ def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_r
     by_default = inspect.signature(ddpm.train).parameters
     settings |= {name: by_default[name].default for name in first if name not in settings}
     assert settings == first | {"run_name": "first", "max_minutes": preset["max_minutes"]}
+
+
+def test_our_layers_are_those_of_our_network():
+    diffusers = pytest.importorskip("diffusers")
+    names = ("width", "multipliers", "attention_size")
+    shape = {name: quality_peers.FOR_A_CPU[name] for name in names} | {
+        "img_size": SIDE,
+        "blocks": 2,
+    }
+    ours = peers.our_network(shape)
+    theirs = diffusers.UNet2DModel(sample_size=SIDE, **quality_peers.OUR_LAYERS)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    peers.check_same_answer(ours, theirs.eval(), SIDE)
+
+
+def test_some_contenders_are_chosen_by_name():
+    chosen = quality_peers.contenders_of(CPU, "ours, for a CPU; ours")
+    assert list(chosen) == ["ours, for a CPU", "ours"]
+    with pytest.raises(UserError, match="--contenders=theirs"):
+        quality_peers.contenders_of(CPU, "theirs")
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     ]
     if stored["log"]:
         shown += ["depth", "resize", "crop", "flip"]
-        shown += ["batch_size", "lr", "warmup", "lr_decay", "ema_decay"]
+        shown += ["optimizer", "batch_size", "lr", "warmup", "lr_decay", "ema_decay"]
     rows = [
         (name, command_line.as_typed(name, settings[name])) for name in shown if name in settings
     ]
