@@ -110,6 +110,17 @@ def test_a_published_run_keeps_its_mode_and_its_classes(exchange, run, here, mod
         assert (picture.mode, picture.text["label"]) == (mode, "dogs")
 
 
+def test_a_published_run_does_not_tell_where_folders_lie(here):
+    state = checkpoints.load("tiny")
+    near = {"dataset": "pictures", "inputs": "@gray", "cache": ""}
+    far = {name: f"{here}/{name}" for name in near}
+    for places, expected in ((near, near), (far, {name: name for name in near})):
+        published = checkpoints.published(
+            state | {"settings": state["settings"] | places}, "public"
+        )
+        assert {name: published["settings"][name] for name in near} == expected
+
+
 def test_a_published_run_stands_in_the_table(exchange, run):
     assert exchange("publish", "--run_name=tiny", "--to=public").status == 0
     lines = [line.split() for line in run("sample").out.splitlines()]

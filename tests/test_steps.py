@@ -371,6 +371,32 @@ def distill(here, run_main):
     return run_words
 
 
+def test_a_student_is_taught_where_it_is_itself_not_where_its_teacher_would_be(monkeypatch):
+    """Else it would never learn to mend what its first step did."""
+    torch.manual_seed(0)
+    diffusion = Diffusion(300, "cosine", "v")
+    places, asked = [], []
+    step, follow = tools.distill.Distillation.step, tools.distill.Distillation.follow_teacher
+
+    def note_step(self, x_t: Tensor, t: int, t_next: int) -> Tensor:
+        places.append((x_t, step(self, x_t, t, t_next)))
+        return places[-1][1]
+
+    def note_follow(self, x_t: Tensor, short: list[int]) -> Tensor:
+        asked.append(x_t)
+        return follow(self, x_t, short)
+
+    monkeypatch.setattr(tools.distill.Distillation, "step", note_step)
+    monkeypatch.setattr(tools.distill.Distillation, "follow_teacher", note_follow)
+    how = {"batch_size": 4, "lr": 1e-3, "seed": 0, "precision": "float32"}
+    path = diffusion.visited_steps(3 * tools.distill.SHORT_STEPS)
+    networks = TwoPeaks(diffusion), Curve()
+    tools.distill.Distillation(*networks, diffusion, path, (1, 1, 1), **how).advance(0.0)
+    (_, first), (begun, second), (last, _) = places
+    assert torch.equal(begun, first) and torch.equal(last, second)
+    assert torch.equal(asked[1], first) and torch.equal(asked[2], second)
+
+
 def test_a_distilled_run_is_a_run_that_says_from_whom_and_for_which_steps(distill, run, exchange):
     assert distill("--walks=12").status == 0
     paths = paths_of("fast")
