@@ -245,8 +245,10 @@ class UNet(nn.Module):
 
         self.conv_norm_out = norm(self.width)
         self.conv_out = nn.Conv2d(self.width, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # the first output is 0 everywhere: a calm start
-        nn.init.zeros_(self.conv_out.bias)
+        # a calm start, as in the paper's code: no block adds anything yet, and the output is 0
+        for name, weight in self.named_parameters():
+            if any(part in name for part in ("conv2.", "to_out.", "conv_out.")):
+                nn.init.zeros_(weight)
 
     def block(
         self, resnet: nn.Module, attention: nn.Module, h: Tensor, embedding: Tensor

@@ -61,13 +61,15 @@ def autocast(device: torch.device, precision: str, **options) -> torch.autocast:
 def our_network(shape: dict) -> UNet:
     """Our network, from a fixed seed, on the CPU.
 
-    Its last convolution is not 0, as it is when a training begins: all networks would give the same
+    Nothing in it is 0, as some layers are when a training begins: all networks would give the same
     answer.
     """
     torch.manual_seed(0)
     network = UNet(**shape)
     network.settings = shape  # a training is set up with them
-    nn.init.normal_(network.conv_out.weight, std=0.02)
+    for weight in network.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.02)
     return network.eval()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import ddpm
 import tools.exchange
@@ -128,6 +129,13 @@ def here(trained, place) -> Path:
 def exchange(here, run_main):
     """Run `python -m tools.exchange WORDS...` within this process."""
     return lambda *words: run_main(tools.exchange.main, *words)
+
+
+def awaken(network: nn.Module) -> None:
+    """Fill what begins at 0: else the output is 0, and hardly anything before it matters."""
+    for weight in network.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.05)
 
 
 def refused(result: Result) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, paint, refused
+from conftest import TINY, awaken, paint, refused
 from PIL import Image
-from torch import nn
 
 import ddpm
 from machinery import checkpoints
@@ -51,7 +50,7 @@ def test_autoguidance_leads_from_the_guide_through_the_network(labels):
     shape["classes"] = None if labels is None else 3
     networks = [UNet(**shape).eval() for _ in range(2)]
     for network in networks:
-        nn.init.normal_(network.conv_out.weight)  # it starts at zero
+        awaken(network)
     network, guide = networks
     x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     better, worse = network(x_t, t, labels), guide(x_t, t, labels)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, paint, refused
+from conftest import TINY, awaken, paint, refused
 
 import ddpm
 import utils
@@ -213,7 +213,7 @@ def measuring(
     settings |= {"grad_checkpointing": False, "micro_batch": "auto", "precision": "auto"}
     settings["optimizer"] = "muon"
     training = ddpm.Training(settings, loader, torch.device("cpu"))
-    torch.nn.init.normal_(training.ema.conv_out.weight)
+    awaken(training.ema)
     training.precision = torch.float32
     return held_out.HeldOut(chosen, training)
 
@@ -241,7 +241,8 @@ def test_the_loss_does_not_depend_on_the_batch_size_nor_on_the_number_of_process
 def test_of_a_network_that_says_nothing_the_loss_is_known():
     """With the clean image as its target, a zero costs the mean square of the images' pixels."""
     held = measuring(objective="x0", number=8)
-    torch.nn.init.zeros_(held.training.ema.conv_out.weight)
+    for weight in held.training.ema.conv_out.parameters():
+        torch.nn.init.zeros_(weight)
     loader = held.training.loader
     x_0 = loader.load(held.indices, torch.zeros(16, 1))
     weights = held.training.diffusion.weight(held.t)

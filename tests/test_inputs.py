@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, paint, refused
+from conftest import TINY, awaken, paint, refused
 from PIL import Image
-from torch import nn
 
 import ddpm
 import utils
@@ -35,7 +34,7 @@ def a_network(**shape) -> UNet:
     torch.manual_seed(0)
     shape = {"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1} | shape
     network = UNet(**shape).eval()
-    nn.init.normal_(network.conv_out.weight)  # it starts at zero
+    awaken(network)
     return network
 
 

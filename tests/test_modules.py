@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import awaken
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.quick
 def small_network(**options) -> UNet:
     """A network for 8x8 images with 4 channels a group.
 
-    Its last convolution is not the 0 it starts from.
+    No layer is the 0 it starts from.
     """
     torch.manual_seed(0)
     network = UNet(
         **{"img_size": 8, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention_size": 4}
         | options
     )
-    nn.init.normal_(network.conv_out.weight, std=0.1)
+    awaken(network)
     return network.eval()
 
 
@@ -304,6 +305,24 @@ def test_any_multiple_of_the_stride_is_a_size(multipliers, sizes):
 # ---- what reaches the answer ---------------------------------------------------------------------
 
 
+def test_blocks_add_nothing_at_first():
+    """As in the code of Ho et al. 2020: what they are told makes no difference yet."""
+    torch.manual_seed(0)
+    network = UNet(8, width=16, multipliers=(1, 2), blocks=1, classes=2).eval()
+    nn.init.normal_(network.conv_out.weight)
+    x, early, late = torch.randn(1, 3, 8, 8), torch.tensor([1]), torch.tensor([900])
+    with torch.no_grad():
+        assert network(x, early).abs().max() > 0.1
+        assert torch.equal(
+            network(x, early, torch.tensor([0])), network(x, late, torch.tensor([1]))
+        )
+        hidden = network.conv_in(x)
+        attention = network.mid_block.attentions[0]
+        assert torch.equal(
+            attention(torch.cat([hidden] * 2, dim=1)), torch.cat([hidden] * 2, dim=1)
+        )
+
+
 @pytest.mark.parametrize("classes", [None, 3])
 def test_first_answer_is_zero(classes):
     network = UNet(8, width=16, multipliers=(1, 2), blocks=1, classes=classes)
@@ -452,7 +471,7 @@ def test_in_bfloat16_upsampling_is_what_it_always_was(monkeypatch):
     """So images in bfloat16 are those of earlier versions, to the bit."""
     torch.manual_seed(0)
     network = UNet(img_size=8, width=16, multipliers=(1, 2), blocks=1, attention_size=4).eval()
-    nn.init.normal_(network.conv_out.weight)  # it starts at zero
+    awaken(network)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
 
     def plainly(resample: Resample, x: torch.Tensor) -> torch.Tensor:
