@@ -256,20 +256,12 @@ LR_DECAYS = {
     "cosine": lambda fraction_done: (1 + math.cos(math.pi * fraction_done)) / 2,
     "none": lambda fraction_done: 1.0,
 }
-# sets of flags for those who have no GPU; one that is given beside a preset wins
-SMALL = {"width": 32, "attention_size": 8, "batch_size": 16}
-PRESETS = {
-    "none": {},
-    "laptop": SMALL
-    | {"img_size": (64,), "multipliers": (1, 2, 4, 6), "lr": 6e-4, "max_minutes": 60},
-    "tiny": SMALL | {"img_size": (32,), "multipliers": (1, 2, 4), "lr": 2e-3, "max_minutes": 8},
-}
 # What a flag may be: its choices, or its smallest and largest value. Help and checks read it here.
 LIMITS = runs.RANGES | {"mode": reading.MODES, "schedule": NOISE_SCHEDULES}
 LIMITS |= {"objective": OBJECTIVES, "lr_decay": LR_DECAYS, "resize": pixels.RESIZES}
 LIMITS |= {"sampler": {"auto": None} | SAMPLERS, "optimizer": {"auto": None} | OPTIMIZERS}
 LIMITS |= {"crop": reading.CROPS, "flip": utils.FLIPS, "depth": pixels.DEPTHS, "frames": FRAMES}
-LIMITS |= {"preset": PRESETS, "precision": devices.PRECISIONS}
+LIMITS |= {"preset": runs.PRESETS, "precision": devices.PRECISIONS}
 NETWORK = ("img_size", "width", "multipliers", "blocks", "attention_size", "dropout")
 NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 CONDITION_DROPOUT = 0.1  # fraction of classes and inputs hidden in training, for guidance

@@ -47,6 +47,13 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+def zero(layer: nn.Module) -> nn.Module:
+    """A layer that begins at 0, so that no block adds anything yet, as in the paper's code."""
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    return layer
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions; the embedding of time (and class) is added in between.
 
@@ -62,7 +69,7 @@ class ResidualBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_size, channels_out)
         self.norm2 = norm(channels_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         self.conv_shortcut = nn.Identity()
         if channels_in != channels_out:
             self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -87,7 +94,7 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         # a list of one: diffusers' name is to_out.0
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.ModuleList([zero(nn.Linear(channels, channels))])
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
@@ -244,11 +251,7 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
 
         self.conv_norm_out = norm(self.width)
-        self.conv_out = nn.Conv2d(self.width, channels, 3, padding=1)
-        # a calm start, as in the paper's code: no block adds anything yet, and the output is 0
-        for name, weight in self.named_parameters():
-            if any(part in name for part in ("conv2.", "to_out.", "conv_out.")):
-                nn.init.zeros_(weight)
+        self.conv_out = zero(nn.Conv2d(self.width, channels, 3, padding=1))
 
     def block(
         self, resnet: nn.Module, attention: nn.Module, h: Tensor, embedding: Tensor

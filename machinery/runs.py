@@ -74,6 +74,14 @@ RANGES = {
     "frequency_shift": (0, 1),
     "downsample_padding": (0, 1),
 }
+# sets of flags for those who have no GPU; one that is given beside a preset wins
+SMALL = {"width": 32, "attention_size": 8, "batch_size": 16}
+PRESETS = {
+    "none": {},
+    "laptop": SMALL
+    | {"img_size": (64,), "multipliers": (1, 2, 4, 6), "lr": 6e-4, "max_minutes": 60},
+    "tiny": SMALL | {"img_size": (32,), "multipliers": (1, 2, 4), "lr": 2e-3, "max_minutes": 8},
+}
 # The flags that may have other values when a run is resumed.
 MAY_CHANGE = {"dataset", "epochs", "max_minutes", "resume", "device", "sample_every", "save_every"}
 MAY_CHANGE |= {"tensorboard", "dry_run", "micro_batch", "compile", "grad_checkpointing"}

@@ -862,7 +862,7 @@ def test_ours_is_the_default_of_the_command_line_and_the_first_training_of_the_r
     flags = command_line.read_flags(
         "train", parameters, command.group(1).replace("\\\n", "").split()
     )
-    preset = ddpm.PRESETS[flags.pop("preset")]
+    preset = runs.PRESETS[flags.pop("preset")]
     settings = preset | {
         name: command_line.FLAG_TYPES[parameters[name]][0](text) for name, text in flags.items()
     }

@@ -46,7 +46,7 @@ def settings_of(*words: str) -> dict:
         "ddpm.py",
         {name: echo(command) for name, command in COMMANDS.items()},
         list(words),
-        ddpm.PRESETS,
+        runs.PRESETS,
     )()
 
 
@@ -775,11 +775,11 @@ def test_the_program_itself_refuses_in_one_line(place):
     assert files_below(place) == set()
 
 
-@pytest.mark.parametrize("preset", ddpm.PRESETS)
+@pytest.mark.parametrize("preset", runs.PRESETS)
 def test_a_preset_stands_for_its_flags_and_one_beside_it_wins(preset):
     defaults = settings_of("train")
     chosen = settings_of("train", f"--preset={preset}")
-    assert chosen == defaults | ddpm.PRESETS[preset] | {"preset": preset}
+    assert chosen == defaults | runs.PRESETS[preset] | {"preset": preset}
     for words in ([f"--preset={preset}", "--width=64"], ["--width=64", f"--preset={preset}"]):
         assert settings_of("train", *words) == chosen | {"width": 64}  # the default, but given
 
@@ -787,5 +787,5 @@ def test_a_preset_stands_for_its_flags_and_one_beside_it_wins(preset):
 def test_the_help_lists_the_flags_of_every_preset(capsys):
     assert command_line.try_command("ddpm.py", COMMANDS, ddpm.LIMITS, ["train", "--help"])[1] == 0
     text = " ".join(capsys.readouterr().out.split())
-    for preset, flags in ddpm.PRESETS.items():
+    for preset, flags in runs.PRESETS.items():
         assert f"{preset}: {command_line.in_flags(flags)}" in text

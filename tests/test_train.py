@@ -1076,7 +1076,7 @@ def test_fewer_images_than_a_batch_are_used_as_they_are(train, place, count):
 
 def test_a_run_keeps_the_numbers_of_its_preset_not_the_name(train, monkeypatch):
     tiny = {"seed": 7, "lr_decay": "none"}
-    monkeypatch.setitem(ddpm.PRESETS, "tiny", tiny)
+    monkeypatch.setitem(runs.PRESETS, "tiny", tiny)
     result = train(preset="tiny")
     assert result.status == 0
     assert "preset   tiny: --seed=7 --lr_decay=none\n" in result.out
