@@ -384,7 +384,7 @@ def quality_peers(
         n_img: how many images are judged.
         img_size: in pixels, a multiple of 32.
         seeds: how many times every contender is trained.
-        contenders: all, or the names of some with semicolons: ours, for a CPU;diffusers, bf16.
+        contenders: all, or the names of some with semicolons, in quotes: "ours;diffusers, bf16".
         dataset: what they learn from.
         held_out: what they are judged by.
         device: auto, cpu, cuda, cuda:N, mps or xpu.

@@ -27,8 +27,8 @@ def hidden_names(network: nn.Module) -> list[str]:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Give matrices (N, rows, columns) singular values near 1, and leave their directions.
 
-    The Newton-Schulz iteration of Jordan et al. 2024: the singular values end between 0.7 and 1.2,
-    however unlike they were; those below a thousandth or so of the whole stay smaller.
+    The Newton-Schulz iteration of Jordan et al. 2024: the singular values end between 0.68 and 1.2,
+    however unlike they were; those below some thousandth of the whole stay smaller.
     """
     a, b, c = QUINTIC
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -53,59 +53,69 @@ class Muon(torch.optim.AdamW):
 
     Args:
         network: whose weights are moved.
-        precision: of the network; if that is bfloat16, `orthogonalize` computes in it too.
+        precision: of the network; where that is bfloat16 for all processes, `orthogonalize`
+            computes in it, too.
     """
 
     def __init__(self, network: nn.Module, precision: torch.dtype):
         super().__init__(network.parameters(), weight_decay=0.0, fused=True)
         weights = dict(network.named_parameters())
         self.hidden = [weights[name] for name in hidden_names(network)]
-        self.is_short = precision == torch.bfloat16
+        # what processes add up is of one type, on machines without bfloat16, too
+        (is_long,) = processes.largest(float(precision != torch.bfloat16))
+        self.precision = None if is_long else torch.bfloat16
 
     @torch.no_grad()
     def step(self) -> None:
         """Move all weights; the gradients of the hidden ones are used up."""
-        directions = [self.advance_momentum(weight) for weight in self.hidden]
-        for weight in self.hidden:
+        alike = {}  # what has one shape is turned together
+        for weight, direction in zip(self.hidden, self.advance_momenta(), strict=True):
             weight.grad = None  # so that AdamW passes it over
+            alike.setdefault(direction.shape, []).append((weight, direction))
         super().step()
+        matrices = [torch.stack([each for _, each in group]).flatten(2) for group in alike.values()]
+        turned = [orthogonalize_shared(matrix.to(dtype=self.precision)) for matrix in matrices]
+        processes.add_up(turned)
         lr = self.param_groups[0]["lr"]
-        for weight, direction in zip(self.hidden, turned(directions), strict=True):
-            length = 0.2 * math.sqrt(max(direction.shape))
-            weight.add_(direction.view(weight.shape), alpha=-lr * length)
+        for group, directions in zip(alike.values(), turned, strict=True):
+            length = 0.2 * math.sqrt(max(directions.shape[1:]))
+            for (weight, _), direction in zip(group, directions, strict=True):
+                weight.add_(direction.view(weight.shape), alpha=-lr * length)
 
-    def advance_momentum(self, weight: Tensor) -> Tensor:
-        """Add a weight's gradient to its momentum: where it leads (rows, columns), as Nesterov.
+    def advance_momenta(self) -> list[Tensor]:
+        """Add each hidden weight's gradient to its momentum: where both lead, as Nesterov.
 
         A step that a loss scaler skips changes nothing and leads nowhere, as with AdamW.
         """
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), device=weight.device)
-            state["exp_avg"] = torch.zeros_like(weight)
-        gradient, momentum = weight.grad, state["exp_avg"]
-        share = torch.ones((), dtype=weight.dtype, device=weight.device)
-        if (is_infinite := getattr(self, "found_inf", None)) is not None:
-            share -= is_infinite
-            gradient = gradient.where(share > 0, 0)
-        state["step"] += share
-        momentum.lerp_(gradient, share * (1 - MOMENTUM))
-        direction = gradient.lerp(momentum, MOMENTUM).flatten(1) * share
-        return direction.bfloat16() if self.is_short else direction
+        for weight in self.hidden:
+            if weight not in self.state:
+                step = torch.zeros((), device=weight.device)
+                self.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight)}
+        steps = [self.state[weight]["step"] for weight in self.hidden]
+        momenta = [self.state[weight]["exp_avg"] for weight in self.hidden]
+        gradients = [weight.grad for weight in self.hidden]
+        is_skipped = getattr(self, "found_inf", None)
+        if is_skipped is not None:
+            pairs = zip(momenta, gradients, strict=True)
+            gradients = [momentum.where(is_skipped > 0, each) for momentum, each in pairs]
+        torch._foreach_add_(steps, 1.0)
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        if is_skipped is not None:
+            torch._foreach_sub_(steps, is_skipped)
+            torch._foreach_mul_(directions, 1 - is_skipped)
+        return directions
 
 
-def turned(matrices: list[Tensor]) -> list[Tensor]:
-    """Orthogonalize matrices (rows, columns), those of a shape together, each process some."""
-    found = [torch.zeros_like(matrix) for matrix in matrices]
-    alike = {}
-    for number in range(processes.rank(), len(matrices), processes.count()):
-        alike.setdefault(matrices[number].shape, []).append(number)
-    for numbers in alike.values():
-        together = orthogonalize(torch.stack([matrices[number] for number in numbers]))
-        for number, matrix in zip(numbers, together, strict=True):
-            found[number].copy_(matrix)
-    processes.add_up(found)
-    return found
+def orthogonalize_shared(matrices: Tensor) -> Tensor:
+    """`orthogonalize` those that are this process's share; the rest are 0."""
+    share = processes.share(len(matrices))
+    if len(share) == len(matrices):
+        return orthogonalize(matrices)
+    turned = torch.zeros_like(matrices)
+    if share:
+        turned[share.start : share.stop] = orthogonalize(matrices[share.start : share.stop])
+    return turned
 
 
 def adamw(network: nn.Module, _: torch.dtype) -> torch.optim.AdamW:

@@ -15,7 +15,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from conftest import TINY, files_below, paint
+from conftest import TINY, files_below, paint, refused
 from hypothesis import strategies
 from storm import same
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 import ddpm
 from machinery import basics, checkpoints, command_line
 from machinery.basics import UserError
+from machinery.optimizers import OPTIMIZERS, Muon, moments_of
 
 CHECKPOINT = Path("models/run/checkpoint.pt")
 TRAIN = ["train", "--dataset=pictures", "--run_name=run", "--noise_steps=8", *TINY, "--epochs=2"]
@@ -212,9 +213,6 @@ def test_no_bytes_do_more_than_be_refused(trained, data):
 
 # ---- strangers' checkpoints ----------------------------------------------------------------------
 
-# what AdamW remembers of each weight, beside the number of its steps
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 class Bomb:
     """What would make a folder if it were unpickled the careless way."""
@@ -250,10 +248,9 @@ def giant_everywhere(state: dict) -> dict:
     weights = {
         name: torch.zeros(1).expand(weight.shape) for name, weight in network.state_dict().items()
     }
-    shapes = [weight.shape for weight in network.parameters()]
     moments = [
-        {"step": torch.ones(()), **{name: torch.zeros(1).expand(shape) for name in MOMENTS}}
-        for shape in shapes
+        {name: torch.zeros(()).expand(shape) for name, shape in kept.items()}
+        for kept in moments_of(network, settings["optimizer"])
     ]
     optimizer = state["optimizer"] | {"state": dict(enumerate(moments))}
     return state | {
@@ -316,7 +313,11 @@ STRANGE = {
 }
 STRANGE_TO_TRAIN = {
     "giant moments": with_moments(exp_avg=torch.zeros(1).expand(10**6, 10**6)),
-    "short moments": with_moments(exp_avg=torch.zeros(1), exp_avg_sq=torch.zeros(1)),
+    "short moments": with_moments(exp_avg=torch.zeros(1)),
+    "moments of AdamW for Muon": with_settings(optimizer="adamw"),
+    "an optimizer that is not known": with_settings(optimizer="sgd"),
+    "an optimizer to be chosen": with_settings(optimizer="auto"),
+    "an optimizer that is a number": with_settings(optimizer=3),
     "moments without a count": with_moments(step=torch.zeros(0)),
     "no moments": lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}},
     "no optimizer": lambda state: state | {"optimizer": {}},
@@ -369,31 +370,33 @@ def scattered(moment: Tensor) -> Tensor:
     return torch.zeros(moment.numel() + 1)[-1:].expand(moment.shape)
 
 
-def test_only_dense_moments_and_options_of_its_own_reach_the_optimizer(run, state, monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_only_dense_moments_and_options_of_its_own_reach_the_optimizer(
+    run, place, optimizer, monkeypatch
+):
     """It trusts both blindly: others would have it write where no moment is."""
-    optimizer = torch.optim.AdamW([torch.zeros(1)], weight_decay=0.0, fused=True)
-    own = {
-        name: value
-        for name, value in optimizer.param_groups[0].items()
-        if name not in ("params", "lr")
-    }
-    moments = state["optimizer"]["state"]
-    for facts in moments.values():
-        facts |= {"exp_avg": scattered(facts["exp_avg"]), "max_exp_avg_sq": torch.zeros(1)}
+    paint(place / "pictures")
+    words = [*TRAIN[:-1], f"--optimizer={optimizer}"]
+    assert run(*words, "--epochs=2").status == 0
+    state = torch.load(CHECKPOINT, weights_only=True)
+    group = torch.optim.AdamW([torch.zeros(1)], weight_decay=0.0, fused=True).param_groups[0]
+    own = {name: value for name, value in group.items() if name not in ("params", "lr")}
+    for facts in state["optimizer"]["state"].values():
+        facts |= {name: scattered(facts[name]) for name in facts if name != "step"}
     state["optimizer"]["param_groups"][0] |= {"amsgrad": True, "fused": False, "weight_decay": 9.0}
     torch.save(state, CHECKPOINT)
 
     def look(optimizer) -> None:
         assert {name: optimizer.param_groups[0][name] for name in own} == own
-        assert all(
-            optimizer.state[weight][name].is_contiguous()
-            for weight in optimizer.state
-            for name in MOMENTS
-        )
+        assert len(optimizer.state) == len(optimizer.param_groups[0]["params"])
+        for weight, facts in optimizer.state.items():
+            strides = {each.stride() for name, each in facts.items() if name != "step"}
+            assert strides == {weight.stride()}
         raise UserError("looked")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", look)
-    assert run(*TRAIN).status == 2
+    monkeypatch.setattr(Muon, "step", look)
+    assert "looked" in refused(run(*words, "--epochs=9"))
 
 
 @pytest.mark.parametrize("name", ["a newer format", "a newer format with other parts"])

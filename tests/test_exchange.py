@@ -114,7 +114,9 @@ def test_a_published_run_does_not_tell_where_folders_lie(here):
     state = checkpoints.load("tiny")
     near = {"dataset": "pictures", "inputs": "@gray", "cache": ""}
     far = {name: f"{here}/{name}" for name in near}
-    for places, expected in ((near, near), (far, {name: name for name in near})):
+    root = {"dataset": "/", "inputs": f"{here}/@gray", "cache": "../somebody/cache"}
+    names = {"dataset": "images", "inputs": "gray", "cache": "cache"}
+    for places, expected in ((near, near), (far, {name: name for name in near}), (root, names)):
         published = checkpoints.published(
             state | {"settings": state["settings"] | places}, "public"
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, paint, refused
-from torch import nn
+from torch import Tensor, nn
 
 from machinery import optimizers
 from machinery.optimizers import Muon, hidden_names, moments_of, orthogonalize
@@ -124,6 +124,28 @@ def test_a_step_is_as_long_as_one_of_adamw():
     assert 0.4 < lengths["muon"] / lengths["adamw"] < 2.5
 
 
+def test_processes_agree_on_what_they_add_up(monkeypatch):
+    """On a machine with bfloat16, beside one without."""
+    asked, orthogonalize = [], optimizers.orthogonalize
+
+    def note(matrices: Tensor) -> Tensor:
+        asked.append(matrices.dtype)
+        return orthogonalize(matrices)
+
+    monkeypatch.setattr(optimizers, "orthogonalize", note)
+    for others, expected in ((0.0, torch.bfloat16), (1.0, torch.float32)):
+        monkeypatch.setattr(
+            optimizers.processes, "largest", lambda number, others=others: (max(number, others),)
+        )
+        network = Layers()
+        optimizer = Muon(network, torch.bfloat16)
+        with_gradients(network, 0)
+        optimizer.step()
+        assert set(asked) == {expected}
+        asked.clear()
+    Muon(network, torch.float16)
+
+
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_what_is_kept_of_each_weight_is_what_a_checkpoint_must_have(optimizer):
     network = small_network()
@@ -164,7 +186,11 @@ CHECKPOINT = Path("models/run/checkpoint.pt")
 @pytest.fixture
 def train(place, run):
     paint(place / "pictures", 4)
-    return lambda *words: run("train", "--dataset=pictures", "--run_name=run", *TINY, *words)
+
+    def run_words(*words: str, run_name: str = "run"):
+        return run("train", "--dataset=pictures", f"--run_name={run_name}", *TINY, *words)
+
+    return run_words
 
 
 def test_a_run_goes_on_with_what_it_began_with(train):
@@ -180,8 +206,9 @@ def test_a_run_goes_on_with_what_it_began_with(train):
     assert "--optimizer was adamw, is now muon" in line
 
 
-def test_a_new_run_has_muon(train):
-    assert train("--epochs=1").status == 0
+def test_a_new_run_has_muon_also_if_it_begins_from_one_that_had_not(train):
+    assert train("--epochs=1", "--optimizer=adamw", run_name="before").status == 0
+    assert train("--epochs=1", "--init_from=before").status == 0
     state = torch.load(CHECKPOINT, weights_only=True)
     assert state["settings"]["optimizer"] == "muon"
     assert {len(moments) for moments in state["optimizer"]["state"].values()} == {2, 3}
