@@ -102,8 +102,8 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)
         if is_skipped is not None:
-            torch._foreach_sub_(steps, is_skipped)
-            torch._foreach_mul_(directions, 1 - is_skipped)
+            torch._foreach_sub_(steps, [is_skipped] * len(steps))
+            directions = [each * (1 - is_skipped) for each in directions]
         return directions
 
 
