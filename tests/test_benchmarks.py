@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 import ddpm
 import utils
-from benchmarks import levers, measuring, peers, quality, quality_peers, sample_speed, train_speed
+from benchmarks import (
+    levers,
+    measuring,
+    peers,
+    quality,
+    quality_peers,
+    sample_speed,
+    samplers,
+    train_speed,
+)
 from benchmarks.measuring import Timing
 from machinery import command_line, journal, runs
 from machinery.basics import UserError
@@ -911,3 +920,12 @@ def test_contest_that_cannot_be_is_refused_before_any_work(
     assert err.count("\n") == 1
     assert message in err
     assert small_contest == []
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "module", [levers, quality, quality_peers, sample_speed, samplers, train_speed]
+)
+def test_the_tables_that_come_along_can_be_added_to(module):
+    name = module.__name__.rpartition(".")[2]
+    command_line.check_table(ROOT / "results" / "benchmarks" / f"{name}.csv", module.COLUMNS)
