@@ -133,17 +133,18 @@ def test_processes_agree_on_what_they_add_up(monkeypatch):
         return orthogonalize(matrices)
 
     monkeypatch.setattr(optimizers, "orthogonalize", note)
-    for others, expected in ((0.0, torch.bfloat16), (1.0, torch.float32)):
+    short, whole, half = torch.bfloat16, torch.float32, torch.float16
+    cases = ((short, 0.0, short), (short, 1.0, whole), (whole, 0.0, whole), (half, 0.0, whole))
+    for precision, others, expected in cases:
         monkeypatch.setattr(
             optimizers.processes, "largest", lambda number, others=others: (max(number, others),)
         )
         network = Layers()
-        optimizer = Muon(network, torch.bfloat16)
+        optimizer = Muon(network, precision)
         with_gradients(network, 0)
         optimizer.step()
         assert set(asked) == {expected}
         asked.clear()
-    Muon(network, torch.float16)
 
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
