@@ -45,8 +45,7 @@ class Muon(torch.optim.AdamW):
 
     A gradient's matrix is mostly a few strong directions. Muon (Jordan et al. 2024) goes as far in
     the weak ones, in which much is left to learn. A convolution counts as the matrix of its output
-    channels. The length of a step is AdamW's for the same learning rate (Liu et al. 2025, section
-    2.2).
+    channels. The length of a step is AdamW's for the same learning rate (Liu et al. 2025).
 
     Several processes share the matrices and add up what each has found, so all go the same way to
     the bit.

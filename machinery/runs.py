@@ -311,12 +311,12 @@ class Run:
         )
         old, before = self.old_settings(), self.checkpoint.get("settings", {})
         self.settings = {name: old[name] for name in IMPORTED if name in old} | self.settings
+        if self.settings["optimizer"] == "auto":
+            self.settings["optimizer"] = before.get("optimizer", "muon")
         if self.settings["held_out"] == "auto":
             share = held_out.automatic(len(self.listing.names))
             self.is_small = not self.checkpoint["step"] and not share
             self.settings["held_out"] = before.get("held_out", share)
-        if self.settings["optimizer"] == "auto":
-            self.settings["optimizer"] = before.get("optimizer", "muon")
         # or refuse it, before the images are read
         held_out.number_of(self.settings["held_out"], len(self.listing.names))
         if self.settings["keep_best"]:
