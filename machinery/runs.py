@@ -35,7 +35,7 @@ from machinery.command_line import (
 from machinery.inputs import are_alike
 from machinery.journal import COLUMNS, SUMS, cells_of, hint, is_log, longer
 from machinery.listing import Listing, tell_classes
-from machinery.steps import are_paths
+from machinery.steps import are_paths, teacher_of
 from machinery.trackers import check_trackers
 
 UNTITLED = "untitled"  # the run of those who name none
@@ -290,7 +290,7 @@ class Run:
         if "network" not in checkpoint:
             way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
-        if teacher := checkpoint.get("paths", {}).get("teacher"):
+        if teacher := teacher_of(checkpoint):
             source = f"--run_name={printable(teacher).partition(' ')[0]}"
             steps = f"--steps={checkpoint['paths']['default']}"
             way_on = f"python -m tools.distill {source} --to={self.name} {steps} continues it"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from machinery import checkpoints, devices, input_files, processes, reading
-from machinery.basics import Seed, UserError, counted, in_short
+from machinery.basics import Seed, UserError, counted, in_short, printable
 from machinery.command_line import as_typed, check_limits, check_name, did_you_mean
 from machinery.input_files import InputFiles
 from machinery.inputs import are_alike
 from machinery.listing import composed
 from machinery.reading import Start
 from machinery.runs import RANGES, check_size, full_size
-from machinery.steps import Way, remark_on
+from machinery.steps import Way, remark_on, teacher_of
 from machinery.tiles import Tiled
 from machinery.writing import GRID_IMAGES, Album
 
@@ -59,12 +59,17 @@ def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
     return [seed + number for number in numbers]
 
 
-def guidance_of(guidance: float | str, settings: dict) -> float:
-    """`--guidance`; auto is 1 where nothing but an input leads, so that images keep to it."""
+def guidance_of(guidance: float | str, settings: dict, teacher: str = "") -> float:
+    """`--guidance`; auto is 1 where more would do harm, or else GUIDANCE.
+
+    That is where nothing but an input leads, so that images keep to it, and where a `teacher` gave
+    its classes and its guidance to a distilled run.
+    """
+    if guidance != "auto":
+        return float(guidance)
     is_led_by_inputs = settings["inputs"] and not settings["classes"]
-    if guidance == "auto":
-        return 1.0 if is_led_by_inputs else GUIDANCE
-    return float(guidance)
+    is_taught = teacher and settings["classes"]
+    return 1.0 if is_led_by_inputs or is_taught else GUIDANCE
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -87,13 +92,17 @@ def check_labels(label: str, classes: tuple[str, ...]) -> list[int]:
     return [classes.index(name) for name in names]
 
 
-def check_guidance(settings: dict, guidance: float | str, guide: str) -> None:
-    """Refuse guidance where nothing leads.
+def check_guidance(settings: dict, guidance: float | str, guide: str, teacher: str = "") -> None:
+    """Refuse guidance where nothing leads, or where a run has learned it.
 
     Args:
         settings: of the run.
         guidance, guide: of the sampling.
+        teacher: of the run, if it was distilled.
     """
+    if teacher and settings["classes"] and (guide or guidance not in ("auto", 1)):
+        flag = f"--guide={guide}" if guide else f"--guidance={guidance:g}"
+        raise UserError(f"{flag}: this run was distilled from {printable(teacher)}; leave it out")
     is_led = settings["classes"] or settings["inputs"] or guide
     if guidance != "auto" and not is_led:
         rule = "for class-conditional runs, trained with --conditional; others need a --guide"
@@ -136,13 +145,13 @@ def check_start(flags: dict, default_strength: float, classes: int) -> None:
             raise UserError(f"{flag} names the seeds; leave out --{other}={flags[other]:g}")
 
 
-def filled_in(flags: dict, settings: dict) -> dict:
+def filled_in(flags: dict, settings: dict, teacher: str = "") -> dict:
     """The flags of `sample` with what auto means for a run of these settings.
 
     Raises:
         UserError: inputs do not go with another flag.
     """
-    guidance = guidance_of(flags["guidance"], settings)
+    guidance = guidance_of(flags["guidance"], settings, teacher)
     n_img = flags["n_img"]
     if n_img == "auto":
         n_img = 1 if flags["inputs"] else IMAGES
@@ -290,8 +299,9 @@ class Request:
         self.visited_steps = visited_steps
         self.chosen = check_labels(flags["label"], settings["classes"])
         input_files.check_inputs(flags["inputs"], settings)
-        check_guidance(settings, flags["guidance"], flags["guide"])
-        self.flags = flags = filled_in(flags, settings)
+        teacher = teacher_of(checkpoint)
+        check_guidance(settings, flags["guidance"], flags["guide"], teacher)
+        self.flags = flags = filled_in(flags, settings, teacher)
         check_start(flags, defaults["strength"].default, len(self.chosen))
         if remark := remark_on(
             Way(*(flags[name] for name in Way._fields)), checkpoint, visited_steps

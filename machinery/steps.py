@@ -100,6 +100,11 @@ def is_path(visited: Sequence[int], noise_steps: int) -> bool:
     )
 
 
+def teacher_of(checkpoint: dict) -> str:
+    """From whom, and how, a run was distilled; "" if it was not."""
+    return checkpoint["paths"]["teacher"] if "paths" in checkpoint else ""
+
+
 def by_number(paths: dict) -> dict[int, tuple[int, ...]]:
     """The kept steps, by how many they are."""
     return {len(visited) - 1: visited for visited in paths["visited"]}

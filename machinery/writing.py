@@ -147,10 +147,14 @@ def save_npy(images: Tensor, path: Path, **_) -> None:
 
 
 def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
-    """Write frames (3, H, W) in 0..255 as a loop of 12 a second that rests on its last frame."""
+    """Write frames (3, H, W) in 0..255 as a loop that rests on its last frame.
+
+    It takes two seconds to come there, or longer, with 12 frames a second.
+    """
     first, *others = map(to_pillow, frames)
     options = {"save_all": True, "append_images": others, "loop": 0, "comment": comment.encode()}
-    durations = [80] * len(others) + [3000]  # milliseconds
+    each = max(80, 2000 // max(1, len(others)))  # milliseconds
+    durations = [each] * len(others) + [3000]
     write_whole(path, lambda file: first.save(file, "gif", duration=durations, **options))
 
 

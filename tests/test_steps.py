@@ -301,7 +301,7 @@ class TwoPeaks(nn.Module):
         super().__init__()
         self.diffusion = diffusion
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
         """v, from E[x_0 | x_t]."""
         signal, noise = (each.double() for each in self.diffusion.at(t))
         x_t = x_t.double()
@@ -330,7 +330,7 @@ class Curve(nn.Module):
         layers = (nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
         return self.layers(x_t.unsqueeze(-1)).squeeze(-1)
 
 
@@ -338,7 +338,7 @@ def test_a_student_learns_to_jump_to_where_the_flow_leads():
     """In one step, of data whose flow is known; without learning, one step leads to the mean."""
     torch.manual_seed(0)
     diffusion = Diffusion(300, "cosine", "v")
-    teacher, student = TwoPeaks(diffusion), Curve()
+    teacher, student = tools.distill.Guided(TwoPeaks(diffusion)), Curve()
     path = diffusion.visited_steps(60)
     how = {"batch_size": 256, "lr": 5e-3, "seed": 0, "precision": "float32"}
     with pytest.MonkeyPatch.context() as patch:
@@ -353,9 +353,40 @@ def test_a_student_learns_to_jump_to_where_the_flow_leads():
     with torch.no_grad():
         made = distillation.step(z, 300, 0)
         at_once = distillation.guess(teacher, z, 300)
-    exact = teacher.exact(z)
+    exact = teacher.network.exact(z)
     assert (at_once - exact).abs().mean() > 0.5
     assert (made - exact).abs().mean() < 0.06
+
+
+class Level(nn.Module):
+    """Takes every image for one of a single level, which its class decides; the last is no class.
+
+    Its levels are learned.
+    """
+
+    def __init__(self, *levels: float):
+        super().__init__()
+        self.levels = nn.Parameter(torch.tensor(levels))
+        self.null_class = len(levels) - 1
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return self.levels[labels].view(-1, 1, 1, 1).expand_as(x_t)
+
+
+@pytest.mark.parametrize(
+    ("guide", "ends"), [(None, (0.1 + 0.2, 0.1 - 0.8)), (Level(0.2, -0.2), (0.2, -0.4))]
+)
+def test_a_student_learns_where_guidance_leads_its_teacher(guide, ends):
+    """From no class, or from a guide, twice as far as to the class; each class to its own level."""
+    diffusion = Diffusion(300, "cosine", "x0")
+    asked = tools.distill.Guided(Level(0.2, -0.3, 0.1), 2, 2.0, guide)
+    student = Level(0.0, 0.0, 0.7)
+    how = {"batch_size": 16, "lr": 0.02, "seed": 0, "precision": "float32"}
+    path = diffusion.visited_steps(tools.distill.SHORT_STEPS)
+    distillation = tools.distill.Distillation(asked, student, diffusion, path, (1, 2, 2), **how)
+    for number in range(200):
+        distillation.advance(number / 200)
+    torch.testing.assert_close(student.levels, torch.tensor([*ends, 0.7]), atol=1e-4, rtol=0)
 
 
 @pytest.fixture
@@ -378,19 +409,19 @@ def test_a_student_is_taught_where_it_is_itself_not_where_its_teacher_would_be(m
     places, asked = [], []
     step, follow = tools.distill.Distillation.step, tools.distill.Distillation.follow_teacher
 
-    def note_step(self, x_t: Tensor, t: int, t_next: int) -> Tensor:
-        places.append((x_t, step(self, x_t, t, t_next)))
+    def note_step(self, x_t: Tensor, *how) -> Tensor:
+        places.append((x_t, step(self, x_t, *how)))
         return places[-1][1]
 
-    def note_follow(self, x_t: Tensor, short: list[int]) -> Tensor:
+    def note_follow(self, x_t: Tensor, *how) -> Tensor:
         asked.append(x_t)
-        return follow(self, x_t, short)
+        return follow(self, x_t, *how)
 
     monkeypatch.setattr(tools.distill.Distillation, "step", note_step)
     monkeypatch.setattr(tools.distill.Distillation, "follow_teacher", note_follow)
     how = {"batch_size": 4, "lr": 1e-3, "seed": 0, "precision": "float32"}
     path = diffusion.visited_steps(3 * tools.distill.SHORT_STEPS)
-    networks = TwoPeaks(diffusion), Curve()
+    networks = tools.distill.Guided(TwoPeaks(diffusion)), Curve()
     tools.distill.Distillation(*networks, diffusion, path, (1, 1, 1), **how).advance(0.0)
     (_, first), (begun, second), (last, _) = places
     assert torch.equal(begun, first) and torch.equal(last, second)
@@ -413,6 +444,40 @@ def test_a_distilled_run_is_a_run_that_says_from_whom_and_for_which_steps(distil
     assert not torch.equal(
         weights["conv_in.weight"], checkpoints.load("run")["average"]["conv_in.weight"]
     )
+
+
+def test_a_distilled_run_of_classes_has_its_guidance_in_it(distill, run, exchange):
+    for name in ("a", "b"):
+        paint(Path("sorted", name))
+    words = [word.replace("=pictures", "=sorted").replace("=run", "=classes") for word in TRAIN]
+    assert run(*words, "--conditional", "--epochs=2").status == 0
+    words = ("--run_name=classes", "--guidance=3")
+    assert distill("--walks=8", *words).status == 0
+    assert paths_of("fast")["teacher"].startswith("classes ")
+    assert paths_of("fast")["teacher"].endswith(" with guidance 3")
+    assert run("sample", "--run_name=fast", "--n_img=2", DEVICE).status == 0
+    first = command_in(Path("results/fast/samples/sample_0001.png"))
+    assert {"--label=a,b", "--guidance=1"} <= set(first)
+    assert run(*first[2:], "--name=again", DEVICE).status == 0
+    assert pictures("fast/samples") == pictures("fast/again")
+    for more in ("--guidance=2", "--guide=classes"):
+        line = refused(run("sample", "--run_name=fast", more, DEVICE))
+        assert f"{more}: this run was distilled from classes" in line
+    assert "with guidance 2" in refused(distill("--walks=16", "--run_name=classes"))
+    assert "nothing to do" in distill("--walks=8", *words).out
+    assert exchange("export", "--run_name=fast", "--to=given").status == 0
+    card = Path("given/README.md").read_text()
+    assert "distilled from classes" in card and "guidance = torch.tensor([0, 0, 1, 1]), 1.0" in card
+
+
+def test_a_student_of_a_guided_teacher_says_by_whom_it_was_guided(distill, run):
+    assert distill("--walks=8", "--guide=early", "--guidance=1.5").status == 0
+    assert " with guidance 1.5 from early " in paths_of("fast")["teacher"]
+    assert distill("--walks=8", "--to=plain").status == 0
+    weights = [checkpoints.load(name)["average"]["conv_in.weight"] for name in ("fast", "plain")]
+    assert not torch.equal(*weights)
+    line = refused(distill("--to=new", "--guidance=3"))
+    assert "--guidance=3 is for class-conditional runs" in line
 
 
 def test_a_stopped_distillation_goes_on_to_the_bit(distill, monkeypatch):

@@ -8,11 +8,16 @@ From each place where one of them begins, the teacher goes to where it ends, in 
 and the student learns to arrive there at once. It begins with the teacher's weights, so that a
 short training is enough, and needs no images.
 
+If guidance leads the teacher, to a class or away from a guide, the student learns to arrive there
+without, with one answer of the network where its teacher needs two (Meng et al. 2023, who teach
+all strengths of guidance; here it is one).
+
 Reading order: Distillation; the student's run; how long; distill, the command.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +25,24 @@ from torch import Tensor, nn
 
 import ddpm
 from ddpm import Diffusion
-from machinery import basics, checkpoints, command_line, devices, optimizers, runs
-from machinery.basics import UserError
+from machinery import basics, checkpoints, command_line, devices, optimizers, runs, sampling
+from machinery.basics import UserError, printable
 from machinery.command_line import StopSignals
 from machinery.journal import SUMS
-from machinery.steps import by_number, kept
+from machinery.steps import by_number, kept, teacher_of
 
 SHORT_STEPS = 3  # of the teacher, for one of the student
 SAVE_SECONDS = 300
 SAMPLER = "ddim"  # of the student: it has learned where each single step leads
+
+
+class Guided(NamedTuple):
+    """A network as it is asked: how many classes it knows, and what leads it; see `ddpm.guided`."""
+
+    network: nn.Module
+    classes: int = 0
+    guidance: float = 1.0
+    guide: nn.Module | None = None
 
 
 class Distillation:
@@ -39,7 +53,8 @@ class Distillation:
     rate depends on the clock).
 
     Args:
-        teacher, student: networks of (x_t, t), of the same objective.
+        teacher: what is followed.
+        student: a network like the teacher's, of the same objective.
         diffusion: their noising process.
         path: of the teacher: values of t from T to 0, SHORT_STEPS for each step of the student.
         shape: of an image (C, H, W).
@@ -51,7 +66,7 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: Guided,
         student: nn.Module,
         diffusion: Diffusion,
         path: Sequence[int],
@@ -91,23 +106,28 @@ class Distillation:
         optimizers.restore(self.optimizer, state["optimizer"])
         self.round = state["step"]
 
-    def guess(self, network: nn.Module, x_t: Tensor, t: int) -> Tensor:
-        """A network's guess of x_0 (B, C, H, W)."""
+    def guess(self, asked: Guided, x_t: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
+        """What a network takes x_t for: x_0 (B, C, H, W)."""
         times = torch.full((len(x_t),), t, device=self.device)
         with devices.autocast(self.device, self.precision):
-            output = network(x_t, times)
+            output = ddpm.guided(asked.network, x_t, times, labels, asked.guidance, asked.guide)
         return self.diffusion.clean(x_t, times, output.float())
 
-    def follow_teacher(self, x_t: Tensor, short: Sequence[int]) -> Tensor:
+    def follow_teacher(
+        self, x_t: Tensor, short: Sequence[int], labels: Tensor | None = None
+    ) -> Tensor:
         """Where the teacher comes to from x_t, in short steps."""
-        predict_clean = lambda x_t, t: self.guess(self.teacher, x_t, t).clamp(-1, 1)  # noqa: E731
+
+        def predict_clean(x_t: Tensor, t: int) -> Tensor:
+            return self.guess(self.teacher, x_t, t, labels).clamp(-1, 1)
+
         *_, (x_next, _) = self.diffusion.denoise(predict_clean, x_t, short, "dpm++")
         return x_next
 
-    def step(self, x_t: Tensor, t: int, t_next: int) -> Tensor:
+    def step(self, x_t: Tensor, t: int, t_next: int, labels: Tensor | None = None) -> Tensor:
         """Where the student comes to from x_t, in one step of DDIM."""
         here, there = torch.tensor([[t], [t_next]], device=self.device)
-        x_0 = self.guess(self.student, x_t, t)
+        x_0 = self.guess(Guided(self.student), x_t, t, labels)
         signal, noise = self.diffusion.at(here)
         return self.diffusion.add_noise(x_0, there, (x_t - signal * x_0) / noise)
 
@@ -120,12 +140,16 @@ class Distillation:
         rng = np.random.default_rng((self.seed, self.round))
         noise = rng.standard_normal((self.batch_size, *self.shape), np.float32)
         x_t = torch.from_numpy(noise).to(self.device)
+        labels = None
+        if self.teacher.classes:
+            drawn = rng.integers(self.teacher.classes, size=self.batch_size)
+            labels = torch.from_numpy(drawn).to(self.device)
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 - fraction_done)
         losses = []
         for first in range(0, len(self.path) - 1, SHORT_STEPS):
             short = self.path[first : first + SHORT_STEPS + 1]
-            target = self.follow_teacher(x_t, short)
-            arrived = self.step(x_t, short[0], short[-1])
+            target = self.follow_teacher(x_t, short, labels)
+            arrived = self.step(x_t, short[0], short[-1], labels)
             loss = (arrived - target).square().mean()
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), max_norm=1.0)
@@ -143,13 +167,10 @@ class Distillation:
 def check_teacher(run_name: str, teacher: dict, steps: int) -> None:
     """Refuse a run that cannot teach `steps` steps."""
     settings = teacher["settings"]
-    if settings["classes"]:
-        rule = "classes need guidance, which is not distilled"
-        raise UserError(f"--run_name={run_name} is class-conditional: {rule}")
     if settings["inputs"]:
         rule = "a distilled network is shown nothing but noise"
         raise UserError(f"--run_name={run_name} takes inputs ({settings['inputs']}): {rule}")
-    if source := teacher.get("paths", {}).get("teacher"):
+    if source := teacher_of(teacher):
         rule = "take that one as the teacher"
         raise UserError(f"--run_name={run_name} was itself distilled from {source}; {rule}")
     if steps * SHORT_STEPS > settings["noise_steps"]:
@@ -163,8 +184,10 @@ def check_student(to: str, student: dict, source: str, visited: Sequence[int], f
     steps = len(visited) - 1
     paths = student.get("paths") or {"teacher": "", "visited": ()}
     if paths["teacher"] != source:
-        made = f"was distilled from {paths['teacher']}" if paths["teacher"] else "holds another run"
-        raise UserError(f"--to={to}: models/{to} {made}, not from {source}; choose another name")
+        made = "holds another run"
+        if paths["teacher"]:
+            made = f"was distilled from {printable(paths['teacher'])}, not from {source}"
+        raise UserError(f"--to={to}: models/{to} {made}; choose another name")
     if steps not in by_number(paths):
         raise UserError(f"--to={to} is distilled for {paths['default']} steps, not {steps}")
     if by_number(paths)[steps] != tuple(visited):
@@ -256,6 +279,8 @@ def distill(
     run_name: str = "",
     to: str = "",
     steps: int = 4,
+    guidance: float | str = "auto",
+    guide: str = "",
     # how long
     max_minutes: float = 30.0,
     walks: int = 100_000,
@@ -273,12 +298,15 @@ def distill(
 
     Writes models/TO/checkpoint.pt, a run like any other, which `ddpm.py sample` samples in so many
     steps of ddim. The same command resumes a distillation that was stopped (Ctrl-C saves first).
-    Neither images nor classes are needed; class-conditional runs cannot be distilled.
+    No images are needed. What guides the teacher goes into the student, which asks its network
+    once a step where the teacher asks twice; one of classes has that one guidance for good.
 
     Args:
         run_name: the teacher, a folder in models/.
         to: the student, a new run.
         steps: how many the student takes.
+        guidance: of the teacher, as `sample` takes it; auto is 2.
+        guide: of the teacher: early, or a weaker run, as `sample` takes it.
         max_minutes: a time budget, earlier sittings included; 0 for none.
         walks: how many images the student learns from, if the time suffices.
         seed: of their noise.
@@ -298,21 +326,31 @@ def distill(
         command_line.check_name(flag, name)
     place = devices.pick_device(device)
     teacher = ddpm.load_run(run_name)
+    settings = teacher["settings"]
     check_teacher(run_name, teacher, steps)
+    sampling.check_guidance(settings, guidance, guide)
+    weaker = sampling.load_guide(guide, teacher, settings["img_size"], ddpm.load_run)
     flags = {"batch_size": batch_size, "lr": lr, "seed": seed}  # a resumed one has the same
     source = f"{run_name} {checkpoints.fingerprint_of(teacher['average'])}"
+    guidance = sampling.guidance_of(guidance, settings)
+    if settings["classes"] or guide:
+        source += f" with guidance {guidance:g}"
+    if weaker:
+        source += f" from {guide} {checkpoints.fingerprint_of(weaker['average'])}"
     with runs.lock_run(checkpoints.paths_of(to)[0].parent):
         student = ddpm.load_run(to) if checkpoints.exists(to) else None
         network, diffusion = ddpm.build_trained(teacher, place)
         path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=ddpm.USUAL.spacing)
         if student:
             check_student(to, student, source, path[::SHORT_STEPS], flags)
+        if weaker:
+            weaker = ddpm.build_trained(weaker, place)[0].requires_grad_(False)
         distillation = Distillation(
-            network.requires_grad_(False),
+            Guided(network.requires_grad_(False), len(settings["classes"]), guidance, weaker),
             ddpm.build_trained(teacher, place)[0],
             diffusion,
             path,
-            (network.channels, *teacher["settings"]["img_size"]),
+            (network.channels, *settings["img_size"]),
             batch_size=batch_size,
             lr=lr,
             seed=seed,

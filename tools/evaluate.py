@@ -47,7 +47,7 @@ from machinery.command_line import FilePath
 from machinery.inputs import is_made, list_pairs
 from machinery.listing import CACHE, Listing, list_images
 from machinery.pixels import FileFault, open_source
-from machinery.steps import Way, choose, remark_on
+from machinery.steps import Way, choose, remark_on, teacher_of
 from tools import fidelity
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
@@ -481,7 +481,7 @@ def make_samples(
     batch_size: int,
     device: torch.device,
     labels: Tensor | None = None,
-    guidance: float = ddpm.GUIDANCE,
+    guidance: float | str = "auto",
     guide: str = "",
     precision: str = "auto",
     shown: fidelity.Shown | None = None,
@@ -493,6 +493,7 @@ def make_samples(
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
+    guidance = sampling.guidance_of(guidance, settings, teacher_of(stored))
     weaker = sampling.load_guide(guide, stored, settings["img_size"], ddpm.load_run)
     weaker = ddpm.build_trained(weaker, device)[0] if weaker else None
     visited_steps = diffusion.visited_steps(way.steps, spacing=way.spacing)
@@ -832,8 +833,8 @@ def evaluate(
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
         way = choose(Way(sampler, steps, spacing), stored, ddpm.USUAL)
-        sampling.check_guidance(stored["settings"], guidance, guide)
-        guidance = sampling.guidance_of(guidance, stored["settings"])
+        sampling.check_guidance(stored["settings"], guidance, guide, teacher_of(stored))
+        guidance = sampling.guidance_of(guidance, stored["settings"], teacher_of(stored))
         check_pairs(inputs, stored["settings"])
         if stored["settings"]["inputs"]:
             columns += fidelity.COLUMNS

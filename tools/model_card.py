@@ -26,7 +26,7 @@ from machinery import (
 )
 from machinery.basics import UserError
 from machinery.inputs import input_channels, is_made
-from machinery.steps import AUTO, choose
+from machinery.steps import AUTO, choose, teacher_of
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -101,6 +101,11 @@ REMARK_STRAIGHT = """
 
 The four channels are colors times alpha (premultiplied), and alpha. The last two lines of the code
 divide by alpha."""
+
+REMARK_DISTILLED = """
+
+The model was distilled from {teacher} for DDIM at the noising steps t = {visited}, without any
+further guidance. The code takes others, which suit it less."""
 
 
 def write_samples(stored: dict, run_name: str, path: Path) -> None:
@@ -200,6 +205,10 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     if mode == "RGBA" and not settings["inputs"]:
         code += CODE_STRAIGHT
         remarks += REMARK_STRAIGHT
+    if teacher := teacher_of(stored):
+        (visited,) = stored["paths"]["visited"]
+        steps = ", ".join(map(str, visited))
+        remarks += REMARK_DISTILLED.format(teacher=basics.printable(teacher), visited=steps)
     facts = {
         "name": folder.name,
         "channels": reading.CHANNELS[mode],
@@ -207,7 +216,7 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
         "labels": ", torch.tensor([0])" if classes else "",
         "height": size[0],
         "width": size[1],
-        "guidance": ddpm.GUIDANCE,
+        "guidance": sampling.guidance_of("auto", settings, teacher_of(stored)),
         "last": len(classes) - 1,
         "none": len(classes),
         "noise_steps": noise_steps,

@@ -26,7 +26,7 @@ from machinery import checkpoints, command_line, devices, reading, runs, writing
 from machinery.basics import UserError, counted
 from machinery.pixels import NUMBERS
 from machinery.sampling import Request
-from machinery.steps import AUTO, choose
+from machinery.steps import AUTO, choose, teacher_of
 
 MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
@@ -88,6 +88,12 @@ def facts_of(run_name: str) -> str:
 def usual_steps(run_name: str) -> int:
     """How many steps `sample` would take of a run."""
     return choose(AUTO, load(run_name)[0], ddpm.USUAL).steps
+
+
+def is_led(run_name: str) -> bool:
+    """Whether a run has classes that guidance leads to; a distilled one has learned its own."""
+    checkpoint = load(run_name)[0]
+    return bool(checkpoint["settings"]["classes"]) and not teacher_of(checkpoint)
 
 
 def guides_of(run_name: str) -> list[str]:

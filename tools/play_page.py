@@ -23,6 +23,7 @@ from tools.play_images import (
     facts_in,
     facts_of,
     guides_of,
+    is_led,
     keep_start,
     load,
     show,
@@ -78,9 +79,10 @@ class Page:
         classes = settings["classes"]
         form["run_name"] = gr.Dropdown(names, value=run_name, label="Run (a model)")
         self.facts = gr.Markdown(facts_of(run_name))
-        how = {"visible": bool(classes)}
-        form["label"] = gr.Dropdown(classes, multiselect=True, label="Classes, in turn", **how)
-        form["guidance"] = gr.Slider(0, 10, ddpm.GUIDANCE, step=0.1, label="Guidance", **how)
+        how = {"multiselect": True, "visible": bool(classes)}
+        form["label"] = gr.Dropdown(classes, label="Classes, in turn", **how)
+        how = {"step": 0.1, "visible": is_led(run_name)}
+        form["guidance"] = gr.Slider(0, 10, ddpm.GUIDANCE, label="Guidance", **how)
         with gr.Accordion("Sampler, steps, size, autoguidance", open=False):
             form["sampler"] = gr.Dropdown(
                 list(ddpm.LIMITS["sampler"]), value="auto", label="Sampler"
@@ -172,13 +174,13 @@ class Page:
         settings = load(run_name)[0]["settings"]
         classes = list(settings["classes"])
         label = gr.Dropdown(choices=classes, value=[], visible=bool(classes))
-        guidance = gr.Slider(value=ddpm.GUIDANCE, visible=bool(classes))
+        guidance = gr.Slider(value=ddpm.GUIDANCE, visible=is_led(run_name))
         guide = gr.Dropdown(choices=guides_of(run_name), value="")
         return facts, label, guidance, usual_steps(run_name), "", guide, gr.Column(visible=False)
 
     def show_guidance(self, run_name: str, guide: str) -> gr.Slider:
         """It counts where there are classes or a guide."""
-        return gr.Slider(visible=bool(guide or load(run_name)[0]["settings"]["classes"]))
+        return gr.Slider(visible=bool(guide) or is_led(run_name))
 
     def take(self, path: str, run_name: str, img_size: str, strength: float) -> tuple:
         """A picture for the painter, read by our reader."""

@@ -24,7 +24,7 @@ import ddpm
 from ddpm import Diffusion
 from machinery import basics, checkpoints, command_line, devices, runs, sampling
 from machinery.basics import UserError
-from machinery.steps import LEAP, kept
+from machinery.steps import LEAP, kept, teacher_of
 
 SEEDS = range(10**6, 10**6 + 32)  # of the walks; nobody looks at these images
 PLACES = 50  # on a fine walk
@@ -183,7 +183,7 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
     place = devices.pick_device(device)
     with runs.lock_run(checkpoints.paths_of(run_name)[0].parent):
         stored = ddpm.load_run(run_name)
-        if teacher := stored.get("paths", {}).get("teacher"):
+        if teacher := teacher_of(stored):
             made = f"models/{run_name} was distilled from {basics.printable(teacher)}"
             raise UserError(f"{made}, for its own steps; no others suit it")
         if stored["settings"]["inputs"]:
