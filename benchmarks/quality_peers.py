@@ -373,8 +373,9 @@ def quality_peers(
         python -m benchmarks.quality_peers --minutes=12
 
     Adds a row for every contender and seed to results/benchmarks/quality_peers.csv, and prints the
-    means of the seeds; what is there already is not done again. Held-out images come from: python
-    datasets/paint_landscapes.py --first_seed=1000000 --count=2048 --folder=datasets/held_out
+    means of the seeds; what this machine has there already is not done again. Held-out images come
+    from: python datasets/paint_landscapes.py --first_seed=1000000 --count=2048
+    --folder=datasets/held_out
 
     Args:
         minutes: of training for each contender; reading the images, getting ready and sampling are
@@ -410,7 +411,10 @@ def quality_peers(
     )
     devices.keep_memory()  # for all, as ours has it
     trainers = contenders_of(place, contenders)
+    facts = measuring.facts_of(place)
     shared = {"dataset": dataset, "minutes": f"{minutes:g}", "img_size": img_size, "n": n}
+    # the same minutes are more on a faster machine
+    shared |= {name: facts[name] for name in ("device", "hardware", "threads")}
     for seed, (contender, train) in itertools.product(range(seeds), trainers.items()):
         key = shared | {"contender": contender, "seed": seed}
         if quality.matching(quality.done_before(path), key):
@@ -422,7 +426,6 @@ def quality_peers(
         measuring.add_rows(path, [{name: row[name] for name in COLUMNS}], COLUMNS)
     rows = quality.matching(quality.done_before(path), shared)
     means = [means_of(name, quality.matching(rows, {"contender": name})) for name in trainers]
-    facts = measuring.facts_of(place)
     floor = f"the floor {means[0]['distance_real']:.1f}"
     shape = f"{img_size}x{img_size}, judged by {n:,} held-out images"
     print(f"\n{minutes:g} minutes each, {shape}, {floor}")

@@ -826,6 +826,19 @@ def test_contest_goes_on_where_it_was_stopped(small_contest, monkeypatch):
     assert len(list(Path("results/benchmarks/quality_peers").glob("*.png"))) == 4
 
 
+def test_another_machine_begins_a_contest_of_its_own(small_contest, monkeypatch):
+    small_contest += ["nobody stumbles"] * 2
+    assert contest(monkeypatch)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "hardware", lambda device: "a faster one")
+        status, out, err = contest(patch)
+    assert (status, len(small_contest)) == (0, 6), err
+    assert [row["hardware"] == "a faster one" for row in rows_of_contest()] == [0, 0, 1, 1]
+    assert "a faster one, " in out
+    assert contest(monkeypatch)[0] == 0
+    assert len(rows_of_contest()) == 4
+
+
 def test_every_contender_learns_samples_and_is_judged(small_peers, place, monkeypatch):
     """All parts together, with networks as small as may be, for a second each."""
     small = {name: value for name, value in TINY.items() if name != "img_size"}
