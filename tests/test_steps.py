@@ -381,7 +381,7 @@ def test_a_student_learns_where_guidance_leads_its_teacher(guide, ends):
     diffusion = Diffusion(300, "cosine", "x0")
     asked = tools.distill.Guided(Level(0.2, -0.3, 0.1), 2, 2.0, guide)
     student = Level(0.0, 0.0, 0.7)
-    how = {"batch_size": 16, "lr": 0.02, "seed": 0, "precision": "float32"}
+    how = {"batch_size": 16, "lr": 0.02, "seed": 0, "precision": "float32", "optimizer": "adamw"}
     path = diffusion.visited_steps(tools.distill.SHORT_STEPS)
     distillation = tools.distill.Distillation(asked, student, diffusion, path, (1, 2, 2), **how)
     for number in range(200):
@@ -504,6 +504,19 @@ def test_a_stopped_distillation_goes_on_to_the_bit(distill, monkeypatch):
         whole["average"]
     )
     assert "nothing to do" in distill("--walks=24").out
+
+
+def test_a_student_of_before_muon_goes_on_with_adamw(distill, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.distill, "OPTIMIZER", "adamw")
+        assert distill("--walks=8").status == 0
+    assert distill("--walks=16").status == 0
+    assert distill("--walks=8", "--to=new").status == 0
+    for name, optimizer in (("fast", "adamw"), ("new", "muon")):
+        stored = checkpoints.load(name)
+        assert stored["settings"]["optimizer"] == optimizer
+        has_squares = ["exp_avg_sq" in each for each in stored["optimizer"]["state"].values()]
+        assert all(has_squares) == (optimizer == "adamw")
 
 
 def test_what_cannot_be_distilled_is_refused(distill, run, run_main):

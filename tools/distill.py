@@ -34,6 +34,7 @@ from machinery.steps import by_number, kept, teacher_of
 SHORT_STEPS = 3  # of the teacher, for one of the student
 SAVE_SECONDS = 300
 SAMPLER = "ddim"  # of the student: it has learned where each single step leads
+OPTIMIZER = "muon"  # benchmarks/README.md, "Distillation"
 
 
 class Guided(NamedTuple):
@@ -61,6 +62,7 @@ class Distillation:
         batch_size: images of a round.
         lr: learning rate at the beginning; it falls to 0.
         seed: of the noise.
+        optimizer: one of OPTIMIZERS.
         precision: one of devices.PRECISIONS.
     """
 
@@ -75,6 +77,7 @@ class Distillation:
         batch_size: int,
         lr: float,
         seed: int,
+        optimizer: str = OPTIMIZER,
         precision: str = "auto",
     ):
         self.teacher, self.student, self.diffusion = teacher, student, diffusion
@@ -87,7 +90,7 @@ class Distillation:
         self.precision = devices.precision_of(precision, self.device)
         if self.precision == torch.float16:  # small gradients would be lost without a loss scale
             self.precision = torch.float32
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+        self.optimizer = optimizers.OPTIMIZERS[optimizer](student, self.precision)
         self.round = 0
 
     def state(self) -> dict:
@@ -208,7 +211,6 @@ def save(
     state = distillation.state() | {"minutes": minutes, "sums": torch.zeros(SUMS), "paths": paths}
     settings = teacher["settings"] | flags
     settings |= {"run_name": to, "init_from": teacher["settings"]["run_name"]}
-    settings["optimizer"] = "adamw"  # see `Distillation`
     checkpoints.save(to, settings=settings, data=teacher["data"], log=[], **state)
 
 
@@ -331,6 +333,7 @@ def distill(
     sampling.check_guidance(settings, guidance, guide)
     weaker = sampling.load_guide(guide, teacher, settings["img_size"], ddpm.load_run)
     flags = {"batch_size": batch_size, "lr": lr, "seed": seed}  # a resumed one has the same
+    optimizer = OPTIMIZER
     source = f"{run_name} {checkpoints.fingerprint_of(teacher['average'])}"
     guidance = sampling.guidance_of(guidance, settings)
     if settings["classes"] or guide:
@@ -343,6 +346,7 @@ def distill(
         path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=ddpm.USUAL.spacing)
         if student:
             check_student(to, student, source, path[::SHORT_STEPS], flags)
+            optimizer = student["settings"]["optimizer"]  # of earlier versions: AdamW
         if weaker:
             weaker = ddpm.build_trained(weaker, place)[0].requires_grad_(False)
         distillation = Distillation(
@@ -354,8 +358,10 @@ def distill(
             batch_size=batch_size,
             lr=lr,
             seed=seed,
+            optimizer=optimizer,
             precision=precision,
         )
+        flags["optimizer"] = optimizer
         minutes = 0.0
         if student:
             distillation.restore(student)
