@@ -830,7 +830,8 @@ def sample(
             with --conditional.
         guidance: classifier-free guidance (CFG), how strictly an image keeps to its class: 0 not
             at all, 1 as learned, more for clearer and less varied images; with a guide, how far it
-            leads away from that (try 1.5). auto is 2, or 1 for runs of inputs without classes.
+            leads away from that (try 1.5). auto is 2, or 1 for runs of inputs without classes, and
+            for distilled ones of classes, which have learned theirs.
         guide: autoguidance, for runs without classes too: early, or a weaker run of the same data,
             from which --guidance leads away; early is the run after a fourth of its training, as
             long as that was planned when it came to it.

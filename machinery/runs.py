@@ -291,9 +291,7 @@ class Run:
             way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
         if teacher := teacher_of(checkpoint):
-            source = f"--run_name={printable(teacher).partition(' ')[0]}"
-            steps = f"--steps={checkpoint['paths']['default']}"
-            way_on = f"python -m tools.distill {source} --to={self.name} {steps} continues it"
+            way_on = f"python -m tools.distill --to={self.name} continues it, as it was begun"
             raise UserError(f"models/{self.name} was distilled from {printable(teacher)}; {way_on}")
         check_same_run(checkpoint, self.settings, self.listing)
         began_from = checkpoint["settings"]["init_from"]

@@ -102,7 +102,10 @@ def check_guidance(settings: dict, guidance: float | str, guide: str, teacher: s
     """
     if teacher and settings["classes"] and (guide or guidance not in ("auto", 1)):
         flag = f"--guide={guide}" if guide else f"--guidance={guidance:g}"
-        raise UserError(f"{flag}: this run was distilled from {printable(teacher)}; leave it out")
+        rule = "leave it out"
+        raise UserError(
+            f"{flag}: this run has learned its guidance from {printable(teacher)}; {rule}"
+        )
     is_led = settings["classes"] or settings["inputs"] or guide
     if guidance != "auto" and not is_led:
         rule = "for class-conditional runs, trained with --conditional; others need a --guide"

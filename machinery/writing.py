@@ -149,7 +149,7 @@ def save_npy(images: Tensor, path: Path, **_) -> None:
 def save_gif(frames: list[Tensor], path: Path, comment: str) -> None:
     """Write frames (3, H, W) in 0..255 as a loop that rests on its last frame.
 
-    It takes two seconds to come there, or longer, with 12 frames a second.
+    It takes about two seconds to come there, or longer, with 12 frames a second.
     """
     first, *others = map(to_pillow, frames)
     options = {"save_all": True, "append_images": others, "loop": 0, "comment": comment.encode()}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import ddpm
 import tools.distill
+import tools.evaluate
+import tools.play_images
 import tools.steps
 from ddpm import Diffusion
 from machinery import checkpoints, command_line
@@ -431,7 +433,9 @@ def test_a_student_is_taught_where_it_is_itself_not_where_its_teacher_would_be(m
 def test_a_distilled_run_is_a_run_that_says_from_whom_and_for_which_steps(distill, run, exchange):
     assert distill("--walks=12").status == 0
     paths = paths_of("fast")
-    assert (paths["sampler"], paths["default"], paths["teacher"][:4]) == ("ddim", 2, "run ")
+    fingerprint = checkpoints.fingerprint_of(checkpoints.load("run")["average"])
+    assert (paths["sampler"], paths["default"]) == ("ddim", 2)
+    assert paths["teacher"] == f"run {fingerprint}"
     result = run("sample", "--run_name=fast", "--n_img=2", DEVICE)
     assert "steps    2, distilled from run " in result.out
     words = command_in(Path("results/fast/samples/sample_0001.png"))
@@ -446,15 +450,26 @@ def test_a_distilled_run_is_a_run_that_says_from_whom_and_for_which_steps(distil
     )
 
 
-def test_a_distilled_run_of_classes_has_its_guidance_in_it(distill, run, exchange):
+def test_a_distilled_run_of_classes_has_its_guidance_in_it(
+    distill, run, run_main, exchange, monkeypatch
+):
     for name in ("a", "b"):
         paint(Path("sorted", name))
     words = [word.replace("=pictures", "=sorted").replace("=run", "=classes") for word in TRAIN]
     assert run(*words, "--conditional", "--epochs=2").status == 0
     words = ("--run_name=classes", "--guidance=3")
-    assert distill("--walks=8", *words).status == 0
-    assert paths_of("fast")["teacher"].startswith("classes ")
-    assert paths_of("fast")["teacher"].endswith(" with guidance 3")
+    teachers, advance = [], tools.distill.Distillation.advance
+
+    def note(self, fraction_done: float) -> Tensor:
+        teachers.append((self.teacher.classes, self.teacher.guidance, self.teacher.guide))
+        return advance(self, fraction_done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.distill.Distillation, "advance", note)
+        assert distill("--walks=8", *words).status == 0
+    assert teachers == [(2, 3.0, None)] * 2
+    fingerprint = checkpoints.fingerprint_of(checkpoints.load("classes")["average"])
+    assert paths_of("fast")["teacher"] == f"classes {fingerprint} with guidance 3"
     assert run("sample", "--run_name=fast", "--n_img=2", DEVICE).status == 0
     first = command_in(Path("results/fast/samples/sample_0001.png"))
     assert {"--label=a,b", "--guidance=1"} <= set(first)
@@ -462,12 +477,28 @@ def test_a_distilled_run_of_classes_has_its_guidance_in_it(distill, run, exchang
     assert pictures("fast/samples") == pictures("fast/again")
     for more in ("--guidance=2", "--guide=classes"):
         line = refused(run("sample", "--run_name=fast", more, DEVICE))
-        assert f"{more}: this run was distilled from classes" in line
+        assert f"{more}: this run has learned its guidance from classes" in line
+    words_to_judge = ("--run_name=fast", "--guidance=2", DEVICE)
+    assert "has learned its guidance" in refused(run_main(tools.evaluate.main, *words_to_judge))
+    how = (ddpm.load_run("fast"), range(2), Way("ddim", 2, "60,32,0"), 2, torch.device("cpu"))
+    judged = [tools.evaluate.make_samples(*how, guidance=each) for each in ("auto", 1.0, 2.0)]
+    assert torch.equal(judged[0], judged[1]) and not torch.equal(judged[0], judged[2])
+    assert tools.play_images.is_led("classes") and not tools.play_images.is_led("fast")
+    assert tools.play_images.guides_of("fast") == [""]
     assert "with guidance 2" in refused(distill("--walks=16", "--run_name=classes"))
     assert "nothing to do" in distill("--walks=8", *words).out
     assert exchange("export", "--run_name=fast", "--to=given").status == 0
     card = Path("given/README.md").read_text()
-    assert "distilled from classes" in card and "guidance = torch.tensor([0, 0, 1, 1]), 1.0" in card
+    assert f"distilled from `classes {fingerprint} with guidance 3` for DDIM" in card
+    assert "t = 60, 32, 0," in card and "answer = network(x_t, t, labels).sample" in card
+    assert "stands for no class" not in card
+    stored = checkpoints.load("fast")
+    strange = {"teacher": "{evil} `{name}`", "visited": ((60, 9, 0), (60, 0))}
+    checkpoints.write(
+        checkpoints.paths_of("fast")[0], **stored | {"paths": stored["paths"] | strange}
+    )
+    assert exchange("export", "--run_name=fast", "--to=strange").status == 0
+    assert "distilled from `{evil} '{name}'` for DDIM" in Path("strange/README.md").read_text()
 
 
 def test_a_student_of_a_guided_teacher_says_by_whom_it_was_guided(distill, run):
@@ -476,7 +507,9 @@ def test_a_student_of_a_guided_teacher_says_by_whom_it_was_guided(distill, run):
     assert distill("--walks=8", "--to=plain").status == 0
     weights = [checkpoints.load(name)["average"]["conv_in.weight"] for name in ("fast", "plain")]
     assert not torch.equal(*weights)
-    line = refused(distill("--to=new", "--guidance=3"))
+    again = ("sample", "--n_img=1", "--guide=run", "--guidance=1.5", DEVICE)
+    assert run(*again, "--run_name=fast").status == 0
+    line = refused(distill("--to=new", "--guidance=3", "--walks=8"))
     assert "--guidance=3 is for class-conditional runs" in line
 
 
@@ -544,5 +577,5 @@ def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
     assert "other values of t" in refused(distill("--walks=8"))
     line = refused(run(*[word.replace("=run", "=fast") for word in TRAIN], "--epochs=9"))
     assert "models/fast was distilled from run" in line
-    assert "--to=fast --steps=2 continues it" in line
+    assert "tools.distill --to=fast continues it, as it was begun" in line
     assert "was distilled from" in refused(run_main(tools.steps.main, "--run_name=fast", DEVICE))

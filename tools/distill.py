@@ -337,7 +337,7 @@ def distill(
     source = f"{run_name} {checkpoints.fingerprint_of(teacher['average'])}"
     guidance = sampling.guidance_of(guidance, settings)
     if settings["classes"] or guide:
-        source += f" with guidance {guidance:g}"
+        source += f" with guidance {guidance:.9g}"
     if weaker:
         source += f" from {guide} {checkpoints.fingerprint_of(weaker['average'])}"
     with runs.lock_run(checkpoints.paths_of(to)[0].parent):

@@ -26,7 +26,7 @@ from machinery import (
 )
 from machinery.basics import UserError
 from machinery.inputs import input_channels, is_made
-from machinery.steps import AUTO, choose, teacher_of
+from machinery.steps import AUTO, by_number, choose, teacher_of
 from tools.evaluate import make_samples
 
 CARD = """---
@@ -63,19 +63,22 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 network = UNet2DModel.from_pretrained("{name}", subfolder="unet")
 scheduler = DDIMScheduler.from_pretrained("{name}", subfolder="scheduler")
 scheduler.set_timesteps({few})
-labels, guidance = torch.tensor([0, 0, {last}, {last}]), {guidance}
+labels = torch.tensor([0, 0, {last}, {last}])
 x_t = torch.randn(len(labels), {channels}, {height}, {width})
 for t in scheduler.timesteps:
     with torch.no_grad():
-        with_class = network(x_t, t, labels).sample
-        without = network(x_t, t, torch.full_like(labels, {none})).sample
-    answer = without + guidance * (with_class - without)
+        {answer}
     x_t = scheduler.step(answer, t, x_t, use_clipped_model_output=True).prev_sample
 images = DDIMPipeline.numpy_to_pil((x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())"""
+ANSWER_GUIDED = """with_class = network(x_t, t, labels).sample
+        without = network(x_t, t, torch.full_like(labels, {none})).sample
+        answer = without + {guidance} * (with_class - without)  # classifier-free guidance"""
+ANSWER_TAUGHT = "answer = network(x_t, t, labels).sample"
 REMARK_BY_CLASS = """The model is class-conditional: `classes.json` names its classes, from number
-0 to {last}; {none} stands for no class. In the image above, each row is of one class, the first one
-on top. The code uses classifier-free guidance: a `guidance` of 1 samples what was learned, more
-gives clearer and less varied images. The pipelines of diffusers support neither."""
+0 to {last}. In the image above, each row is of one class, the first one on top. The pipelines of
+diffusers do not support that."""
+REMARK_GUIDED = """ In the code, {none} stands for no class; a guidance of 1 instead of {guidance}
+samples what was learned, more gives clearer and less varied images."""
 
 CODE_WITH_INPUTS = """import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -104,7 +107,7 @@ divide by alpha."""
 
 REMARK_DISTILLED = """
 
-The model was distilled from {teacher} for DDIM at the noising steps t = {visited}, without any
+The model was distilled from `{teacher}` for DDIM at the noising steps t = {visited}, without any
 further guidance. The code takes others, which suit it less."""
 
 
@@ -177,12 +180,48 @@ def figures_of(stored: dict, run_name: str) -> list[str]:
     return tables
 
 
+def code_and_remarks(stored: dict, name: str) -> tuple[str, str]:
+    """Lines that make images with the model `name`, and what there is to say of them."""
+    settings = stored["settings"]
+    classes, mode, noise_steps = (settings[each] for each in ("classes", "mode", "noise_steps"))
+    teacher = teacher_of(stored)
+    code, remarks, answer = CODE, REMARK, ""
+    if settings["inputs"]:
+        code, remarks = CODE_WITH_INPUTS, REMARK_WITH_INPUTS
+    elif classes and teacher:
+        code, remarks, answer = CODE_BY_CLASS, REMARK_BY_CLASS, ANSWER_TAUGHT
+    elif classes:
+        code, remarks, answer = CODE_BY_CLASS, REMARK_BY_CLASS + REMARK_GUIDED, ANSWER_GUIDED
+    if mode == "RGBA" and not settings["inputs"]:
+        code += CODE_STRAIGHT
+        remarks += REMARK_STRAIGHT
+    facts = {
+        "name": name,
+        "channels": reading.CHANNELS[mode],
+        "input_channels": input_channels(settings),
+        "labels": ", torch.tensor([0])" if classes else "",
+        "height": settings["img_size"][0],
+        "width": settings["img_size"][1],
+        "last": len(classes) - 1,
+        "none": len(classes),
+        "guidance": ddpm.GUIDANCE,
+        "noise_steps": noise_steps,
+        # a divisor, so that all steps are of one length
+        "few": max(steps for steps in range(1, 51) if noise_steps % steps == 0),
+    }
+    code = code.format(answer=answer.format(**facts), **facts)
+    remarks = remarks.format(**facts)
+    if teacher:
+        visited = by_number(stored["paths"])[stored["paths"]["default"]]
+        teacher = basics.printable(teacher).replace("`", "'")
+        remarks += REMARK_DISTILLED.format(teacher=teacher, visited=", ".join(map(str, visited)))
+    return code, remarks
+
+
 def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     """README.md and samples.png of the model in `folder`, whose name is the model's."""
     settings = stored["settings"]
-    classes, mode, size, noise_steps = (
-        settings[name] for name in ("classes", "mode", "img_size", "noise_steps")
-    )
+    classes = settings["classes"]
     shown = [
         "mode",
         *(["inputs"] if is_made(settings["inputs"]) else []),
@@ -199,30 +238,7 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
     write_samples(stored, run_name, folder / "samples.png")
     kind = "class-conditional-image-generation" if classes else "unconditional-image-generation"
     kind = "image-to-image" if settings["inputs"] else kind
-    code, remarks = (CODE_BY_CLASS, REMARK_BY_CLASS) if classes else (CODE, REMARK)
-    if settings["inputs"]:
-        code, remarks = CODE_WITH_INPUTS, REMARK_WITH_INPUTS
-    if mode == "RGBA" and not settings["inputs"]:
-        code += CODE_STRAIGHT
-        remarks += REMARK_STRAIGHT
-    if teacher := teacher_of(stored):
-        (visited,) = stored["paths"]["visited"]
-        steps = ", ".join(map(str, visited))
-        remarks += REMARK_DISTILLED.format(teacher=basics.printable(teacher), visited=steps)
-    facts = {
-        "name": folder.name,
-        "channels": reading.CHANNELS[mode],
-        "input_channels": input_channels(settings),
-        "labels": ", torch.tensor([0])" if classes else "",
-        "height": size[0],
-        "width": size[1],
-        "guidance": sampling.guidance_of("auto", settings, teacher_of(stored)),
-        "last": len(classes) - 1,
-        "none": len(classes),
-        "noise_steps": noise_steps,
-        # a divisor, so that all steps are of one length
-        "few": max(steps for steps in range(1, 51) if noise_steps % steps == 0),
-    }
+    code, remarks = code_and_remarks(stored, folder.name)
     text = CARD.format(
         license=license,
         task="" if kind.startswith("class") else f"pipeline_tag: {kind}\n",
@@ -230,11 +246,11 @@ def write_card(folder: Path, stored: dict, run_name: str, license: str) -> None:
         # the path on the author's disk is private
         dataset=json.dumps(Path(settings["dataset"]).name),
         name=folder.name,
-        size=command_line.as_typed("img_size", size),
-        colors=reading.MODES[mode],
+        size=command_line.as_typed("img_size", settings["img_size"]),
+        colors=reading.MODES[settings["mode"]],
         weights=sum(weight.numel() for weight in stored["average"].values()),
-        code=code.format(**facts),
-        remarks=remarks.format(**facts),
+        code=code,
+        remarks=remarks,
         tables="\n\n".join([table(("setting", ""), *rows), *figures_of(stored, run_name)]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -98,7 +98,10 @@ def is_led(run_name: str) -> bool:
 
 def guides_of(run_name: str) -> list[str]:
     """What autoguidance may lead away from; whether a run fits is seen when it is asked for."""
-    early = ["early"] if load(run_name)[0].get("early") else []
+    checkpoint = load(run_name)[0]
+    if checkpoint["settings"]["classes"] and teacher_of(checkpoint):
+        return [""]
+    early = ["early"] if checkpoint.get("early") else []
     return ["", *early, *(name for name in checkpoints.run_names() if name != run_name)]
 
 
