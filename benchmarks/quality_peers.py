@@ -341,7 +341,8 @@ def measure(
     row |= evaluate.judge(samples, unseen, features, task.device)
     ready = f"after {learned.prepared_s:.0f} s to get ready"
     print(f"{learned.images:,} images in {learned.trained_s:.0f} s, {ready}")
-    name = f"{contender} {samples.shape[-1]} {task.minutes:g} {task.seed}"
+    data = Path(task.dataset).name
+    name = f"{data} {contender} {samples.shape[-1]} {task.minutes:g} {task.seed}"
     name = name.replace(",", "").replace(" ", "_")
     path = measuring.RESULTS / "quality_peers" / f"{name}.png"
     writing.save_png(samples[:64], path)
