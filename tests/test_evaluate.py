@@ -595,6 +595,7 @@ TINY_RUN = ("train", "--noise_steps=30", "--epochs=1", *TINY)
 RUNS = {
     "tiny": (*TINY_RUN, "--dataset=pictures"),
     "gray": (*TINY_RUN, "--dataset=pictures", "--mode=L"),
+    "parts": (*TINY_RUN, "--dataset=pictures", "--crop=random"),
     # pictures of two classes, three times as many of the one, twice as wide as they are high, and
     # transparent
     "sorted": (
@@ -639,6 +640,36 @@ SORTED = ("--run_name=sorted", *QUICK[1:])
 def rows(run_name: str = "tiny") -> list[dict]:
     with open(f"results/{run_name}/evaluation.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_run_of_parts_is_judged_by_parts(run_tool, monkeypatch):
+    """Of pictures of which each pixel says where it lies: another part of each, always the same."""
+    monkeypatch.setattr(evaluate, "CHUNK", 7)  # of 40 pictures
+    judged, read = [], reading.read_dataset
+
+    def read_places(*how, **more) -> reading.Dataset:
+        data = read(*how, **more)
+        places = np.arange(10 * 10, dtype=np.uint8).reshape(1, 1, 10, 10)  # a quarter above 8x8
+        return data._replace(images=np.broadcast_to(places, data.images.shape))
+
+    judge = evaluate.judge
+    monkeypatch.setattr(reading, "read_dataset", read_places)
+    monkeypatch.setattr(
+        evaluate,
+        "judge",
+        lambda samples, images, *how, **more: (
+            judged.append(images) or judge(samples, images, *how, **more)
+        ),
+    )
+    for _ in range(2):
+        result = run_tool("--run_name=parts", *QUICK[1:])
+        assert "of each image one part is judged" in result.out, result.err
+    first, again = judged
+    assert (first == again).all()
+    corners = first[:, 0, 0, 0]
+    window = np.arange(8) + 10 * np.arange(8)[:, None]
+    assert (first == corners[:, None, None, None] + window).all()
+    assert {*corners} == {top * 10 + left for top in range(3) for left in range(3)}
 
 
 def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):

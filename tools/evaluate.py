@@ -554,12 +554,27 @@ def read_for(settings: dict, dataset: str, inputs: str) -> tuple[Listing, readin
         CACHE,
         settings["frames"],
     )
-    how = {"mode": settings["mode"], "resize": settings["resize"]}
+    how = {name: settings[name] for name in ("mode", "resize", "crop", "crop_margin")}
     if not settings["inputs"]:
-        return listing, reading.read_dataset(listing, settings["img_size"], **how)
-    how |= {name: settings[name] for name in ("crop", "crop_margin", "inputs", "input_mode")}
+        data = reading.read_dataset(listing, settings["img_size"], **how)
+        return listing, in_parts(data) if data.size else data
+    how |= {name: settings[name] for name in ("inputs", "input_mode")}
     data = reading.read_pairs(listing, settings["img_size"], **how)
     return listing, fidelity.in_the_middle(data, settings["img_size"])
+
+
+def in_parts(data: reading.Dataset) -> reading.Dataset:
+    """A part of every image, as --crop=random learns them: drawn at random, always the same one."""
+    told = "of each image one part is judged, as --crop=random learns them"
+    print(f"{told}; copies of other parts are not found")
+    chances = torch.rand(len(data.images), 2, generator=torch.Generator().manual_seed(0))
+    shape = (data.images.shape[1], *data.size)
+    parts = np.empty((len(data.images), *shape), data.images.dtype)
+    for start in range(0, len(parts), CHUNK):
+        which = slice(start, start + CHUNK)
+        images = torch.from_numpy(data.images[which])
+        parts[which] = utils.crop(images, shape, chances[which]).numpy()
+    return data._replace(images=parts, size=())
 
 
 def from_run(
