@@ -933,7 +933,10 @@ def test_a_folder_that_cannot_be_judged_is_refused_in_one_line(run_tool, place, 
     "words, message",
     [
         ((), "--run_name is missing"),
-        (("--run_name=tniy",), "tniy is not a trained run; runs there are: gray, sorted, tiny"),
+        (
+            ("--run_name=tniy",),
+            "tniy is not a trained run; runs there are: gray, parts, sorted, tiny",
+        ),
         (
             (*QUICK, "--guidance=3"),
             "--guidance=3 is for class-conditional runs, trained with --conditional",
