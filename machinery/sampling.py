@@ -59,17 +59,21 @@ def seeds_in_turn(flags: dict, numbers: Sequence[int]) -> list[Seed]:
     return [seed + number for number in numbers]
 
 
+def guided_by(checkpoint: dict) -> str:
+    """The teacher whose guidance a distilled run of classes has learned; "" for all others."""
+    return teacher_of(checkpoint) if checkpoint["settings"]["classes"] else ""
+
+
 def guidance_of(guidance: float | str, settings: dict, teacher: str = "") -> float:
     """`--guidance`; auto is 1 where more would do harm, or else GUIDANCE.
 
-    That is where nothing but an input leads, so that images keep to it, and where a `teacher` gave
-    its classes and its guidance to a distilled run.
+    That is where nothing but an input leads, so that images keep to it, and where guidance was
+    learned from a `teacher`; see `guided_by`.
     """
     if guidance != "auto":
         return float(guidance)
     is_led_by_inputs = settings["inputs"] and not settings["classes"]
-    is_taught = teacher and settings["classes"]
-    return 1.0 if is_led_by_inputs or is_taught else GUIDANCE
+    return 1.0 if is_led_by_inputs or teacher else GUIDANCE
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -98,9 +102,9 @@ def check_guidance(settings: dict, guidance: float | str, guide: str, teacher: s
     Args:
         settings: of the run.
         guidance, guide: of the sampling.
-        teacher: of the run, if it was distilled.
+        teacher: see `guided_by`.
     """
-    if teacher and settings["classes"] and (guide or guidance not in ("auto", 1)):
+    if teacher and (guide or guidance not in ("auto", 1)):
         flag = f"--guide={guide}" if guide else f"--guidance={guidance:g}"
         rule = "leave it out"
         raise UserError(
@@ -302,7 +306,7 @@ class Request:
         self.visited_steps = visited_steps
         self.chosen = check_labels(flags["label"], settings["classes"])
         input_files.check_inputs(flags["inputs"], settings)
-        teacher = teacher_of(checkpoint)
+        teacher = guided_by(checkpoint)
         check_guidance(settings, flags["guidance"], flags["guide"], teacher)
         self.flags = flags = filled_in(flags, settings, teacher)
         check_start(flags, defaults["strength"].default, len(self.chosen))

@@ -47,7 +47,7 @@ from machinery.command_line import FilePath
 from machinery.inputs import is_made, list_pairs
 from machinery.listing import CACHE, Listing, list_images
 from machinery.pixels import FileFault, open_source
-from machinery.steps import Way, choose, remark_on, teacher_of
+from machinery.steps import Way, choose, remark_on
 from tools import fidelity
 
 NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
@@ -493,7 +493,7 @@ def make_samples(
     """
     network, diffusion = ddpm.build_trained(stored, device)
     settings = stored["settings"]
-    guidance = sampling.guidance_of(guidance, settings, teacher_of(stored))
+    guidance = sampling.guidance_of(guidance, settings, sampling.guided_by(stored))
     weaker = sampling.load_guide(guide, stored, settings["img_size"], ddpm.load_run)
     weaker = ddpm.build_trained(weaker, device)[0] if weaker else None
     visited_steps = diffusion.visited_steps(way.steps, spacing=way.spacing)
@@ -557,24 +557,34 @@ def read_for(settings: dict, dataset: str, inputs: str) -> tuple[Listing, readin
     how = {name: settings[name] for name in ("mode", "resize", "crop", "crop_margin")}
     if not settings["inputs"]:
         data = reading.read_dataset(listing, settings["img_size"], **how)
-        return listing, in_parts(data) if data.size else data
+        if not data.size:
+            return listing, data
+        told = "of each image one part is judged, as --crop=random learns them"
+        print(f"{told}; copies of other parts are not found")
+        return listing, data._replace(images=Parts(data), size=())
     how |= {name: settings[name] for name in ("inputs", "input_mode")}
     data = reading.read_pairs(listing, settings["img_size"], **how)
     return listing, fidelity.in_the_middle(data, settings["img_size"])
 
 
-def in_parts(data: reading.Dataset) -> reading.Dataset:
-    """A part of every image, as --crop=random learns them: drawn at random, always the same one."""
-    told = "of each image one part is judged, as --crop=random learns them"
-    print(f"{told}; copies of other parts are not found")
-    chances = torch.rand(len(data.images), 2, generator=torch.Generator().manual_seed(0))
-    shape = (data.images.shape[1], *data.size)
-    parts = np.empty((len(data.images), *shape), data.images.dtype)
-    for start in range(0, len(parts), CHUNK):
-        which = slice(start, start + CHUNK)
-        images = torch.from_numpy(data.images[which])
-        parts[which] = utils.crop(images, shape, chances[which]).numpy()
-    return data._replace(images=parts, size=())
+class Parts:
+    """A part of every image, as --crop=random learns them, cut when it is asked for.
+
+    It is drawn at random, and always the same one.
+    """
+
+    def __init__(self, data: reading.Dataset):
+        self.images = data.images  # (N, C, h, w)
+        self.shape = (data.images.shape[1], *data.size)  # (C, H, W)
+        generator = torch.Generator().manual_seed(0)
+        self.chances = torch.rand(len(self.images), 2, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, which: np.ndarray | slice) -> np.ndarray:
+        images = torch.from_numpy(self.images[which])
+        return utils.crop(images, self.shape, self.chances[which]).numpy()
 
 
 def from_run(
@@ -848,8 +858,8 @@ def evaluate(
     if run_name:
         stored = processes.from_first(ddpm.load_run(run_name) if is_first else None)
         way = choose(Way(sampler, steps, spacing), stored, ddpm.USUAL)
-        sampling.check_guidance(stored["settings"], guidance, guide, teacher_of(stored))
-        guidance = sampling.guidance_of(guidance, stored["settings"], teacher_of(stored))
+        sampling.check_guidance(stored["settings"], guidance, guide, sampling.guided_by(stored))
+        guidance = sampling.guidance_of(guidance, stored["settings"], sampling.guided_by(stored))
         check_pairs(inputs, stored["settings"])
         if stored["settings"]["inputs"]:
             columns += fidelity.COLUMNS

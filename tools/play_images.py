@@ -25,8 +25,8 @@ import utils
 from machinery import checkpoints, command_line, devices, reading, runs, writing
 from machinery.basics import UserError, counted
 from machinery.pixels import NUMBERS
-from machinery.sampling import Request
-from machinery.steps import AUTO, choose, teacher_of
+from machinery.sampling import Request, guided_by
+from machinery.steps import AUTO, choose
 
 MOST_IMAGES = 16  # at a time
 MOST_FRAMES = 64  # of a film
@@ -93,13 +93,13 @@ def usual_steps(run_name: str) -> int:
 def is_led(run_name: str) -> bool:
     """Whether a run has classes that guidance leads to; a distilled one has learned its own."""
     checkpoint = load(run_name)[0]
-    return bool(checkpoint["settings"]["classes"]) and not teacher_of(checkpoint)
+    return bool(checkpoint["settings"]["classes"]) and not guided_by(checkpoint)
 
 
 def guides_of(run_name: str) -> list[str]:
     """What autoguidance may lead away from; whether a run fits is seen when it is asked for."""
     checkpoint = load(run_name)[0]
-    if checkpoint["settings"]["classes"] and teacher_of(checkpoint):
+    if guided_by(checkpoint):
         return [""]
     early = ["early"] if checkpoint.get("early") else []
     return ["", *early, *(name for name in checkpoints.run_names() if name != run_name)]
