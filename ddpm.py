@@ -271,14 +271,19 @@ USUAL = Way(sampler="dpm++", steps=8, spacing="rho-7")
 STRENGTH = 0.6
 
 
-def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
-    """The network, untrained, and the noising process that a run's settings describe."""
+def build_network(settings: dict) -> UNet:
+    """The network that a run's settings describe, untrained."""
     shape = {name: settings[name] for name in (*NETWORK, *runs.IMPORTED) if name in settings}
     shape["channels"] = reading.CHANNELS[settings["mode"]]
     shape["classes"] = len(settings["classes"]) or None
     shape["input_channels"] = input_channels(settings)
+    return UNet(**shape)
+
+
+def build(settings: dict, device: torch.device) -> tuple[UNet, Diffusion]:
+    """The network, untrained, and the noising process that a run's settings describe."""
     noising = {name: settings[name] for name in NOISING}
-    return UNet(**shape).to(device), Diffusion(**noising, device=device)
+    return build_network(settings).to(device), Diffusion(**noising, device=device)
 
 
 def build_trained(checkpoint: dict, device: torch.device) -> tuple[UNet, Diffusion]:
@@ -295,7 +300,7 @@ def load_run(run_name: str) -> dict:
     Flags that are missing from an older checkpoint get today's default: that of a new flag must
     mean what older versions did, or stand in runs.BEFORE.
     """
-    return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build)
+    return runs.load(run_name, inspect.signature(train).parameters, LIMITS, build_network)
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -275,6 +275,9 @@ class Run:
         if init_from and is_new:
             self.init_checkpoint = load(init_from)
             check_same_network(init_from, self.init_checkpoint["settings"], self.settings)
+            if teacher := teacher_of(self.init_checkpoint):
+                made = f"{init_from} was distilled from {printable(teacher)}"
+                print(f"{made}, and knows noise at a few steps only: better begin from that run")
         with lock_run(self.path.parent):
             if is_new and checkpoints.exists(self.name):
                 way_on = "the same command resumes it"
@@ -522,14 +525,16 @@ def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
     return "" if inputs.is_sound(settings) else "the inputs"
 
 
-def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Callable) -> dict:
+def load(
+    run_name: str, flags: Mapping[str, Parameter], limits: dict, build_network: Callable
+) -> dict:
     """A run's checkpoint. Its weights fit its settings: checked without allocating any.
 
     Args:
         run_name: a folder in models/.
         flags: of `train`; settings that are newer than the run get their default.
         limits: see `check_limits`.
-        build: makes a network, and more, of settings and a device.
+        build_network: makes a network of settings.
 
     Raises:
         UserError: there is no such run, it cannot be read, another program made it, or its weights
@@ -547,7 +552,7 @@ def load(run_name: str, flags: Mapping[str, Parameter], limits: dict, build: Cal
             wrong = f"entries that do not fit its settings ({entry})"
         else:
             with torch.device("meta"):
-                network, *_ = build(stored["settings"], torch.device("meta"))
+                network = build_network(stored["settings"])
             if checkpoints.fits(stored, network, SUMS):
                 wrong = ""
     except (*BROKEN_FILE, UserError):

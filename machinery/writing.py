@@ -77,17 +77,17 @@ def tile(images: Tensor, classes: Sequence[str] = ()) -> Tensor:
 
     With `classes`, image i is of class i % len(classes), and each has a row, in `natural_order`.
     """
-    from torchvision.utils import make_grid  # two seconds to import: not before it is needed
-
-    rows = len(classes)
-    has_rows = 1 < rows <= len(images)
-    columns = math.ceil(len(images) / rows if has_rows else math.sqrt(len(images)))
+    classed = len(classes)
+    has_rows = 1 < classed <= len(images)
+    columns = math.ceil(len(images) / classed if has_rows else math.sqrt(len(images)))
     images = over_white(images)
     if has_rows:
-        blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
-        by_column = torch.cat([images, blank]).unflatten(0, (columns, rows))
+        blank = images.new_full((classed * columns - len(images), *images.shape[1:]), 255)
+        by_column = torch.cat([images, blank]).unflatten(0, (columns, classed))
         images = by_column.transpose(0, 1)[natural_order(classes)].flatten(0, 1)
-    return make_grid(images, nrow=columns, padding=0)
+    blank = images.new_zeros((-len(images) % columns, *images.shape[1:]))
+    grid = torch.cat([images, blank]).unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
+    return grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 def in_rows(kinds: Sequence[Tensor], columns: int = 8) -> Tensor:

@@ -257,7 +257,6 @@ def main() -> None:
     # a child of a process that has used threads could wait for them forever
     torch.set_num_threads(1)
     import matplotlib.pyplot  # noqa: F401  so that no child has to
-    import torchvision.utils  # noqa: F401
     from conftest import paint
 
     with tempfile.TemporaryDirectory() as place:

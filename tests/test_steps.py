@@ -552,6 +552,15 @@ def test_a_student_of_before_muon_goes_on_with_adamw(distill, monkeypatch):
         assert all(has_squares) == (optimizer == "adamw")
 
 
+def test_fine_tuning_a_student_names_its_teacher(distill, run):
+    assert distill("--walks=4").status == 0
+    words = ("train", "--dataset=pictures", *TINY, f"--noise_steps={NOISE_STEPS}", "--epochs=1")
+    for begin, is_named in (("fast", True), ("run", False)):
+        result = run(*words, f"--init_from={begin}", f"--run_name=from_{begin}")
+        assert result.status == 0, result.err
+        assert ("fast was distilled from run" in result.out) == is_named
+
+
 def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
     assert distill("--walks=4").status == 0
     for words, message in (

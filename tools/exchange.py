@@ -432,7 +432,7 @@ def network_of(
 
     def build() -> tuple[UNet, dict]:
         with torch.device("meta"):
-            network = ddpm.build(settings, torch.device("meta"))[0]
+            network = ddpm.build_network(settings)
         return network, unet_config(network, settings)
 
     _, found = build()
