@@ -455,8 +455,7 @@ class Training:
         if settings["inputs"]:
             truth, how["inputs"], how["labels"] = examples(self.loader, len(seeds), classes)
         size = settings["img_size"]
-        for x_t, _ in generate(network, self.diffusion, seeds, size, **how):
-            pass  # the last one is the image
+        *_, (x_t, _) = generate(network, self.diffusion, seeds, size, **how)
         images = grid = utils.to_bytes(x_t).cpu()
         if settings["inputs"]:
             rows = (how["inputs"], x_t, truth)
@@ -544,8 +543,8 @@ def generate(
         mask = start.mask.to(device)
 
     def draw_noise() -> Tensor:
-        noise = torch.from_numpy(np.stack([*map(next, sources)]))
-        return devices.send(noise, device)  # (B, C, H, W)
+        noise = np.stack([*map(next, sources)])  # (B, C, H, W)
+        return devices.send(torch.from_numpy(noise), device)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
