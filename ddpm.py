@@ -455,7 +455,8 @@ class Training:
         if settings["inputs"]:
             truth, how["inputs"], how["labels"] = examples(self.loader, len(seeds), classes)
         size = settings["img_size"]
-        *_, (x_t, _) = generate(network, self.diffusion, seeds, size, **how)
+        for x_t, _ in generate(network, self.diffusion, seeds, size, **how):
+            pass  # the last one is the image
         images = grid = utils.to_bytes(x_t).cpu()
         if settings["inputs"]:
             rows = (how["inputs"], x_t, truth)
@@ -542,9 +543,8 @@ def generate(
         image = utils.from_bytes(start.image).to(device)
         mask = start.mask.to(device)
 
-    def draw_noise() -> Tensor:
-        noise = np.stack([*map(next, sources)])  # (B, C, H, W)
-        return devices.send(torch.from_numpy(noise), device)
+    def draw_noise() -> Tensor:  # (B, C, H, W)
+        return devices.send(torch.from_numpy(np.stack([*map(next, sources)])), device)
 
     def predict_clean(x_t: Tensor, t: int) -> Tensor:
         times = torch.full((len(x_t),), t, device=device)
