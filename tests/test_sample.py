@@ -7,12 +7,14 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, files_below, paint, refused
+from conftest import ROOT, TINY, files_below, paint, refused
 from PIL import Image
 
 import ddpm
@@ -518,6 +520,23 @@ def test_nothing_is_written_outside_results(sample, place):
     after = contents(place)
     assert after.keys() - before.keys() == written
     assert {name: after[name] for name in before} == before
+
+
+# ---- how soon ------------------------------------------------------------------------------------
+
+
+def test_it_begins_without_what_takes_a_second_to_import(trained, place):
+    """Torchvision, PyTorch's compiler, the plots and SciPy."""
+    shutil.copytree(trained / "models", place / "models")
+    slow = {"torchvision", "torch._dynamo", "sympy", "matplotlib", "scipy"}
+    words = ["sample", "--run_name=tiny", "--device=cpu", "--n_img=3", "--gif"]
+    code = f"import sys; sys.argv[1:] = {words}; import ddpm; ddpm.main()"
+    code += f"; sys.exit(sorted({slow} & sys.modules.keys()))"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    end = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert end.stderr.splitlines()[-1] == "[]"
+    assert len(list(Path("results/tiny/samples").glob("sample_*.png"))) == 3
 
 
 # ---- runs ----------------------------------------------------------------------------------------
