@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from machinery import command_line, devices, optimizers, pixels, processes, reading, runs, writing
+from machinery import command_line, devices, pixels, processes, reading, runs, writing
 from machinery.basics import Seed, noise_of, progress_bar, seed_of
 from machinery.command_line import FilePath, Flip
 from machinery.inputs import examples, input_channels, list_pairs, load_inputs, widen
@@ -359,7 +359,7 @@ class Training:
         """Stand where `state` was saved."""
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["average"])
-        optimizers.restore(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.early = state.get("early")
         self.scaler.restore(state)
         self.step = state["step"]
@@ -413,8 +413,7 @@ class Training:
         losses, t = self.compute_gradient()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm=1.0)
-        lr = self.learning_rate(fraction_done)
-        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.lr = self.learning_rate(fraction_done)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -423,7 +422,7 @@ class Training:
         if self.early == {} and fraction_done >= EARLY:
             weights = self.ema.state_dict().items()
             self.early = {name: weight.half() for name, weight in weights}
-        return losses, t, self.scaler.norm_taken(grad_norm), lr
+        return losses, t, self.scaler.norm_taken(grad_norm), self.optimizer.lr
 
     def learning_rate(self, fraction_done: float) -> float:
         """`--lr`, with a warm-up of at most a tenth of the training, and a decay."""

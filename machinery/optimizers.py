@@ -4,15 +4,18 @@ Algorithm 1 says "take a gradient descent step", and leaves open which.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from machinery import processes
 
 # what Muon leaves to AdamW, beside biases and norms: the first and last layers, and embeddings
 OUTER = ("conv_in", "conv_out", "time_embedding", "class_embedding")
-MOMENTUM = 0.95
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW, PyTorch's defaults
+MOMENTUM = 0.95  # of Muon
 # a, b, c of each step of `orthogonalize`, and how many steps: of Jordan et al. 2024
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
@@ -40,7 +43,80 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-class Muon(torch.optim.AdamW):
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019) without weight decay, for all weights; PyTorch's kernel.
+
+    Not `torch.optim.AdamW`: it imports PyTorch's compiler, which takes longer than all else before
+    the first step.
+
+    Args:
+        network: whose weights are moved.
+        precision: of the network.
+
+    Attributes:
+        lr: learning rate of the next step.
+        moments: what is kept of each weight, in order; see `moments_of`.
+        found_inf: not 0 where the next step is to be skipped; a loss scaler sets it for that step.
+        param_groups: the weights, as PyTorch's loss scaler looks for them.
+    """
+
+    name = "adamw"
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # PyTorch's name for: it looks at `found_inf`
+
+    def __init__(self, network: nn.Module, precision: torch.dtype):
+        self.lr = 0.0
+        self.weights = list(network.parameters())
+        self.param_groups = [{"params": self.weights}]
+        self.moments = []
+        for weight, kinds in zip(self.weights, moments_of(network, self.name), strict=True):
+            kept = {kind: torch.zeros_like(weight) for kind in kinds}
+            kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            self.moments.append(kept)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps; the inverse of `load_state_dict`."""
+        return {"state": dict(enumerate(self.moments))}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Stand where `state` was saved, on whatever device and in whatever layout."""
+        for number, kept in enumerate(self.moments):
+            for kind, moment in kept.items():
+                moment.copy_(state["state"][number][kind])
+
+    def zero_grad(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+    def step(self) -> None:
+        """Move all weights down their gradients."""
+        self.move_by_adamw(range(len(self.weights)))
+
+    @torch.no_grad()
+    def move_by_adamw(self, numbers: Sequence[int]) -> None:
+        """Move the weights of these numbers."""
+        weights = [self.weights[number] for number in numbers]
+        moments = [self.moments[number] for number in numbers]
+        adamw(
+            weights,
+            [weight.grad for weight in weights],
+            [kept["exp_avg"] for kept in moments],
+            [kept["exp_avg_sq"] for kept in moments],
+            [],
+            [kept["step"] for kept in moments],
+            fused=True,
+            found_inf=self.found_inf,
+            lr=self.lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=EPSILON,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+class Muon(AdamW):
     """Hidden weights go in the direction of their orthogonalized momentum; AdamW moves the rest.
 
     A gradient's matrix is mostly a few strong directions. Muon (Jordan et al. 2024) goes as far in
@@ -56,10 +132,14 @@ class Muon(torch.optim.AdamW):
             computes in it, too.
     """
 
+    name = "muon"
+
     def __init__(self, network: nn.Module, precision: torch.dtype):
-        super().__init__(network.parameters(), weight_decay=0.0, fused=True)
-        weights = dict(network.named_parameters())
-        self.hidden = [weights[name] for name in hidden_names(network)]
+        super().__init__(network, precision)
+        hidden = set(hidden_names(network))
+        names = [name for name, _ in network.named_parameters()]
+        self.hidden = [number for number, name in enumerate(names) if name in hidden]
+        self.outer = [number for number, name in enumerate(names) if name not in hidden]
         # what processes add up is of one type, on machines without bfloat16, too
         (is_long,) = processes.largest(float(precision != torch.bfloat16))
         self.precision = None if is_long else torch.bfloat16
@@ -68,32 +148,28 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         """Move all weights; the gradients of the hidden ones are used up."""
         alike = {}  # what has one shape is turned together
-        for weight, direction in zip(self.hidden, self.advance_momenta(), strict=True):
-            weight.grad = None  # so that AdamW passes it over
+        for number, direction in zip(self.hidden, self.advance_momenta(), strict=True):
+            weight = self.weights[number]
+            weight.grad = None  # its memory is wanted
             alike.setdefault(direction.shape, []).append((weight, direction))
-        super().step()
+        self.move_by_adamw(self.outer)
         matrices = [torch.stack([each for _, each in group]).flatten(2) for group in alike.values()]
         turned = [orthogonalize_shared(matrix.to(dtype=self.precision)) for matrix in matrices]
         processes.add_up(turned)
-        lr = self.param_groups[0]["lr"]
         for group, directions in zip(alike.values(), turned, strict=True):
             length = 0.2 * math.sqrt(max(directions.shape[1:]))
             for (weight, _), direction in zip(group, directions, strict=True):
-                weight.add_(direction.view(weight.shape), alpha=-lr * length)
+                weight.add_(direction.view(weight.shape), alpha=-self.lr * length)
 
     def advance_momenta(self) -> list[Tensor]:
         """Add each hidden weight's gradient to its momentum: where both lead, as Nesterov.
 
         A step that a loss scaler skips changes nothing and leads nowhere, as with AdamW.
         """
-        for weight in self.hidden:
-            if weight not in self.state:
-                step = torch.zeros((), device=weight.device)
-                self.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight)}
-        steps = [self.state[weight]["step"] for weight in self.hidden]
-        momenta = [self.state[weight]["exp_avg"] for weight in self.hidden]
-        gradients = [weight.grad for weight in self.hidden]
-        is_skipped = getattr(self, "found_inf", None)
+        steps = [self.moments[number]["step"] for number in self.hidden]
+        momenta = [self.moments[number]["exp_avg"] for number in self.hidden]
+        gradients = [self.weights[number].grad for number in self.hidden]
+        is_skipped = self.found_inf
         if is_skipped is not None:
             pairs = zip(momenta, gradients, strict=True)
             gradients = [momentum.where(is_skipped > 0, each) for momentum, each in pairs]
@@ -117,12 +193,7 @@ def orthogonalize_shared(matrices: Tensor) -> Tensor:
     return turned
 
 
-def adamw(network: nn.Module, _: torch.dtype) -> torch.optim.AdamW:
-    """AdamW for all weights, without weight decay."""
-    return torch.optim.AdamW(network.parameters(), weight_decay=0.0, fused=True)
-
-
-OPTIMIZERS = {"muon": Muon, "adamw": adamw}  # of a network and its precision
+OPTIMIZERS = {"muon": Muon, "adamw": AdamW}  # of a network and its precision
 
 
 def moments_of(network: nn.Module, optimizer: str) -> list[dict[str, torch.Size]]:
@@ -133,12 +204,3 @@ def moments_of(network: nn.Module, optimizer: str) -> list[dict[str, torch.Size]
         squares = {} if name in hidden else {"exp_avg_sq": weight.shape}
         kept.append({"step": torch.Size(), "exp_avg": weight.shape} | squares)
     return kept
-
-
-def restore(optimizer: torch.optim.AdamW, state: dict) -> None:
-    """Have an optimizer that has not stepped yet stand where `state`, its `state_dict`, did."""
-    options = optimizer.state_dict()["param_groups"]  # a stranger's may ask for absent moments
-    optimizer.load_state_dict({"state": state["state"], "param_groups": options})
-    for weight, moments in optimizer.state.items():  # AdamW trusts their layout blindly
-        for kind in moments.keys() - {"step"}:
-            moments[kind] = torch.empty_like(weight).copy_(moments[kind])

@@ -167,7 +167,7 @@ def gpu_facts(capability: tuple[int, int] = (7, 5), name: str = "a pretended GPU
 def pretended_gpu(capability: tuple[int, int] = (7, 5)) -> Iterator[collections.Counter]:
     """Within this block there is one; counted are the places that would make it wait."""
     operations = Operations(collections.Counter())
-    clipping, optimizer = torch.nn.utils.clip_grad, torch.optim.Optimizer
+    clipping = torch.nn.utils.clip_grad
     group = clipping._group_tensors_by_device_and_dtype
 
     def grouped(lists, *rest) -> dict:  # asks C++ for the device
@@ -175,9 +175,6 @@ def pretended_gpu(capability: tuple[int, int] = (7, 5)) -> Iterator[collections.
         return {(each[0][0][0].device, dtype): each for (_, dtype), each in parts}
 
     with gpu_facts(capability), contextlib.ExitStack() as stack:
-        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-            if hasattr(optimizer, name):  # they ask C++ for the current stream
-                stack.enter_context(mock.patch.object(optimizer, name, lambda self: None))
         grouping = "_group_tensors_by_device_and_dtype"
         stack.enter_context(mock.patch.object(clipping, grouping, grouped))
         stack.enter_context(mock.patch.object(torch, "autocast", CpuAutocast))

@@ -308,6 +308,18 @@ def test_operations_are_those_of_convolutions_and_products():
     assert gflop_per_image(network, (8, 8)) * 1e9 == pytest.approx(2 * products, rel=1e-12)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_operations_are_those_that_pytorch_counts(size):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = UNet(32, width=32, multipliers=(1, 2, 4), classes=3, input_channels=1)
+    counted = gflop_per_image(network, size)
+    network.to("meta")
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        network(torch.empty(1, 3, *size), torch.ones(1, dtype=torch.long))
+    assert counted * 1e9 == pytest.approx(counter.get_total_flops(), rel=1e-12)
+
+
 def test_few_images_are_given_as_the_reason_for_noise(run, place):
     """After the training and in sampling, until there were enough."""
     paint(place / "pictures")

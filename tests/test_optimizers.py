@@ -1,5 +1,6 @@
 """Muon, checked against answers that are known, and against PyTorch's own for matrices."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_it_is_pytorchs_muon_for_matrices_and_pytorchs_adamw_for_the_rest(precis
     matrices = [nn.Parameter(layer.weight.detach().flatten(1).clone()) for layer in layers]
     options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
     muon = torch.optim.Muon(matrices, lr=LR, **options)
-    optimizer.param_groups[0]["lr"] = LR
+    optimizer.lr = LR
     for number in range(5):
         with_gradients(ours, number)
         with_gradients(theirs, number)
@@ -108,6 +109,38 @@ def test_it_is_pytorchs_muon_for_matrices_and_pytorchs_adamw_for_the_rest(precis
             assert torch.equal(weight, ours.get_parameter(name)), name
 
 
+def test_adamw_is_pytorchs():
+    """To the bit."""
+    ours, theirs = small_network(), small_network()
+    optimizer = optimizers.AdamW(ours, torch.float32)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    optimizer.lr = LR
+    for number in range(5):
+        for network, each in ((ours, optimizer), (theirs, adamw)):
+            with_gradients(network, number)
+            each.step()
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(weight, ours.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_a_copy_of_network_and_optimizer_goes_the_same_way(name):
+    network = small_network()
+    optimizer = optimizers.OPTIMIZERS[name](network, torch.float32)
+    optimizer.lr = LR
+    with_gradients(network, 0)
+    optimizer.step()
+    copied, its_optimizer = copy.deepcopy((network, optimizer))
+    kept = copy.deepcopy(network.state_dict())
+    with_gradients(copied, 1)
+    its_optimizer.step()
+    assert all(torch.equal(weight, kept[key]) for key, weight in network.state_dict().items())
+    with_gradients(network, 1)
+    optimizer.step()
+    for key, weight in network.state_dict().items():
+        assert torch.equal(weight, copied.state_dict()[key]), key
+
+
 def test_a_step_is_as_long_as_one_of_adamw():
     """So that one learning rate serves both."""
     lengths = {}
@@ -115,7 +148,7 @@ def test_a_step_is_as_long_as_one_of_adamw():
         network = small_network()
         before = {key: weight.clone() for key, weight in network.named_parameters()}
         optimizer = make(network, torch.float32)
-        optimizer.param_groups[0]["lr"] = LR
+        optimizer.lr = LR
         for number in range(20):
             with_gradients(network, number)
             optimizer.step()
@@ -165,16 +198,16 @@ def test_a_skipped_step_changes_nothing():
     with_gradients(network, 0)
     optimizer.step()
     kept = {name: weight.clone() for name, weight in network.named_parameters()}
-    state = [{key: it.clone() for key, it in each.items()} for each in optimizer.state.values()]
+    state = copy.deepcopy(optimizer.moments)
     with_gradients(network, 1)
     for weight in network.parameters():
         weight.grad.flatten()[0] = torch.inf
     network.conv.weight.grad[0, 0, 0, 0] = torch.nan
-    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+    optimizer.found_inf = torch.ones(())
     optimizer.step()
     for name, weight in network.named_parameters():
         assert torch.equal(weight, kept[name]), name
-    for before, after in zip(state, optimizer.state.values(), strict=True):
+    for before, after in zip(state, optimizer.moments, strict=True):
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 

@@ -525,18 +525,18 @@ def test_nothing_is_written_outside_results(sample, place):
 # ---- how soon ------------------------------------------------------------------------------------
 
 
-def test_it_begins_without_what_takes_a_second_to_import(trained, place):
+@pytest.mark.parametrize("words", [("sample", "--gif"), ("train", "--dry_run")], ids=" ".join)
+def test_it_begins_without_what_takes_a_second_to_import(here, words):
     """Torchvision, PyTorch's compiler, the plots and SciPy."""
-    shutil.copytree(trained / "models", place / "models")
-    slow = {"torchvision", "torch._dynamo", "sympy", "matplotlib", "scipy"}
-    words = ["sample", "--run_name=tiny", "--device=cpu", "--n_img=3", "--gif"]
+    slow = ["torchvision", "torch._dynamo", "sympy", "matplotlib", "scipy"]
+    sample = ["sample", "--run_name=tiny", "--device=cpu"]
+    words = [*(sample if words[0] == "sample" else TRAIN), *words[1:]]
     code = f"import sys; sys.argv[1:] = {words}; import ddpm; ddpm.main()"
-    code += f"; sys.exit(sorted({slow} & sys.modules.keys()))"
+    code += f"; sys.exit('slow: ' + str([name for name in {slow} if name in sys.modules]))"
     command = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     end = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert end.stderr.splitlines()[-1] == "[]"
-    assert len(list(Path("results/tiny/samples").glob("sample_*.png"))) == 3
+    assert end.stderr.splitlines()[-1] == "slow: []"
 
 
 # ---- runs ----------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class Distillation:
     def restore(self, state: dict) -> None:
         """Stand where `state` was saved."""
         self.student.load_state_dict(state["network"])
-        optimizers.restore(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.round = state["step"]
 
     def guess(self, asked: Guided, x_t: Tensor, t: int, labels: Tensor | None = None) -> Tensor:
@@ -147,7 +147,7 @@ class Distillation:
         if self.teacher.classes:
             drawn = rng.integers(self.teacher.classes, size=self.batch_size)
             labels = torch.from_numpy(drawn).to(self.device)
-        self.optimizer.param_groups[0]["lr"] = self.lr * (1 - fraction_done)
+        self.optimizer.lr = self.lr * (1 - fraction_done)
         losses = []
         for first in range(0, len(self.path) - 1, SHORT_STEPS):
             short = self.path[first : first + SHORT_STEPS + 1]
