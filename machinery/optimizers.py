@@ -78,6 +78,7 @@ class AdamW:
         """What a checkpoint keeps; the inverse of `load_state_dict`."""
         return {"state": dict(enumerate(self.moments))}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Stand where `state` was saved, on whatever device and in whatever layout."""
         for number, kept in enumerate(self.moments):
@@ -94,7 +95,7 @@ class AdamW:
 
     @torch.no_grad()
     def move_by_adamw(self, numbers: Sequence[int]) -> None:
-        """Move the weights of these numbers."""
+        """Move the weights of these numbers; each must have its gradient."""
         weights = [self.weights[number] for number in numbers]
         moments = [self.moments[number] for number in numbers]
         adamw(

@@ -444,7 +444,7 @@ def write_index(found: dict[str, dict]) -> Path:
 
 # ---- command.txt ---------------------------------------------------------------------------------
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow")
+PACKAGES = ("torch", "numpy", "pillow")
 
 
 def processor() -> str:

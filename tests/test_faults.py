@@ -418,14 +418,11 @@ def far_enough(place, monkeypatch) -> Path:
     paint(place / "here" / "pictures", 2)
     monkeypatch.chdir("here")
     command_line.plan("ddpm.py", COMMANDS, [*TRAIN, "--epochs=1"])()
-    build = ddpm.build
 
-    def build_or_end(settings: dict, device):
-        if device != "meta":
-            raise UserError("far enough")
-        return build(settings, device)
+    def end(settings: dict, device):
+        raise UserError("far enough")
 
-    monkeypatch.setattr(ddpm, "build", build_or_end)
+    monkeypatch.setattr(ddpm, "build", end)
     monkeypatch.setattr(runs, "lock_run", lambda folder: contextlib.nullcontext())
     return place / "here"
 
@@ -436,6 +433,8 @@ def test_any_words_are_done_or_refused(run, far_enough):
     Nothing is written where it should not be.
     """
     caches = set()  # where `train` was told to keep decoded images
+    for words in (["sample", "--run_name=run", "--steps=2"], [*TRAIN, "--epochs=2"]):
+        assert "far enough" in run(*words).err
 
     @hypothesis.settings(
         max_examples=200 * LENGTH, deadline=None, database=None, derandomize=LENGTH == 1
