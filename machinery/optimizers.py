@@ -46,8 +46,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019) without weight decay, for all weights; PyTorch's kernel.
 
-    Not `torch.optim.AdamW`: it imports PyTorch's compiler, which takes longer than all else before
-    the first step.
+    Not `torch.optim.AdamW`: it imports PyTorch's compiler, which takes more than a second.
 
     Args:
         network: whose weights are moved.
@@ -70,9 +69,9 @@ class AdamW:
         self.param_groups = [{"params": self.weights}]
         self.moments = []
         for weight, kinds in zip(self.weights, moments_of(network, self.name), strict=True):
-            kept = {kind: torch.zeros_like(weight) for kind in kinds}
-            kept["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            self.moments.append(kept)
+            kept = {kind: torch.zeros_like(weight) for kind in kinds if kind != "step"}
+            step = torch.zeros((), dtype=torch.float32, device=weight.device)
+            self.moments.append({"step": step} | kept)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps; the inverse of `load_state_dict`."""

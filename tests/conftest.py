@@ -64,9 +64,9 @@ def in_float64(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_curve() -> Iterator[None]:
-    """Have loss.png hold numbers here, but for the tests of curves.
+    """Have loss.png hold numbers here, but for the tests of curves, and count no operations.
 
-    Drawing and counting take longer than a tiny run.
+    Drawing takes longer than a tiny run; counting would be seen by tests that watch the network.
     """
 
     def write_rows(rows: list[list[float]], path: Path) -> None:
