@@ -32,6 +32,7 @@ from machinery.listing import CACHE, check_classes
 from machinery.optimizers import OPTIMIZERS
 from machinery.sampling import GUIDANCE, Request, guidance_of, labels_in_turn, preview_seeds
 from machinery.session import Session
+from machinery.solvers import ADAMS_BASHFORTH, mean_weights, weighed
 from machinery.sources import FRAMES
 from machinery.steps import Way, choose, spaced
 from modules import UNet, update_ema
@@ -67,16 +68,8 @@ NOISE_SCHEDULES = {
     "sigmoid": sigmoid_alpha_bar,
 }
 OBJECTIVES = {"eps": "the noise", "x0": "the clean image", "v": "a mix of both"}
-# eta, the share of fresh noise (Song et al. 2021, eq. 16); how dpm++ and ipndm differ from ddim
-# stands in `Diffusion.denoise`
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0, "ipndm": 0.0}
-# weights of the newest eps and of those before it, for as many as there are (Adams-Bashforth)
-ADAMS_BASHFORTH = {
-    1: (1,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+# eta, the share of fresh noise (Song et al. 2021, eq. 16); else they differ in `Diffusion.denoise`
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 0.0, "ipndm": 0.0, "unipc": 0.0}
 
 # ---- the mathematics -----------------------------------------------------------------------------
 
@@ -196,14 +189,15 @@ class Diffusion:
         """Go from noise to images, yielding (x_t, guess of x_0) after every step.
 
         After the last step both are the image. DDPM (Ho et al. 2020, Algorithm 2), DDIM,
-        DPM-Solver++(2M) and iPNDM are one rule (Song et al. 2021, eq. 12):
+        DPM-Solver++(2M), iPNDM and UniPC are one rule (Song et al. 2021, eq. 12):
 
             x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + fresh_std * z
 
         They differ in two places only. DDPM adds fresh noise z, the others none (variance = 0,
         fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
         al. 2022, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang & Chen 2023); the
-        others take them as they are.
+        others take them as they are. UniPC is DPM-Solver++(2M), but for that it goes every step
+        again as soon as the guess at its end is known, too (UniC: Zhao et al. 2023).
 
         The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
         is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of
@@ -220,7 +214,7 @@ class Diffusion:
         eta = SAMPLERS[sampler]
         has_no_gap = len(visited_steps) == visited_steps[0] + 1
         alpha_bars = self.alpha_bar.tolist()  # float64, and no tensor for a scalar
-        last_x_0, last_gap, last_eps = None, None, []
+        guesses, log_snrs, last_eps, last_start = [], [], [], None  # lists: the newest first
         for t, t_next in itertools.pairwise(visited_steps):
             alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t_next]
             signal, signal_next = math.sqrt(alpha_bar), math.sqrt(alpha_bar_next)
@@ -230,18 +224,23 @@ class Diffusion:
             fresh_std = eta * math.sqrt(beta) if has_no_gap else math.sqrt(variance)
 
             x_0 = guess = predict_clean(x_t, t)
-            # the last step is DDIM's: log-SNR is infinite at t = 0
-            if sampler == "dpm++" and t_next > 0:
-                gap = math.log(signal_next / noise_next) - math.log(signal / noise)
-                if last_gap is not None:
-                    x_0 = guess + (guess - last_x_0) * (gap / (2 * last_gap))
-                last_x_0, last_gap = guess, gap
+            if t_next > 0:  # the last step is DDIM's: log-SNR is infinite at t = 0
+                log_snr_next = math.log(signal_next / noise_next)
+                log_snrs = [math.log(signal / noise), *log_snrs[:2]]
+                guesses = [guess, *guesses[:2]]
+            if sampler == "unipc" and t_next > 0 and last_start:
+                x_last, signal_last, noise_last = last_start
+                x_0 = weighed(mean_weights(log_snrs), guesses)
+                x_t = signal * x_0 + noise * (x_last - signal_last * x_0) / noise_last
+            if sampler in ("dpm++", "unipc") and t_next > 0 and len(guesses) > 1:
+                gap, last_gap = log_snr_next - log_snrs[0], log_snrs[0] - log_snrs[1]
+                x_0 = guess + (guess - guesses[1]) * (gap / (2 * last_gap))
             if sampler == "ipndm" and t_next > 0:
                 last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
-                weights = ADAMS_BASHFORTH[len(last_eps)]
-                eps = sum(weight * each for weight, each in zip(weights, last_eps, strict=True))
+                eps = weighed(ADAMS_BASHFORTH[len(last_eps)], last_eps)
                 # as a change of x_0: x_t - noise * eps, near T, would be lost in rounding
                 x_0 = guess - (eps - last_eps[0]) * (noise / signal)
+            last_start = x_t, signal, noise
             eps = (x_t - signal * x_0) / noise
             x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
             if eta and t_next > 0:
@@ -267,7 +266,7 @@ NOISING = ("noise_steps", "schedule", "objective", "min_snr")
 CONDITION_DROPOUT = 0.1  # fraction of classes and inputs hidden in training, for guidance
 EARLY = 0.25  # fraction of a training that its guide has seen: benchmarks/README.md, "Guidance"
 # why these: benchmarks/README.md, "Samplers and steps"
-USUAL = Way(sampler="dpm++", steps=8, spacing="rho-7")
+USUAL = Way(sampler="unipc", steps=8, spacing="log-noise")
 STRENGTH = 0.6
 
 
@@ -508,7 +507,7 @@ def generate(
     size: tuple[int, int],
     *,
     visited_steps: Sequence[int],
-    sampler: str = "dpm++",
+    sampler: str = USUAL.sampler,
     labels: Tensor | None = None,
     inputs: Tensor | None = None,
     guidance: float = GUIDANCE,
@@ -843,13 +842,13 @@ def sample(
         mask: inpainting: an image of the same size, white where to repaint, black where every
             pixel is kept.
         sampler: ddpm is the paper's, for many steps; the others need far fewer, add no noise; auto
-            is dpm++, or what the run was distilled for.
+            is unipc, or what the run was distilled for.
         steps: how many of the noising steps are visited; all of them (1000) with ddpm is the
             paper's Algorithm 2, with the guess of the image clipped to its range; auto is 8, or
             what tools.steps or tools.distill found for the run.
-        spacing: which ones; even, or even in the noise (log-snr, rho-7), or the values of t
-            (1000,600,40,0); auto are those found for the run, where it has some for so many steps,
-            else rho-7.
+        spacing: which ones; even, or even in the noise (log-noise, log-snr, rho-7), or the values
+            of t (1000,600,40,0); auto are those found for the run, where it has some for so many
+            steps, else log-noise.
         batch_size: images made at the same time.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         precision: mixed precision, as in training; the images differ by what is hardly seen.

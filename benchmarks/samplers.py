@@ -16,7 +16,7 @@ import utils
 from benchmarks import measuring
 from benchmarks.quality import FIGURES, done_before, matching
 from machinery import checkpoints, command_line, devices
-from machinery.steps import SPACINGS, Way, by_number, choose
+from machinery.steps import SPACINGS, Way, by_number, choose, suited
 from tools import evaluate
 
 FOUND = "found"  # beside the spacings: the steps that tools.steps or tools.distill gave the run
@@ -45,7 +45,7 @@ def ways(
         if spacing != FOUND:
             way = choose(Way(sampler, count, spacing), stored, ddpm.USUAL)
             found.append((spacing, way))
-        elif count in own and sampler == stored["paths"]["sampler"]:
+        elif count in own and sampler in suited(stored["paths"]):
             found.append((spacing, choose(Way(sampler, count, "auto"), stored, ddpm.USUAL)))
     return found
 

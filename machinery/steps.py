@@ -4,7 +4,7 @@ Reading order: spacings; what a run keeps; what `sample` is asked for.
 """
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +12,24 @@ import numpy as np
 from machinery.basics import UserError, printable
 
 LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
-MOST_NOISE = 20.0  # noise / signal that counts as that of T, where it may be without bound
 
 # ---- spacings ------------------------------------------------------------------------------------
 
 
-def rho_7(noise: np.ndarray) -> np.ndarray:
-    """The seventh root of noise / signal (Karras et al. 2022, eq. 5)."""
-    return noise ** (1 / 7)
+class Scale(NamedTuple):
+    """What lies in even distances between two steps."""
+
+    of: Callable[[np.ndarray], np.ndarray]  # noise / signal, rising
+    most_noise: float  # what counts as noise / signal of T, where it may be without bound
 
 
-# what lies in even distances between two steps, as a function of noise / signal; None is t itself
-SPACINGS = {"even": None, "log-snr": np.log, "rho-7": rho_7}
+# why these: benchmarks/README.md, "Samplers and steps"
+SPACINGS = {
+    "even": None,  # in t itself
+    "log-snr": Scale(np.log, 20.0),
+    "rho-7": Scale(lambda noise: noise ** (1 / 7), 20.0),  # Karras et al. 2022, eq. 5
+    "log-noise": Scale(lambda noise: np.log(noise + 1 / 8), 40.0),
+}
 
 
 def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> list[int]:
@@ -49,9 +55,10 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> 
     steps = min(steps, start)
     alpha_bar = np.asarray(alpha_bar)[1 : start + 1]
     noise = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..start, rising
-    measured = SPACINGS[spacing](noise)
+    scale = SPACINGS[spacing]
+    measured = scale.of(noise)
     last = min(start, max(1, round(LEAP * noise_steps)))
-    ends = SPACINGS[spacing](np.minimum(noise[[-1, last - 1]], MOST_NOISE))
+    ends = scale.of(np.minimum(noise[[-1, last - 1]], scale.most_noise))
     wanted = np.linspace(*ends, steps)
     nearest = np.abs(measured[:, None] - wanted).argmin(axis=0) + 1
     nearest[0] = start
@@ -62,6 +69,9 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> 
 
 
 # ---- what a run keeps ----------------------------------------------------------------------------
+
+# both draw a line through the last two guesses of x_0, and steps are found for such a line
+FOUND_FOR = ("unipc", "dpm++")
 
 
 def kept(sampler: str, default: int, visited: Sequence[Sequence[int]], teacher: str = "") -> dict:
@@ -105,6 +115,12 @@ def teacher_of(checkpoint: dict) -> str:
     return checkpoint["paths"]["teacher"] if "paths" in checkpoint else ""
 
 
+def suited(paths: dict) -> tuple[str, ...]:
+    """The samplers that the kept steps are for: of a distilled run, the one it has learned."""
+    is_found = not paths["teacher"] and paths["sampler"] in FOUND_FOR
+    return FOUND_FOR if is_found else (paths["sampler"],)
+
+
 def by_number(paths: dict) -> dict[int, tuple[int, ...]]:
     """The kept steps, by how many they are."""
     return {len(visited) - 1: visited for visited in paths["visited"]}
@@ -134,10 +150,10 @@ def choose(asked: Way, checkpoint: dict, usual: Way) -> Way:
     paths = checkpoint.get("paths") or kept(usual.sampler, usual.steps, ())
     sampler, steps, spacing = asked
     if sampler == "auto":
-        sampler = paths["sampler"]
+        sampler = suited(paths)[0]
     if spacing not in ("auto", *SPACINGS):
         return Way(sampler, number_of(spacing, steps, noise_steps), spacing)
-    own = by_number(paths) if sampler == paths["sampler"] and spacing == "auto" else {}
+    own = by_number(paths) if sampler in suited(paths) and spacing == "auto" else {}
     if steps == "auto":
         steps = paths["default"] if own else min(usual.steps, noise_steps)
     if steps > noise_steps:
@@ -159,7 +175,7 @@ def remark_on(way: Way, checkpoint: dict, visited_steps: Sequence[int] = ()) -> 
         return ""
     sampler, steps, spacing = way
     own = ",".join(map(str, by_number(paths).get(steps, ())))
-    if (sampler, spacing) == (paths["sampler"], own):
+    if sampler in suited(paths) and spacing == own:
         teacher = printable(paths["teacher"])
         source = f"distilled from {teacher} for these" if teacher else "found for this run"
         visited = visited_steps or by_number(paths)[steps]

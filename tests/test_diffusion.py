@@ -17,6 +17,7 @@ import ddpm
 import utils
 from ddpm import NOISE_SCHEDULES, OBJECTIVES, SAMPLERS, Diffusion
 from machinery import reading, sampling
+from machinery.solvers import ADAMS_BASHFORTH, mean_weights
 from machinery.steps import SPACINGS
 from modules import UNet, update_ema
 
@@ -195,7 +196,7 @@ def test_fresh_noise_is_that_of_the_paper_over_all_steps_and_less_when_steps_are
         assert (spreads**2 - variance).abs().max() < 1e-12  # float64
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ipndm"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ipndm", "unipc"])
 def test_if_the_image_is_known_the_walk_takes_noise_away_and_nothing_else(sampler):
     torch.manual_seed(0)
     diffusion = Diffusion(1000, "cosine")
@@ -253,7 +254,9 @@ class Gaussian:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.3, 0.5), (-0.5, 0.2)])
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++", 2), ("ipndm", 2)])
+@pytest.mark.parametrize(
+    ("sampler", "order"), [("ddim", 1), ("dpm++", 2), ("ipndm", 2), ("unipc", 3)]
+)
 def test_sampler_converges_at_its_order(sampler, order, mean, std):
     """Twice the steps cut the error 2^order times.
 
@@ -274,12 +277,12 @@ def test_sampler_converges_at_its_order(sampler, order, mean, std):
     assert all(abs(measured - order) < 0.1 for measured in orders), orders
 
 
-@pytest.mark.parametrize("order", ddpm.ADAMS_BASHFORTH)
+@pytest.mark.parametrize("order", ADAMS_BASHFORTH)
 def test_adams_bashforth_integrates_polynomials_exactly(order):
     """From 0 to 1, by the values at 0, -1, -2, ...: of a degree below the order."""
     for degree in range(order):
         values = [(-place) ** degree for place in range(order)]
-        weighted = zip(ddpm.ADAMS_BASHFORTH[order], values, strict=True)
+        weighted = zip(ADAMS_BASHFORTH[order], values, strict=True)
         assert abs(sum(weight * value for weight, value in weighted) - 1 / (degree + 1)) < 1e-12
 
 
@@ -303,6 +306,43 @@ def test_ipndm_is_that_of_diffusers(spacing):
         assert (walk[number] - theirs).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("places", [[-0.999, -1.0], [2.0, -1.0], [2.0, -1.0, -1.8], [30, -1, -9]])
+def test_mean_weights_are_exact_for_polynomials(places):
+    """The mean over the step, weighed by e^log-SNR: by 200 Gauss-Legendre nodes."""
+    end, start = places[:2]
+    nodes, sizes = np.polynomial.legendre.leggauss(200)
+    nodes = (nodes + 1) / 2 * (end - start) + start
+    sizes = sizes * np.exp(nodes - end)
+    weights = mean_weights(places)
+    for power in range(len(places)):
+        mean = (sizes * nodes**power).sum() / sizes.sum()
+        found = sum(weight * at**power for weight, at in zip(weights, places, strict=True))
+        assert abs(found - mean) < 1e-9 * max(1, abs(mean))
+
+
+# diffusers' own affair
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+def test_unipc_is_that_of_diffusers(schedule, monkeypatch):
+    """Which walks its first step again with the middle of two guesses, not with their mean."""
+
+    def middle_of_two(log_snrs: list[float]) -> list[float]:
+        return [0.5, 0.5] if len(log_snrs) == 2 else mean_weights(log_snrs)
+
+    monkeypatch.setattr(ddpm, "mean_weights", middle_of_two)
+    diffusion = Diffusion(1000, schedule)
+    data = Gaussian(diffusion, 0.3, 0.5)
+    path = diffusion.visited_steps(9)
+    scheduler = diffusers.UniPCMultistepScheduler(solver_order=2, prediction_type="sample")
+    scheduler.set_timesteps(9)
+    scheduler.sigmas = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()[path]  # float64
+    x_t = theirs = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    walk = [x_t for x_t, _ in diffusion.denoise(data.predict_clean, x_t, path, "unipc")]
+    for t, timestep, ours in zip(path, scheduler.timesteps, walk, strict=False):
+        theirs = scheduler.step(data.predict_clean(theirs, t), timestep, theirs).prev_sample
+        assert (ours - theirs).abs().max() < 1e-9
+
+
 # ---- spacings ------------------------------------------------------------------------------------
 
 
@@ -318,15 +358,20 @@ def test_every_spacing_falls_from_noise_to_image(schedule, spacing):
 
 
 @pytest.mark.parametrize(
-    ("spacing", "scale"), [("log-snr", math.log), ("rho-7", lambda noise: noise ** (1 / 7))]
+    ("spacing", "scale", "most_noise"),
+    [
+        ("log-snr", math.log, 20),
+        ("rho-7", lambda noise: noise ** (1 / 7), 20),
+        ("log-noise", lambda noise: math.log(noise + 1 / 8), 40),
+    ],
 )
-def test_a_spacing_is_even_on_its_own_scale_and_leaps_at_the_end(spacing, scale):
-    """From where there is twenty times as much noise as signal to a 25th of T."""
+def test_a_spacing_is_even_on_its_own_scale_and_leaps_at_the_end(spacing, scale, most_noise):
+    """From where there is 20 or 40 times as much noise as signal to a 25th of T."""
     diffusion = Diffusion(100_000, "cosine")  # so many that rounding to one is not felt
     path = diffusion.visited_steps(9, spacing=spacing)
     assert path[-2:] == [4000, 0]
     ratios = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()[path[1:-1]].tolist()
-    places = [scale(20.0), *map(scale, ratios)]
+    places = [scale(most_noise), *map(scale, ratios)]
     gaps = [one - two for one, two in itertools.pairwise(places)]
     assert max(gaps) / min(gaps) - 1 < 0.01
 
@@ -338,7 +383,9 @@ def test_steps_may_be_named_one_by_one():
 
 
 @pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
-@pytest.mark.parametrize(("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012), ("ipndm", 0.012)])
+@pytest.mark.parametrize(
+    ("sampler", "bound"), [("ddim", 0.06), ("dpm++", 0.012), ("ipndm", 0.012), ("unipc", 0.011)]
+)
 def test_64_steps_end_near_the_exact_image(sampler, bound, schedule):
     """The data spreads by 0.5.
 
@@ -604,7 +651,7 @@ def two_colors() -> tuple[nn.Module, Diffusion, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps"), [("ddpm", 100), ("ddim", 20), ("dpm++", 20), ("ipndm", 20)]
+    ("sampler", "steps"), [("ddpm", 100), ("ddim", 20), ("dpm++", 20), ("ipndm", 20), ("unipc", 20)]
 )
 def test_what_was_learned_from_two_colors_is_two_colors(two_colors, sampler, steps):
     network, diffusion, colors = two_colors

@@ -680,7 +680,7 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
     told = {
         "run": "tiny",
         "step": "10",
-        "sampler": "dpm++ (rho-7)",
+        "sampler": "unipc (log-noise)",
         "steps": "2",
         "n": "20",
         "measure": "FD (few)",
@@ -696,7 +696,7 @@ def test_every_evaluation_adds_a_row_and_shows_the_pictures(run_tool, place):
 def test_the_images_are_those_that_sample_makes(run_tool, run_name):
     """In batches of another size, so a level of 255 may be the rounding's, or four in bfloat16."""
     stored = ddpm.load_run(run_name)
-    images = evaluate.make_samples(stored, range(5, 22), Way("ddim", 3, "rho-7"), 4, CPU)
+    images = evaluate.make_samples(stored, range(5, 22), Way("ddim", 3, ddpm.USUAL.spacing), 4, CPU)
     ddpm.sample(
         run_name=run_name, n_img=17, seed=5, sampler="ddim", steps=3, device="cpu", save_grid=False
     )

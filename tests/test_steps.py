@@ -21,7 +21,7 @@ import tools.play_images
 import tools.steps
 from ddpm import Diffusion
 from machinery import checkpoints, command_line
-from machinery.steps import AUTO, Way, are_paths, by_number, choose, kept
+from machinery.steps import AUTO, SPACINGS, Way, are_paths, by_number, choose, kept
 from tools.steps import Walks, missed_by, misses, search
 
 NOISE_STEPS = 60
@@ -149,14 +149,19 @@ def test_sample_takes_the_steps_of_the_run_and_says_so(here, run):
     result = run("sample", "--run_name=found", "--n_img=2", "--steps=5", DEVICE)
     path = ",".join(map(str, paths_of("found")["visited"][1]))
     assert f"steps    5, found for this run: t = {path}\n" in result.out
-    assert f"--spacing={path}" in command_in(Path("results/found/samples/sample_0001.png"))
+    words = command_in(Path("results/found/samples/sample_0001.png"))
+    assert {f"--spacing={path}", "--sampler=unipc"} < {*words}
     result = run("sample", "--run_name=found", "--n_img=2", DEVICE)
     assert f"steps    {paths_of('found')['default']}, found for this run" in result.out
     other = run("sample", "--run_name=found", "--n_img=2", "--steps=5", "--spacing=even", DEVICE)
     assert "found for" not in other.out
+    words = ("--n_img=1", "--sampler=dpm++", "--steps=5")
+    assert (
+        f"found for this run: t = {path}\n" in run("sample", "--run_name=found", *words, DEVICE).out
+    )
     for words in (["--steps=11"], ["--sampler=ddim", "--steps=5"]):
         assert "found for" not in run("sample", "--run_name=found", "--n_img=1", *words, DEVICE).out
-    assert "--spacing=rho-7" in command_in(Path("results/found/samples_5/sample_0001.png"))
+    assert "--spacing=log-noise" in command_in(Path("results/found/samples_5/sample_0001.png"))
     assert pictures("found/samples") != pictures("found/samples_3")
 
 
@@ -179,7 +184,7 @@ def test_image_to_image_takes_the_end_of_the_found_steps(here, run):
     assert told in result.out, result.err
 
 
-@pytest.mark.parametrize("spacing", ["log-snr", "rho-7"])
+@pytest.mark.parametrize("spacing", [name for name in SPACINGS if name != "even"])
 def test_image_to_image_takes_all_steps_from_where_it_begins(spacing):
     """Of even ones those are left that lie below; steps by the noise are spread anew."""
     diffusion = ddpm.Diffusion(1000, "cosine")
@@ -247,12 +252,15 @@ def test_paths_that_are_none_are_refused(here, run, paths):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--spacing=odd"], "--spacing=odd is not one of: auto, even, log-snr, rho-7, nor values"),
+        (
+            ["--spacing=odd"],
+            "--spacing=odd is not one of: auto, even, log-snr, rho-7, log-noise, nor values",
+        ),
         (["--spacing=60,20,30,0"], "that fall from 60 to 0"),
         (["--spacing=50,20,0"], "that fall from 60 to 0"),
         (["--spacing=60,20,0", "--steps=3"], "names 2 steps; leave out --steps=3"),
         (["--steps=many"], "--steps=many is not a whole number or auto"),
-        (["--sampler=euler"], "is not one of: auto, ddpm, ddim, dpm++, ipndm"),
+        (["--sampler=euler"], "is not one of: auto, ddpm, ddim, dpm++, ipndm, unipc"),
     ],
 )
 def test_steps_that_do_not_fit_are_refused(here, run, words, message):

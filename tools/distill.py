@@ -32,6 +32,7 @@ from machinery.journal import SUMS
 from machinery.steps import by_number, kept, teacher_of
 
 SHORT_STEPS = 3  # of the teacher, for one of the student
+SPACING = "rho-7"  # of the teacher's steps, as in benchmarks/README.md, "Distillation"
 SAVE_SECONDS = 300
 SAMPLER = "ddim"  # of the student: it has learned where each single step leads
 OPTIMIZER = "muon"  # benchmarks/README.md, "Distillation"
@@ -343,7 +344,7 @@ def distill(
     with runs.lock_run(checkpoints.paths_of(to)[0].parent):
         student = ddpm.load_run(to) if checkpoints.exists(to) else None
         network, diffusion = ddpm.build_trained(teacher, place)
-        path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=ddpm.USUAL.spacing)
+        path = diffusion.visited_steps(steps * SHORT_STEPS, spacing=SPACING)
         if student:
             check_student(to, student, source, path[::SHORT_STEPS], flags)
             optimizer = student["settings"]["optimizer"]  # of earlier versions: AdamW

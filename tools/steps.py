@@ -26,6 +26,7 @@ from machinery import basics, checkpoints, command_line, devices, runs, sampling
 from machinery.basics import UserError
 from machinery.steps import LEAP, kept, teacher_of
 
+SAMPLER = "dpm++"  # whose misses are computed; machinery.steps.FOUND_FOR has whom they serve
 SEEDS = range(10**6, 10**6 + 32)  # of the walks; nobody looks at these images
 PLACES = 50  # on a fine walk
 VALUES = 12_288  # of an image that are compared: all of 64x64 in RGB, some of a larger one
@@ -53,7 +54,7 @@ def walk_finely(checkpoint: dict, last: int, device: torch.device) -> tuple[Walk
         SEEDS,
         settings["img_size"],
         visited_steps=[*places, 0],
-        sampler=ddpm.USUAL.sampler,
+        sampler=SAMPLER,
         labels=sampling.labels_in_turn(range(len(settings["classes"])), SEEDS),
     )
     shape = (network.channels, *settings["img_size"])
@@ -205,7 +206,7 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
         visited = [[*(walks.places[each] for each in path), 0] for path in paths.values()]
         raw = checkpoints.load(run_name)  # as it is, without what newer versions add
         del raw["format"]
-        checkpoints.save(run_name, **raw | {"paths": kept(ddpm.USUAL.sampler, default, visited)})
+        checkpoints.save(run_name, **raw | {"paths": kept(SAMPLER, default, visited)})
     for count, values in zip(COUNTS, visited, strict=True):
         miss = in_levels(missed_by(missed, paths[count]))
         path = ",".join(map(str, values))

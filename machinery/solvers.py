@@ -1,0 +1,41 @@
+"""How samplers weigh the network's earlier answers: the numbers of multistep solvers."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+# of the newest answer and of those before it, for as many as there are
+ADAMS_BASHFORTH = {
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def mean_weights(log_snrs: Sequence[float]) -> list[float]:
+    """The weights that make, of guesses of x_0, the mean of x_0 over a step.
+
+    From one noising step to the next the probability flow goes as if x_0 were a single image: the
+    mean of what it is on the way, weighed by e^log-SNR (Lu et al. 2022, eq. 9). On the way, x_0 is
+    taken to follow the polynomial through the guesses: a line through two, a parabola through
+    three. This is the corrector of UniPC (Zhao et al. 2023), its coefficients exact.
+
+    Args:
+        log_snrs: log(signal / noise) of each guess: at the end of the step, at its start, before.
+    """
+    end, start = log_snrs[:2]
+    gap = end - start
+    # the means of u^k, u from 0 to 1, weighed by e^(gap u); each by parts from the one before
+    moments = [1.0]
+    for power in range(1, len(log_snrs)):
+        moments.append(1 / -math.expm1(-gap) - power / gap * moments[-1])
+    powers = np.vander((np.asarray(log_snrs) - start) / gap, increasing=True)
+    return np.linalg.solve(powers.T, moments).tolist()
+
+
+def weighed(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of values times weights, as many as these."""
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
