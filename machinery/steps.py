@@ -21,6 +21,7 @@ class Scale(NamedTuple):
 
     of: Callable[[np.ndarray], np.ndarray]  # noise / signal, rising
     most_noise: float  # what counts as noise / signal of T, where it may be without bound
+    least: float = 0.0  # how long the last step is at least; 1 is as long as an even one
 
 
 # why these: benchmarks/README.md, "Samplers and steps"
@@ -28,7 +29,7 @@ SPACINGS = {
     "even": None,  # in t itself
     "log-snr": Scale(np.log, 20.0),
     "rho-7": Scale(lambda noise: noise ** (1 / 7), 20.0),  # Karras et al. 2022, eq. 5
-    "log-noise": Scale(lambda noise: np.log(noise + 1 / 8), 40.0),
+    "log-noise": Scale(lambda noise: np.log(noise + 1 / 8), 40.0, least=0.5),
 }
 
 
@@ -57,7 +58,8 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> 
     noise = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..start, rising
     scale = SPACINGS[spacing]
     measured = scale.of(noise)
-    last = min(start, max(1, round(LEAP * noise_steps)))
+    last = max(LEAP * noise_steps, scale.least * start / steps)
+    last = min(start, max(1, round(last)))
     ends = scale.of(np.minimum(noise[[-1, last - 1]], scale.most_noise))
     wanted = np.linspace(*ends, steps)
     nearest = np.abs(measured[:, None] - wanted).argmin(axis=0) + 1

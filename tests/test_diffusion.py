@@ -358,22 +358,24 @@ def test_every_spacing_falls_from_noise_to_image(schedule, spacing):
 
 
 @pytest.mark.parametrize(
-    ("spacing", "scale", "most_noise"),
+    ("spacing", "scale", "most_noise", "last"),
     [
-        ("log-snr", math.log, 20),
-        ("rho-7", lambda noise: noise ** (1 / 7), 20),
-        ("log-noise", lambda noise: math.log(noise + 1 / 8), 40),
+        ("log-snr", math.log, 20, 4000),
+        ("rho-7", lambda noise: noise ** (1 / 7), 20, 4000),
+        ("log-noise", lambda noise: math.log(noise + 1 / 8), 40, 5556),
     ],
 )
-def test_a_spacing_is_even_on_its_own_scale_and_leaps_at_the_end(spacing, scale, most_noise):
-    """From where there is 20 or 40 times as much noise as signal to a 25th of T."""
+def test_a_spacing_is_even_on_its_own_scale_and_leaps_at_the_end(spacing, scale, most_noise, last):
+    """From where there is so much noise for the signal to a 25th of T, or half an even step."""
     diffusion = Diffusion(100_000, "cosine")  # so many that rounding to one is not felt
     path = diffusion.visited_steps(9, spacing=spacing)
-    assert path[-2:] == [4000, 0]
+    assert path[-2:] == [last, 0]
     ratios = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt()[path[1:-1]].tolist()
     places = [scale(most_noise), *map(scale, ratios)]
     gaps = [one - two for one, two in itertools.pairwise(places)]
     assert max(gaps) / min(gaps) - 1 < 0.01
+    many = diffusion.visited_steps(20, spacing=spacing)
+    assert many[-2:] == [4000, 0]
 
 
 def test_steps_may_be_named_one_by_one():
