@@ -193,11 +193,12 @@ class Diffusion:
 
             x_next = signal_next * x_0 + sqrt(noise_next^2 - variance) * eps + fresh_std * z
 
-        They differ in two places only. DDPM adds fresh noise z, the others none (variance = 0,
+        They differ in few places only. DDPM adds fresh noise z, the others none (variance = 0,
         fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
         al. 2022, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang & Chen 2023); the
-        others take them as they are. UniPC is DPM-Solver++(2M), but for that it goes every step
-        again as soon as the guess at its end is known, too (UniC: Zhao et al. 2023).
+        others take them as they are. UniPC is DPM-Solver++(2M), but corrects x_t once the guess
+        from it is known: the step that led to it, with the mean of x_0 on its way (UniC: Zhao et
+        al. 2023). That asks the network no more often; what is yielded is x_t as it was.
 
         The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
         is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of
@@ -230,8 +231,8 @@ class Diffusion:
                 guesses = [guess, *guesses[:2]]
             if sampler == "unipc" and t_next > 0 and last_start:
                 x_last, signal_last, noise_last = last_start
-                x_0 = weighed(mean_weights(log_snrs), guesses)
-                x_t = signal * x_0 + noise * (x_last - signal_last * x_0) / noise_last
+                mean = weighed(mean_weights(log_snrs), guesses)
+                x_t = signal * mean + noise * (x_last - signal_last * mean) / noise_last
             if sampler in ("dpm++", "unipc") and t_next > 0 and len(guesses) > 1:
                 gap, last_gap = log_snr_next - log_snrs[0], log_snrs[0] - log_snrs[1]
                 x_0 = guess + (guess - guesses[1]) * (gap / (2 * last_gap))

@@ -11,7 +11,7 @@ import numpy as np
 
 from machinery.basics import UserError, printable
 
-LEAP = 0.04  # the last step, of the spacings by the noise: from here, as a fraction of T, to 0
+LEAP = 0.04  # the last step, of the spacings by the noise: from here at least, as a fraction of T
 
 # ---- spacings ------------------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ class Scale(NamedTuple):
 
     of: Callable[[np.ndarray], np.ndarray]  # noise / signal, rising
     most_noise: float  # what counts as noise / signal of T, where it may be without bound
-    least: float = 0.0  # how long the last step is at least; 1 is as long as an even one
+    least: float = 0.0  # how long the last step is at least, in t; 1 is start / steps
 
 
 # why these: benchmarks/README.md, "Samplers and steps"
@@ -37,7 +37,8 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> 
     """The values of t that are visited, falling, from `start` to 0.
 
     With less than T as the start, spacings by the noise still take all `steps`; of even ones, and
-    of values that are named, those below the start are left.
+    of values that are named, those below the start are left; of named ones without a first that is
+    all but the start: two guesses of x_0 so near to each other do not tell where it moves.
 
     Args:
         spacing: one of SPACINGS, or the values themselves, with commas.
@@ -47,7 +48,10 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> 
     """
     noise_steps = len(alpha_bar) - 1
     if spacing not in SPACINGS:
-        return [start] + [t for t in map(int, spacing.split(",")) if t < start]
+        named = [t for t in map(int, spacing.split(",")) if t < start]
+        if start < noise_steps and len(named) > 1 and 10 * (start - named[0]) < named[0] - named[1]:
+            del named[0]
+        return [start, *named]
     if spacing == "even":
         even = [round(noise_steps * (1 - i / steps)) for i in range(steps + 1)]
         return [start] + [t for t in even if t < start]

@@ -350,7 +350,7 @@ def test_between_two_noises_lies_an_arc():
     assert third.dtype == np.float32
 
 
-@pytest.mark.parametrize("sampler", ["dpm++", "ddpm"])
+@pytest.mark.parametrize("sampler", [ddpm.USUAL.sampler, "ddpm"])
 def test_an_interpolation_leads_from_seed_to_seed(sample, float32, sampler):
     how = (f"--sampler={sampler}", "--steps=4", "--batch_size=1")
     result = sample("--n_img=5", "--interpolate=3,9", *how)

@@ -21,7 +21,7 @@ import tools.play_images
 import tools.steps
 from ddpm import Diffusion
 from machinery import checkpoints, command_line
-from machinery.steps import AUTO, SPACINGS, Way, are_paths, by_number, choose, kept
+from machinery.steps import AUTO, SPACINGS, Way, are_paths, by_number, choose, kept, suited
 from tools.steps import Walks, missed_by, misses, search
 
 NOISE_STEPS = 60
@@ -194,7 +194,25 @@ def test_image_to_image_takes_all_steps_from_where_it_begins(spacing):
         assert len(visited) - 1 == min(8, start)
         assert all(t > t_next for t, t_next in itertools.pairwise(visited))
     assert diffusion.visited_steps(8, 0.6, spacing)[-2] == 40
+    assert diffusion.visited_steps(8, 0.3, spacing)[-2] == 40
     assert diffusion.visited_steps(4, 0.6, "even") == [600, 500, 250, 0]
+
+
+def test_image_to_image_leaves_out_a_named_step_that_is_all_but_its_start():
+    """The extrapolation from two guesses next to each other would be a hundred times their gap."""
+    diffusion, named = ddpm.Diffusion(1000, "cosine"), "1000,750,500,250,0"
+    assert diffusion.visited_steps(4, 0.524, named) == [524, 250, 0]
+    assert diffusion.visited_steps(4, 0.526, named) == [526, 500, 250, 0]
+    assert diffusion.visited_steps(4, 0.5, named) == [500, 250, 0]
+    assert diffusion.visited_steps(4, 0.001, named) == [1, 0]
+    assert diffusion.visited_steps(3, 1.0, "1000,999,500,0") == [1000, 999, 500, 0]
+
+
+def test_found_steps_are_measured_by_usual_ones_with_the_same_last_step():
+    diffusion = ddpm.Diffusion(1000, "cosine")
+    usual = diffusion.visited_steps(8, spacing=ddpm.USUAL.spacing)
+    assert tools.steps.usual_steps(diffusion, 40) == [*usual[:-2], 40, 0]
+    assert tools.steps.usual_steps(diffusion, 500) == [*(t for t in usual if t > 500), 500, 0]
 
 
 def test_a_published_and_an_exported_run_keep_their_steps(here, exchange):
@@ -289,6 +307,13 @@ def pictures_pixels(name: str) -> list[bytes]:
             found.append(picture.tobytes())
     assert found
     return found
+
+
+def test_found_steps_suit_two_samplers_and_learned_ones_their_own():
+    path = [(60, 20, 0)]
+    assert suited(kept("dpm++", 2, path)) == suited(kept("unipc", 2, path)) == ("unipc", "dpm++")
+    assert suited(kept("ddim", 2, path)) == ("ddim",)
+    assert suited(kept("dpm++", 2, path, teacher="run")) == ("dpm++",)
 
 
 def test_a_run_without_steps_of_its_own_is_sampled_as_usual():

@@ -155,6 +155,12 @@ def nearest(walks: Walks, visited_steps: Sequence[int]) -> list[int]:
     return sorted({int(place) for place in distances.argmin(axis=1)})
 
 
+def usual_steps(diffusion: Diffusion, last: int) -> list[int]:
+    """The steps that the found ones are measured by: the usual ones, with the same last step."""
+    usual = diffusion.visited_steps(ddpm.USUAL.steps, spacing=ddpm.USUAL.spacing)
+    return [*(t for t in usual[:-2] if t > last), last, 0]
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 LIMITS = ddpm.LIMITS | {"last": (1, 99_999)}
@@ -199,8 +205,7 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
         walks, diffusion = walk_finely(stored, last, place)
         missed = misses(walks, diffusion.alpha_bar)
         paths = {count: search(missed, count - 1) for count in COUNTS}
-        usual = diffusion.visited_steps(ddpm.USUAL.steps, spacing=ddpm.USUAL.spacing)
-        limit = missed_by(missed, nearest(walks, usual))
+        limit = missed_by(missed, nearest(walks, usual_steps(diffusion, last)))
         are_enough = [count for count in COUNTS if missed_by(missed, paths[count]) <= limit]
         default = min(are_enough, default=ddpm.USUAL.steps)
         visited = [[*(walks.places[each] for each in path), 0] for path in paths.values()]
