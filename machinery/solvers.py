@@ -19,9 +19,10 @@ def mean_weights(log_snrs: Sequence[float]) -> list[float]:
     """The weights that make, of guesses of x_0, the mean of x_0 over a step.
 
     From one noising step to the next the probability flow goes as if x_0 were a single image: the
-    mean of what it is on the way, weighed by e^log-SNR (Lu et al. 2022, eq. 9). On the way, x_0 is
-    taken to follow the polynomial through the guesses: a line through two, a parabola through
-    three. This is the corrector of UniPC (Zhao et al. 2023), its coefficients exact.
+    mean of what it is on the way, weighed by signal / noise (Lu et al. 2022, Proposition 4.1). On
+    the way, x_0 is taken to follow the polynomial through the guesses: a line through two, a
+    parabola through three. This is the corrector of UniPC (Zhao et al. 2023, of order 2), but for
+    the first step, where they take the middle of two guesses.
 
     Args:
         log_snrs: log(signal / noise) of each guess: at the end of the step, at its start, before.

@@ -308,7 +308,7 @@ def test_ipndm_is_that_of_diffusers(spacing):
 
 @pytest.mark.parametrize("places", [[-0.999, -1.0], [2.0, -1.0], [2.0, -1.0, -1.8], [30, -1, -9]])
 def test_mean_weights_are_exact_for_polynomials(places):
-    """The mean over the step, weighed by e^log-SNR: by 200 Gauss-Legendre nodes."""
+    """The mean over the step, weighed by signal / noise: by 200 Gauss-Legendre nodes."""
     end, start = places[:2]
     nodes, sizes = np.polynomial.legendre.leggauss(200)
     nodes = (nodes + 1) / 2 * (end - start) + start

@@ -32,7 +32,7 @@ from machinery.journal import SUMS
 from machinery.steps import by_number, kept, teacher_of
 
 SHORT_STEPS = 3  # of the teacher, for one of the student
-SPACING = "rho-7"  # of the teacher's steps, as in benchmarks/README.md, "Distillation"
+TEACHER_SAMPLER, SPACING = "unipc", "rho-7"  # benchmarks/README.md, "Distillation"
 SAVE_SECONDS = 300
 SAMPLER = "ddim"  # of the student: it has learned where each single step leads
 OPTIMIZER = "muon"  # benchmarks/README.md, "Distillation"
@@ -125,7 +125,7 @@ class Distillation:
         def predict_clean(x_t: Tensor, t: int) -> Tensor:
             return self.guess(self.teacher, x_t, t, labels).clamp(-1, 1)
 
-        *_, (x_next, _) = self.diffusion.denoise(predict_clean, x_t, short, "dpm++")
+        *_, (x_next, _) = self.diffusion.denoise(predict_clean, x_t, short, TEACHER_SAMPLER)
         return x_next
 
     def step(self, x_t: Tensor, t: int, t_next: int, labels: Tensor | None = None) -> Tensor:
