@@ -196,9 +196,9 @@ class Diffusion:
         They differ in few places only. DDPM adds fresh noise z, the others none (variance = 0,
         fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
         al. 2022, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang & Chen 2023); the
-        others take them as they are. UniPC is DPM-Solver++(2M), but corrects x_t once the guess
-        from it is known: the step that led to it, with the mean of x_0 on its way (UniC: Zhao et
-        al. 2023). That asks the network no more often; what is yielded is x_t as it was.
+        others take them as they are. UniPC is DPM-Solver++(2M), but with the guess from x_t known
+        it takes the step that led there again, by the mean of x_0 along it (UniC: Zhao et al.
+        2023); the network is not asked again, and what is yielded is x_t before that.
 
         The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
         is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of

@@ -216,7 +216,8 @@ def steps(run_name: str = "", last: int | str = "auto", device: str = "auto") ->
         miss = in_levels(missed_by(missed, paths[count]))
         path = ",".join(map(str, values))
         print(f"{count:2} steps miss by {miss:5.2f} levels of 255: t = {path}")
-    print(f"the usual {ddpm.USUAL.steps} ({ddpm.USUAL.spacing}) miss by {in_levels(limit):.2f}")
+    usual = f"the usual {ddpm.USUAL.steps} ({ddpm.USUAL.spacing}) to t = {last}"
+    print(f"{usual} miss by {in_levels(limit):.2f}")
     print(f"`python ddpm.py sample --run_name={run_name}` now takes {default} steps")
 
 
