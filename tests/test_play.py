@@ -403,6 +403,19 @@ def test_what_cannot_be_played_with_is_refused(run_main, monkeypatch, words, mes
     assert message in refused(run_main(play.main, *words))
 
 
+def test_a_hidden_guidance_asks_for_nothing(monkeypatch):
+    """A guide is chosen, the slider moved, the guide let go: a run without classes has no use."""
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install gradio")
+    from tools import play_page
+
+    monkeypatch.setattr(play_page, "is_led", lambda run_name: False)
+    shown = play_page.Page.show_guidance(None, "plain", "early")
+    assert shown.visible
+    hidden = play_page.Page.show_guidance(None, "plain", "")
+    assert not hidden.visible
+    assert hidden.value == ddpm.GUIDANCE
+
+
 def test_an_address_in_use_is_named(run_main, monkeypatch):
     monkeypatch.setattr(play, "first_run", lambda name: name)
     monkeypatch.setattr(play.importlib.util, "find_spec", lambda name: True)

@@ -179,8 +179,10 @@ class Page:
         return facts, label, guidance, usual_steps(run_name), "", guide, gr.Column(visible=False)
 
     def show_guidance(self, run_name: str, guide: str) -> gr.Slider:
-        """It counts where there are classes or a guide."""
-        return gr.Slider(visible=bool(guide) or is_led(run_name))
+        """It counts where there are classes or a guide; hidden, it is the usual."""
+        if guide or is_led(run_name):
+            return gr.Slider(visible=True)
+        return gr.Slider(value=ddpm.GUIDANCE, visible=False)
 
     def take(self, path: str, run_name: str, img_size: str, strength: float) -> tuple:
         """A picture for the painter, read by our reader."""
