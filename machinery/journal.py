@@ -284,7 +284,7 @@ class Log:
         self.has_news = False
         if written is None:
             text = io.StringIO(newline="")
-            csv.writer(text).writerows([self.columns, *self.rows])
+            csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
             write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
         else:
             append_rows(self.path, self.columns, self.rows[written:])
