@@ -21,6 +21,7 @@ import tools.play_images
 import tools.steps
 from ddpm import Diffusion
 from machinery import checkpoints, command_line
+from machinery.basics import noise_of
 from machinery.steps import AUTO, SPACINGS, Way, are_paths, by_number, choose, kept, suited
 from tools.steps import Walks, missed_by, misses, search
 
@@ -391,6 +392,27 @@ def test_a_student_learns_to_jump_to_where_the_flow_leads():
     exact = teacher.network.exact(z)
     assert (at_once - exact).abs().mean() > 0.5
     assert (made - exact).abs().mean() < 0.06
+
+
+@pytest.mark.parametrize("objective", ddpm.OBJECTIVES)
+def test_a_student_practises_what_sampling_does_and_learns_where_it_is_clipped(objective):
+    """Near T a small eps stands for a guess far outside [-1, 1]."""
+    torch.manual_seed(0)
+    diffusion, network = Diffusion(60, "linear", objective), Curve()
+    network.channels = 1
+    how = {"batch_size": 4, "lr": 1e-3, "seed": 0, "precision": "float32"}
+    teacher = tools.distill.Guided(network)
+    student = tools.distill.Distillation(teacher, network, diffusion, [60, 0], (1, 2, 2), **how)
+    walk = {"visited_steps": [60, 30, 0], "sampler": "ddim", "precision": "float32"}
+    with torch.no_grad():
+        sampled, _ = next(ddpm.generate(network, diffusion, range(4), (2, 2), **walk))
+    noise = np.stack([next(noise_of(seed, (1, 2, 2))) for seed in range(4)])
+    arrived = student.step(torch.from_numpy(noise), 60, 30)
+    torch.testing.assert_close(arrived, sampled)
+    guess = student.guess(teacher, torch.from_numpy(noise), 60)
+    assert (guess.abs() > 1).all() == (objective == "eps")
+    arrived.sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in network.parameters())
 
 
 class Level(nn.Module):

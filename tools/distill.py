@@ -129,9 +129,14 @@ class Distillation:
         return x_next
 
     def step(self, x_t: Tensor, t: int, t_next: int, labels: Tensor | None = None) -> Tensor:
-        """Where the student comes to from x_t, in one step of DDIM."""
+        """Where the student comes to from x_t, in one step of DDIM.
+
+        Its guess is clipped, as in sampling; else it would learn to make up for what never comes,
+        such as the thousands that eps stands for near T. Clipped values are learned from, too.
+        """
         here, there = torch.tensor([[t], [t_next]], device=self.device)
         x_0 = self.guess(Guided(self.student), x_t, t, labels)
+        x_0 = x_0.detach().clamp(-1, 1) + (x_0 - x_0.detach())  # as if nothing had been clipped
         signal, noise = self.diffusion.at(here)
         return self.diffusion.add_noise(x_0, there, (x_t - signal * x_0) / noise)
 
