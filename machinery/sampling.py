@@ -117,13 +117,9 @@ def check_guidance(settings: dict, guidance: float | str, guide: str, teacher: s
 
 
 def sampling_size(flags: dict, settings: dict) -> tuple[int, int]:
-    """The height and width of a sampling; those of the run if left out, and told if others."""
+    """The height and width of a sampling; those of the run if left out."""
     size = full_size(flags["img_size"] or settings["img_size"])
     check_size(size, settings["multipliers"])
-    if size != settings["img_size"]:
-        height, width = settings["img_size"]
-        trained = f"{flags['run_name']} was trained at {height}x{width}"
-        print(f"{trained}; another size may look worse")
     return size
 
 
@@ -220,6 +216,12 @@ def load_guide(
     check_name("guide", name)
     guide = processes.from_first(load(name) if processes.is_first() else None)
     check_guide(name, guide["settings"], checkpoint["settings"], size)
+    weights = checkpoint["average"]
+    if guide["average"].keys() == weights.keys() and all(
+        torch.equal(weight, weights[name]) for name, weight in guide["average"].items()
+    ):
+        rule = "a run does not lead away from itself; try a weaker one"
+        raise UserError(f"--guide={name} has the weights of the run that it is to guide: {rule}")
     return guide
 
 
@@ -310,10 +312,6 @@ class Request:
         check_guidance(settings, flags["guidance"], flags["guide"], teacher)
         self.flags = flags = filled_in(flags, settings, teacher)
         check_start(flags, defaults["strength"].default, len(self.chosen))
-        if remark := remark_on(
-            Way(*(flags[name] for name in Way._fields)), checkpoint, visited_steps
-        ):
-            print(remark)
         self.inputs = None
         if flags["inputs"]:
             size = full_size(flags["img_size"]) if flags["img_size"] else ()
@@ -340,6 +338,19 @@ class Request:
             self.starts = self.inputs.starts(flags["n_img"], self.batch_size)
         self.starts = processes.share_of(self.starts)
         self.album = self.open_album(device)
+        self.print_remarks()
+
+    def print_remarks(self) -> None:
+        """Tell what is unusual, or is the run's own; last, since a mistake ends in one line."""
+        settings = self.checkpoint["settings"]
+        way = Way(*(self.flags[name] for name in Way._fields))
+        remark = remark_on(way, self.checkpoint, self.visited_steps)
+        if remark and len(self.visited_steps) > 1:  # with a strength of 0 none is visited
+            print(remark)
+        if self.size != settings["img_size"]:
+            height, width = settings["img_size"]
+            trained = f"{self.flags['run_name']} was trained at {height}x{width}"
+            print(f"{trained}; another size may look worse")
 
     def numbers_from(self, first: int) -> range:
         """The images that are made at the same time as the first of them."""

@@ -1,6 +1,7 @@
 """Autoguidance: a run is led away from a weaker one; classifier-free guidance is in test_modes."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,15 @@ def test_a_guidance_of_one_changes_nothing_and_more_does(two_runs, sample):
     assert np.array_equal(sample("one", "--guide=weaker", "--guidance=1"), plain)
     led = sample("led", "--guide=weaker", "--guidance=3")
     assert not np.array_equal(led, plain)
-    assert np.array_equal(sample("itself", "--guide=run", "--guidance=3"), plain)
+
+
+def test_no_run_leads_away_from_itself_under_whatever_name(two_runs, run):
+    """It would take twice the time and change nothing."""
+    shutil.copytree("models/run", "models/copied")
+    for name in ("run", "copied"):
+        line = refused(run("sample", "--run_name=run", f"--guide={name}", STEPS))
+        assert f"--guide={name} has the weights of the run that it is to guide" in line
+    assert not Path("results/run/samples").exists()
 
 
 def test_at_zero_it_makes_the_images_of_the_guide(two_runs, run, sample):

@@ -183,6 +183,11 @@ def test_image_to_image_takes_the_end_of_the_found_steps(here, run):
     left = [30, *(t for t in by_number(paths_of("found"))[6] if t < 30)]
     told = f"steps    {len(left) - 1}, found for this run: t = {','.join(map(str, left))}"
     assert told in result.out, result.err
+    words = ("--n_img=1", "--init_image=pictures/picture_0000.png", "--strength=0")
+    assert "found for" not in run("sample", "--run_name=found", *words, DEVICE).out
+    for wrong in ("--init_image=none.png", "--img_size=13", "--guide=nobody"):
+        result = run("sample", "--run_name=found", "--n_img=1", wrong, DEVICE)
+        assert (refused(result), result.out) == (result.err, "")
 
 
 @pytest.mark.parametrize("spacing", [name for name in SPACINGS if name != "even"])
@@ -627,6 +632,7 @@ def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
         (["--to=new", "--steps=16", "--run_name=few"], "--steps=16 is too many for the 20"),
         (["--to="], "--to is missing"),
         (["--to=new", "--steps=17"], "--steps=17 is out of range"),
+        (["--to=new", "--max_minutes=1e-9"], "--max_minutes=1e-09 is too short; nothing was"),
     ):
         if "--run_name=few" in words:
             stored = checkpoints.load("run")
@@ -641,5 +647,5 @@ def test_what_cannot_be_distilled_is_refused(distill, run, run_main):
     assert "other values of t" in refused(distill("--walks=8"))
     line = refused(run(*[word.replace("=run", "=fast") for word in TRAIN], "--epochs=9"))
     assert "models/fast was distilled from run" in line
-    assert "tools.distill --to=fast continues it, as it was begun" in line
+    assert "; the same `python -m tools.distill` command continues it" in line
     assert "was distilled from" in refused(run_main(tools.steps.main, "--run_name=fast", DEVICE))

@@ -253,8 +253,15 @@ class Budget:
 
 
 def work(distillation: Distillation, budget: Budget, keep: Callable[[], None]) -> None:
-    """Go on until the budget is used up or somebody stops it; `keep` is called now and then."""
+    """Go on until the budget is used up or somebody stops it; `keep` is called now and then.
+
+    Raises:
+        UserError: the budget was used up before the first round.
+    """
     if budget.done(distillation.round) >= 1:
+        if not distillation.round:
+            fault = f"nothing was learned: getting ready took {budget.minutes():.2g} minutes"
+            raise UserError(f"--max_minutes={budget.max_minutes:g} is too short; {fault}")
         longer = "a larger --max_minutes or --walks continues it"
         print(f"nothing to do: this distillation is finished; {longer}")
         return
