@@ -307,14 +307,12 @@ class Log:
             if steps >= ROW_EVERY and loss > SENSELESS * blank_loss:
                 nothing = f"far above {blank_loss:.4f}, which an output of nothing but zeros costs"
                 mean += f"\nthis loss is {nothing}: start another run with a lower --lr"
-        way_on = self.progress.way_on(self.step)
         time_taken = datetime.timedelta(seconds=round(60 * self.progress.minutes_used()))
-        images = self.step * self.progress.batch_size
-        epochs = images / self.progress.count
+        epochs = self.step * self.progress.batch_size / self.progress.count
         return f"""trained for {epochs:.1f} epochs in {time_taken}{mean}
 the weights are in {checkpoints.paths_of(run_name)[0]},
 previews, log.csv and loss.png in {self.path.parent},
-all of it for a browser in {self.path.with_name("index.html")}{hint(images, way_on)}
+all of it for a browser in {self.path.with_name("index.html")}{self.progress.hint(self.step)}
 to make images:
   python ddpm.py sample --run_name={run_name} {asked}
 to judge them, and see whether they are copies:

@@ -254,6 +254,7 @@ class Run:
         self.listing = listing
         self.name = settings["run_name"]
         self.best_name = f"{self.name}_best"
+        self.best_loss = math.inf  # on held-out images, of the weights that are kept there
         self.path = checkpoints.paths_of(self.name)[0]
         self.results = Path("results", self.name)
         self.checkpoint = {"step": 0, "minutes": 0.0, "log": [], "sums": None}
@@ -294,7 +295,7 @@ class Run:
             way_on = f"--init_from={self.name} with another --run_name starts a new run from it"
             raise UserError(f"models/{self.name} holds EMA weights only, to sample; {way_on}")
         if teacher := teacher_of(checkpoint):
-            way_on = f"python -m tools.distill --to={self.name} continues it, as it was begun"
+            way_on = "the same `python -m tools.distill` command continues it"
             raise UserError(f"models/{self.name} was distilled from {printable(teacher)}; {way_on}")
         check_same_run(checkpoint, self.settings, self.listing)
         began_from = checkpoint["settings"]["init_from"]
@@ -330,10 +331,13 @@ class Run:
             raise UserError(f"--keep_best needs held-out images, and there are none; {way_out}")
         check_name("run_name", self.best_name)
         if checkpoints.exists(self.best_name):
-            kept = checkpoints.load(self.best_name, peek=True)["settings"]
-            if kept.get("best_of") != self.name:
+            kept = checkpoints.load(self.best_name, peek=True)
+            if kept["settings"].get("best_of") != self.name:
                 ways_out = "move it away, or choose another --run_name"
                 raise UserError(f"--keep_best: models/{self.best_name} holds a run; {ways_out}")
+            losses = [cells_of(row).get("held_out") for row in kept["log"]]
+            if self.checkpoint["step"]:  # else they are of a run of this name that is gone
+                *_, self.best_loss = [math.inf, *(loss for loss in losses if loss is not None)]
 
     def old_settings(self) -> dict:
         """Those of the run that is resumed or started from; empty for a run from nothing."""
@@ -603,7 +607,8 @@ def learned(checkpoint: dict) -> Learned:
 def advice(run_name: str, checkpoint: dict) -> str:
     """Why the images of a run may look like noise: a line to append, or nothing."""
     count, images, _ = learned(checkpoint)
-    if count == math.inf:
+    is_taught = bool(checkpoint["settings"].get("init_from"))  # by another run's images
+    if count == math.inf or is_taught:
         return ""
     way_on = f"a new run with --init_from={run_name}"  # of a run without what training needs
     if "network" in checkpoint:

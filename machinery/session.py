@@ -26,12 +26,13 @@ from machinery.journal import (
     Log,
     cells_of,
     describe_network,
+    hint,
     last_loss,
     longer,
     warning,
 )
 from machinery.reading import MODES, Dataset
-from machinery.runs import Run
+from machinery.runs import SMALL, Run
 from machinery.sampling import preview_seeds
 from machinery.writing import describe_grid
 
@@ -39,6 +40,7 @@ MANY_HOURS = 3  # of a CPU, which are told before a training begins
 SLOWEST_CPU = 10  # GFLOP per second
 PREVIEW_ROWS = "inputs, what is made of them, and the true images"
 QUICKER = "--preset=laptop takes one hour, with a smaller network"
+SHORTER = "--max_minutes=60 takes one hour"  # where the network is as small
 
 
 class Progress:
@@ -55,6 +57,7 @@ class Progress:
         step, minutes: steps done and time used when this sitting starts.
         began: when this sitting started (time.monotonic()): reading the images counts too.
         previews: images of the last preview, which is part of the budget; with guidance, twice.
+        is_taught: it begins with what another run has learned, so few images are no fault.
     """
 
     PREVIEW_COST = 20  # images trained in the time of one preview: 8 steps, a start, much to spare
@@ -79,8 +82,10 @@ class Progress:
         began: float,
         previews: int,
         sample_minutes: float = 0.0,
+        is_taught: bool = False,
     ):
         self.count = count
+        self.is_taught = is_taught
         self.batch_size = batch_size
         self.epochs = epochs
         self.max_minutes = max_minutes
@@ -148,7 +153,7 @@ class Progress:
         length = f"{self.epochs:,} epochs, {self.last_step:,} steps of {self.batch_size} images"
         unit = "minute" if self.max_minutes == 1 else "minutes"
         budget = f", or {self.max_minutes:g} {unit}" if self.max_minutes else ""
-        few = warning(self.last_step * self.batch_size, "--epochs")
+        few = self.warning(self.last_step * self.batch_size, "--epochs")
         return f"{length}{budget}; {step:,} steps are done{few}"
 
     def forecast(self, step: int, speed: float) -> str:
@@ -159,7 +164,15 @@ class Progress:
         if round(images) >= self.last_step * self.batch_size:
             return time_left  # all epochs fit, and their number is known
         fits = f"{time_left}, {images:,.0f} images or {images / self.count:.1f} epochs in all"
-        return fits + warning(images, "--max_minutes")
+        return fits + self.warning(images, "--max_minutes")
+
+    def warning(self, images: float, flag: str) -> str:
+        """What so few images in all will lead to, if they do; `flag` is what limits them."""
+        return "" if self.is_taught else warning(images, flag)
+
+    def hint(self, step: int) -> str:
+        """The same of those seen until now, and what continues the training."""
+        return "" if self.is_taught else hint(step * self.batch_size, self.way_on(step))
 
     def way_on(self, step: int) -> str:
         """What continues the training."""
@@ -258,6 +271,7 @@ class Session:
             save_every=settings["save_every"],
             sample_every=settings["sample_every"],
             sample_minutes=settings["sample_minutes"],
+            is_taught=bool(settings["init_from"]),
             step=training.step,
             minutes=run.checkpoint["minutes"],
             began=began,
@@ -362,12 +376,15 @@ class Session:
             self.log.bar.write(f"not written: {what}{goes_on}")
 
     def note_best(self, loss: float) -> None:
-        """Keep the EMA weights, if none had a lower loss on held-out images, for the next save."""
-        losses = [cells_of(row)["held_out"] for row in self.log.measured()]
-        if loss <= min(losses, default=loss):
+        """Keep the EMA weights, if none that are kept had a lower loss on held-out images.
+
+        They are written with the next save.
+        """
+        if loss <= self.run.best_loss:
+            self.run.best_loss = loss
             state = self.training.state()
             weights = {name: weight.cpu().clone() for name, weight in state["average"].items()}
-            facts = {"log": list(self.log.rows), "count": self.progress.count}
+            facts = {"log": list(self.log.table()), "count": self.progress.count}
             self.best = facts | {"average": weights, "step": state["step"]}
 
     def save(self) -> None:
@@ -460,12 +477,12 @@ class Session:
     def warn_if_slow(self) -> None:
         """On a CPU, tell before it begins that a training takes many hours, by two trial steps.
 
-        There are none where it is short on any CPU.
+        There are none where it is short on any CPU, or its time has been chosen.
         """
         progress, training = self.progress, self.training
-        if training.device.type != "cpu" or processes.count() > 1:
+        if training.device.type != "cpu" or processes.count() > 1 or self.is_bound():
             return
-        images = (progress.last_step - training.step) * progress.batch_size
+        images = progress.last_step * progress.batch_size
         # forward and backward: three times the operations of an answer
         gflop = 3 * journal.gflop_per_image(training.network, self.run.settings["img_size"])
         if images * gflop / SLOWEST_CPU / 3600 < MANY_HOURS:
@@ -474,18 +491,29 @@ class Session:
             began = time.monotonic()
             training.rehearse()
             speed = progress.batch_size / (time.monotonic() - began)
-        if progress.seconds_left(training.step, speed) / 3600 > MANY_HOURS:
-            print(f"{progress.forecast(training.step, speed)} on this CPU; {QUICKER}", flush=True)
+        if way_out := self.way_out(speed):
+            print(f"{progress.forecast(training.step, speed)}{way_out}", flush=True)
+
+    def is_bound(self) -> bool:
+        """Whether how long it takes is decided: by a budget, or since it has begun."""
+        return self.progress.max_minutes > 0 or self.progress.first_step > 0
+
+    def way_out(self, speed: float) -> str:
+        """What takes less than many hours of a CPU: words to append to a forecast, or nothing."""
+        seconds = self.progress.seconds_left(self.progress.first_step, speed)
+        if self.training.device.type != "cpu" or self.is_bound() or seconds / 3600 < MANY_HOURS:
+            return ""
+        is_small = self.run.settings["width"] <= SMALL["width"]
+        return f" on this CPU; {SHORTER if is_small else QUICKER}"
 
     def dry_run(self) -> None:
         """Print how long the training would take, by the second of two steps: the first is slow."""
-        step = self.training.step
         for _ in range(2):
             began = time.monotonic()
             losses, *_ = self.training.advance(self.done)
             losses.tolist()  # waits for a GPU
-            seconds = time.monotonic() - began
-        print(self.progress.forecast(step, self.progress.batch_size / seconds))
+            speed = self.progress.batch_size / (time.monotonic() - began)
+        print(self.progress.forecast(self.progress.first_step, speed) + self.way_out(speed))
 
     def conclude(self) -> None:
         """Print what came out. A training that was told to stop exits with its signal's status."""
@@ -507,3 +535,6 @@ class Session:
             blank_loss = diffusion.weight(every_step).mean().item()
             asked = inputs.asked(self.run.settings) or "--n_img=16"
             print(self.log.report(self.run.name, asked, blank_loss))
+            if self.run.best_loss < math.inf:
+                kept = f"are the run {self.run.best_name}"
+                print(f"the weights of the lowest held-out loss, {self.run.best_loss:.4f}, {kept}")

@@ -346,6 +346,24 @@ def test_the_weights_of_the_best_held_out_loss_are_kept_as_a_run(run, place, oft
     assert "holds EMA weights only" in refused(again)
 
 
+def test_the_best_weights_are_those_since_the_flag_is_given(run, place, often, monkeypatch):
+    """A run that memorizes has had lower losses before: of these nothing was kept."""
+    paint(place / "pictures", count=16)
+    losses = {5: 1.0, 10: 2.0, 15: 4.0, 20: 3.0, 33: 2.5, 40: 2.7}
+
+    def dictate(self) -> list:
+        return [losses.get(self.training.step, 5.0), *[1.0] * 10]
+
+    monkeypatch.setattr(held_out.HeldOut, "measure", dictate)
+    words = (*TRAIN, "--held_out=4", "--lr_decay=none")
+    assert "run_best" not in run(*words, "--epochs=4").out
+    assert not Path("models/run_best").exists()
+    for epochs, loss, step in ((7, 3.0, 20), (9, 3.0, 20), (11, 2.5, 33), (14, 2.5, 33)):
+        result = run(*words, f"--epochs={epochs}", "--keep_best")
+        assert result.out.endswith(f"held-out loss, {loss:.4f}, are the run run_best\n")
+        assert ddpm.load_run("run_best")["step"] == step
+
+
 @pytest.mark.parametrize("value", ["1.5", "6", "0.01", "-1", "some", "nan"])
 def test_a_wrong_number_is_refused_before_anything_is_written(run, place, value):
     paint(place / "pictures")

@@ -382,6 +382,20 @@ def test_a_run_without_what_training_needs_is_continued_by_another(run, place):
     assert "a new run with --init_from=run continues it" in run(*SAMPLE).out
 
 
+def test_a_run_that_began_with_what_another_learned_is_not_told_to_expect_noise(run, place):
+    """Neither before nor after its training, nor when it is sampled."""
+    paint(place / "pictures")
+    assert "expect blurs and noise" in run(*TRAIN, "--epochs=2").out
+    words = [word for word in TRAIN if not word.startswith("--run_name")]
+    tuned = ("--run_name=tuned", "--init_from=run")
+    for epochs in (2, 3):
+        assert "expect" not in run(*words, *tuned, f"--epochs={epochs}").out
+    assert "expect" not in run(*words, "--run_name=tuned", "--epochs=4").out
+    sampled = [word.replace("=run", "=tuned") for word in SAMPLE]
+    result = run(*sampled)
+    assert (result.status, "expect" in result.out) == (0, False)
+
+
 def test_too_few_images_are_warned_of_before_the_training(run, place, slow_steps, monkeypatch):
     """By the epochs, or once its speed is known by the budget; not where there are enough."""
     paint(place / "pictures")

@@ -1094,6 +1094,17 @@ def test_a_training_of_many_hours_is_told_before_it_begins(
     monkeypatch.setattr(session, "MANY_HOURS", hours)
     monkeypatch.setattr(session, "SLOWEST_CPU", 1e-9)
     result = train()
-    told = [line for line in result.out.splitlines() if "--preset=laptop takes" in line]
+    told = [line for line in result.out.splitlines() if "--max_minutes=60 takes" in line]
     assert [line.startswith("time ") for line in told] == ([True] if hours == 0 else [])
     assert differences(outcome(), uninterrupted) == []
+    assert "on this CPU" not in train(epochs=9).out  # it has begun
+
+
+def test_a_smaller_network_is_advised_where_it_is_one_and_the_time_is_open(train, monkeypatch):
+    monkeypatch.setattr(session, "MANY_HOURS", 0)
+    monkeypatch.setattr(session, "SLOWEST_CPU", 1e-9)
+    assert "on this CPU; --max_minutes=60 takes" in train(dry_run=True).out
+    monkeypatch.setitem(runs.SMALL, "width", 2)
+    assert "on this CPU; --preset=laptop takes one hour, with a" in train(dry_run=True).out
+    assert "on this CPU" not in train(dry_run=True, max_minutes=500).out
+    assert "on this CPU" not in train(epochs=1, max_minutes=500).out
