@@ -49,16 +49,16 @@ def linear_alpha_bar(steps: int) -> Tensor:
 def cosine_alpha_bar(steps: int, offset: float = 0.008) -> Tensor:
     """Nichol & Dhariwal 2021, eq. 17, with beta capped at 0.999 as they advise."""
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    signal = torch.cos((times + offset) / (1 + offset) * math.pi / 2) ** 2
-    beta = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+    alpha_bar = torch.cos((times + offset) / (1 + offset) * math.pi / 2) ** 2
+    beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - beta, dim=0)
 
 
 def sigmoid_alpha_bar(steps: int, start: float = -3.0, end: float = 3.0) -> Tensor:
     """Jabri et al. 2022 (temperature 1), ending just above 0, where log-SNR is finite."""
-    times = torch.linspace(start, end, steps + 1, dtype=torch.float64).sigmoid()
-    signal = (times[-1] - times) / (times[-1] - times[0])
-    return signal[1:].clamp(min=1e-8)
+    rising = torch.linspace(start, end, steps + 1, dtype=torch.float64).sigmoid()
+    alpha_bar = (rising[-1] - rising) / (rising[-1] - rising[0])
+    return alpha_bar[1:].clamp(min=1e-8)
 
 
 # alpha_bar of t = 1..T (T,), float64: falling, and strictly between 1 and 0
@@ -195,10 +195,11 @@ class Diffusion:
 
         They differ in few places only. DDPM adds fresh noise z, the others none (variance = 0,
         fresh_std = 0). DPM-Solver++(2M) extrapolates x_0 from this guess and the one before (Lu et
-        al. 2022, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang & Chen 2023); the
-        others take them as they are. UniPC is DPM-Solver++(2M), but with the guess from x_t known
-        it takes the step that led there again, by the mean of x_0 along it (UniC: Zhao et al.
-        2023); the network is not asked again, and what is yielded is x_t before that.
+        al. 2022, DPM-Solver++, Algorithm 2), iPNDM extrapolates eps from the last four (Zhang &
+        Chen 2023); the others take them as they are. UniPC extrapolates as DPM-Solver++(2M), but
+        first, with the guess from x_t known, it takes the step that led there again, by the mean
+        of x_0 along it (the corrector of Zhao et al. 2023); the network is not asked again, and
+        what is yielded is x_t before that.
 
         The variance is that of q(x_next | x_t, x_0), and fresh_std its root. Only where every step
         is visited, DDPM adds noise of variance beta_t instead, the choice behind the paper's FID of
@@ -215,7 +216,7 @@ class Diffusion:
         eta = SAMPLERS[sampler]
         has_no_gap = len(visited_steps) == visited_steps[0] + 1
         alpha_bars = self.alpha_bar.tolist()  # float64, and no tensor for a scalar
-        guesses, log_snrs, last_eps, last_start = [], [], [], None  # lists: the newest first
+        guesses, lambdas, last_eps, last_start = [], [], [], None  # lists: the newest first
         for t, t_next in itertools.pairwise(visited_steps):
             alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t_next]
             signal, signal_next = math.sqrt(alpha_bar), math.sqrt(alpha_bar_next)
@@ -225,22 +226,22 @@ class Diffusion:
             fresh_std = eta * math.sqrt(beta) if has_no_gap else math.sqrt(variance)
 
             x_0 = guess = predict_clean(x_t, t)
-            if t_next > 0:  # the last step is DDIM's: log-SNR is infinite at t = 0
-                log_snr_next = math.log(signal_next / noise_next)
-                log_snrs = [math.log(signal / noise), *log_snrs[:2]]
+            if t_next > 0:  # the last step is DDIM's: lambda is infinite at t = 0
+                lambda_next = math.log(signal_next / noise_next)
+                lambdas = [math.log(signal / noise), *lambdas[:2]]
                 guesses = [guess, *guesses[:2]]
-            if sampler == "unipc" and t_next > 0 and last_start:
-                x_last, signal_last, noise_last = last_start
-                mean = weighed(mean_weights(log_snrs), guesses)
-                x_t = signal * mean + noise * (x_last - signal_last * mean) / noise_last
-            if sampler in ("dpm++", "unipc") and t_next > 0 and len(guesses) > 1:
-                gap, last_gap = log_snr_next - log_snrs[0], log_snrs[0] - log_snrs[1]
-                x_0 = guess + (guess - guesses[1]) * (gap / (2 * last_gap))
-            if sampler == "ipndm" and t_next > 0:
-                last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
-                eps = weighed(ADAMS_BASHFORTH[len(last_eps)], last_eps)
-                # as a change of x_0: x_t - noise * eps, near T, would be lost in rounding
-                x_0 = guess - (eps - last_eps[0]) * (noise / signal)
+                if sampler == "unipc" and last_start:  # correct where the last step led
+                    x_last, signal_last, noise_last = last_start
+                    mean = weighed(mean_weights(lambdas), guesses)
+                    x_t = signal * mean + noise * (x_last - signal_last * mean) / noise_last
+                if sampler in ("dpm++", "unipc") and len(guesses) > 1:
+                    gap, last_gap = lambda_next - lambdas[0], lambdas[0] - lambdas[1]
+                    x_0 = guess + (guess - guesses[1]) * (gap / (2 * last_gap))
+                if sampler == "ipndm":
+                    last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
+                    eps = weighed(ADAMS_BASHFORTH[len(last_eps)], last_eps)
+                    # as a change of x_0: x_t - noise * eps, near T, would be lost in rounding
+                    x_0 = guess - (eps - last_eps[0]) * (noise / signal)
             last_start = x_t, signal, noise
             eps = (x_t - signal * x_0) / noise
             x_t = signal_next * x_0 + math.sqrt(max(0.0, noise_next**2 - variance)) * eps
@@ -393,9 +394,9 @@ class Training:
                 devices.seed(self.device, seed_of(seed, self.step, 1 + part.start))
             x_0 = self.loader.load(indices[part], chances[part])  # (b, C, H, W)
             inputs = load_inputs(self.loader, indices[part], chances[part], x_0, is_shown[part])
-            noised = (x_0, t[part], eps[part], None if no_class is None else labels[part])
+            drawn = (x_0, t[part], eps[part], None if no_class is None else labels[part])
             with devices.autocast(self.device, self.precision):
-                part_losses = self.diffusion.loss(self.network, *noised, inputs)  # (b,)
+                part_losses = self.diffusion.loss(self.network, *drawn, inputs)  # (b,)
             self.scaler.scale(part_losses.sum() / batch_size).backward()
             losses[part] = part_losses.detach()
 
@@ -480,9 +481,9 @@ def guided(
 
         output = worse + guidance * (better - worse)
 
-    Classifier-free guidance (Ho & Salimans 2022): the worse output is that for no class, no input.
-    Autoguidance (Karras et al. 2024): it is that of `guide`, a weaker network.
-    Whatever the objective, the guess of x_0 changes in the same way: it is linear in the output.
+    Classifier-free guidance (Ho & Salimans 2022; their w is one less): worse is that of no class
+    and no input. Autoguidance (Karras et al. 2024): it is that of `guide`, a weaker network.
+    Whatever the objective, the guess of x_0 is led in the same way: it is affine in the output.
     """
     given = (labels,) if inputs is None else (labels, inputs)
     if guidance == 1 or (labels is None and inputs is None and guide is None):

@@ -144,7 +144,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020 (appendix B): a noisy image and its step in, an image out.
+    """After Ho et al. 2020, appendix B; details as in diffusers. A noisy image in, an image out.
 
     What the output means (the noise, v or the clean image) is up to `Diffusion`.
 
@@ -259,7 +259,7 @@ class UNet(nn.Module):
         """A residual block and its attention: h (B, C_in, H, W) -> (B, C_out, H, W)."""
         if self.recompute and torch.is_grad_enabled():
             both = lambda *inputs: attention(resnet(*inputs))  # noqa: E731
-            drops = resnet.dropout.p > 0  # what is dropped hangs on the generator's state
+            drops = resnet.dropout.p > 0  # what is dropped depends on the generator's state
             return checkpoint(both, h, embedding, use_reentrant=False, preserve_rng_state=drops)
         return attention(resnet(h, embedding))
 

@@ -82,7 +82,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
 def crop(images: Tensor, shape: tuple[int, int, int], chances: Tensor) -> Tensor:
     """Parts of `shape` (C, H, W) of larger images (B, C, h, w): (B, C, H, W).
 
-    Where they begin, `chances` (B, 2) in [0, 1) say: every place is as likely.
+    Where they begin, `chances` (B, 2) in [0, 1) say: all places are equally likely.
     """
     windows = images.unfold(2, shape[1], 1).unfold(3, shape[2], 1)  # (B, C, tops, lefts, H, W)
     top = (chances[:, 0] * windows.shape[2]).long()  # (B,)
@@ -131,8 +131,8 @@ class Loader:
         return devices.send(indices, self.images.device), self.draw_chances(self.batch_size)
 
     def draw_chances(self, count: int) -> Tensor:
-        """Numbers in [0, 1) for so many images: (count, 1 to 4)."""
-        # one also where nothing is flipped: what is drawn later stays as it always was
+        """Numbers in [0, 1) for so many images: (count, n); what they decide, see `load`."""
+        # the first is for the flip, also where nothing is flipped
         draws = max(1, len(FLIPS[self.flip])) + 2 * self.is_cropped + draws_of(self.inputs)
         return torch.rand(draws, count, device=self.device).T
 

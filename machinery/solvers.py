@@ -15,25 +15,29 @@ ADAMS_BASHFORTH = {
 }
 
 
-def mean_weights(log_snrs: Sequence[float]) -> list[float]:
+def mean_weights(lambdas: Sequence[float]) -> list[float]:
     """The weights that make, of guesses of x_0, the mean of x_0 over a step.
 
-    From one noising step to the next the probability flow goes as if x_0 were a single image: the
-    mean of what it is on the way, weighed by signal / noise (Lu et al. 2022, Proposition 4.1). On
-    the way, x_0 is taken to follow the polynomial through the guesses: a line through two, a
-    parabola through three. This is the corrector of UniPC (Zhao et al. 2023, of order 2), but for
-    the first step, where they take the middle of two guesses.
+    With lambda = log(signal / noise), half the log-SNR, the probability flow leads to
+
+        x_end = noise_end / noise_start * x_start + noise_end * integral of e^lambda x_0 d lambda
+
+    (Lu et al. 2022, DPM-Solver++, Proposition 4.1), so a step goes as if x_0 were a single image:
+    its mean over lambda, weighed by e^lambda. x_0 is taken to follow, in lambda, the polynomial
+    through the guesses: a line through two, a parabola through three. This is the corrector of
+    UniPC (Zhao et al. 2023, of order 2, with their B_2), but for the first step, where they take
+    the middle of two guesses.
 
     Args:
-        log_snrs: log(signal / noise) of each guess: at the end of the step, at its start, before.
+        lambdas: that of each guess: at the end of the step, at its start, before.
     """
-    end, start = log_snrs[:2]
+    end, start = lambdas[:2]
     gap = end - start
     # the means of u^k, u from 0 to 1, weighed by e^(gap u); each by parts from the one before
     moments = [1.0]
-    for power in range(1, len(log_snrs)):
+    for power in range(1, len(lambdas)):
         moments.append(1 / -math.expm1(-gap) - power / gap * moments[-1])
-    powers = np.vander((np.asarray(log_snrs) - start) / gap, increasing=True)
+    powers = np.vander((np.asarray(lambdas) - start) / gap, increasing=True)
     return np.linalg.solve(powers.T, moments).tolist()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from machinery.basics import UserError, printable
 
-LEAP = 0.04  # the last step, of the spacings by the noise: from here at least, as a fraction of T
+LEAP = 0.04  # the last step, of spacings by the noise: from here, as a fraction of T, if it can be
 
 # ---- spacings ------------------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ LEAP = 0.04  # the last step, of the spacings by the noise: from here at least, 
 class Scale(NamedTuple):
     """What lies in even distances between two steps."""
 
-    of: Callable[[np.ndarray], np.ndarray]  # noise / signal, rising
+    of: Callable[[np.ndarray], np.ndarray]  # sigma = noise / signal, rising
     most_noise: float  # what counts as noise / signal of T, where it may be without bound
     least: float = 0.0  # how long the last step is at least, in t; 1 is start / steps
 
@@ -28,17 +28,17 @@ class Scale(NamedTuple):
 SPACINGS = {
     "even": None,  # in t itself
     "log-snr": Scale(np.log, 20.0),
-    "rho-7": Scale(lambda noise: noise ** (1 / 7), 20.0),  # Karras et al. 2022, eq. 5
-    "log-noise": Scale(lambda noise: np.log(noise + 1 / 8), 40.0, least=0.5),
+    "rho-7": Scale(lambda sigma: sigma ** (1 / 7), 20.0),  # Karras et al. 2022, eq. 5
+    "log-noise": Scale(lambda sigma: np.log(sigma + 1 / 8), 40.0, least=0.5),
 }
 
 
 def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> list[int]:
     """The values of t that are visited, falling, from `start` to 0.
 
-    With less than T as the start, spacings by the noise still take all `steps`; of even ones, and
-    of values that are named, those below the start are left; of named ones without a first that is
-    all but the start: two guesses of x_0 so near to each other do not tell where it moves.
+    With less than T as the start, spacings by the noise still take all `steps` below it; even and
+    named values are those below it. A first named value that is all but the start is left out: two
+    guesses of x_0 so near to each other do not tell where it moves.
 
     Args:
         spacing: one of SPACINGS, or the values themselves, with commas.
@@ -59,12 +59,12 @@ def spaced(spacing: str, steps: int, alpha_bar: Sequence[float], start: int) -> 
         return [0]
     steps = min(steps, start)
     alpha_bar = np.asarray(alpha_bar)[1 : start + 1]
-    noise = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..start, rising
+    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)  # of t = 1..start, rising
     scale = SPACINGS[spacing]
-    measured = scale.of(noise)
+    measured = scale.of(sigma)
     last = max(LEAP * noise_steps, scale.least * start / steps)
     last = min(start, max(1, round(last)))
-    ends = scale.of(np.minimum(noise[[-1, last - 1]], scale.most_noise))
+    ends = scale.of(np.minimum(sigma[[-1, last - 1]], scale.most_noise))
     wanted = np.linspace(*ends, steps)
     nearest = np.abs(measured[:, None] - wanted).argmin(axis=0) + 1
     nearest[0] = start

@@ -28,7 +28,7 @@ def window(tile: tuple[int, int]) -> Tensor:
 class Tiled:
     """Answers as a network does, for images of any size; smaller ones than `tile` are one.
 
-    An output is linear in what it says of the image, so that blended outputs are those of a blended
+    An output is affine in what it says of the image, so that blended outputs are those of a blended
     guess: at every step the tiles agree on what lies in two of them.
 
     Args:

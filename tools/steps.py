@@ -93,7 +93,7 @@ def misses(walks: Walks, alpha_bar: Tensor) -> np.ndarray:
     count = len(walks.places)
     signal = alpha_bar[walks.places].sqrt().numpy()
     noise = (1 - alpha_bar[walks.places]).sqrt().numpy()
-    log_snr = np.log(signal / noise)
+    lambda_ = np.log(signal / noise)
     both = torch.cat([walks.x_t, walks.x_0]).flatten(1).double()  # (2 P, N D)
     products = (both @ both.T / both.shape[1]).numpy()
     found = np.full((count, count, count), np.inf)
@@ -103,7 +103,7 @@ def misses(walks: Walks, alpha_bar: Tensor) -> np.ndarray:
         there = np.arange(here + 1, count)
         ratio = np.zeros(len(there))
         if before < here:
-            gaps = log_snr[there] - log_snr[here], log_snr[here] - log_snr[before]
+            gaps = lambda_[there] - lambda_[here], lambda_[here] - lambda_[before]
             ratio = gaps[0] / (2 * gaps[1])
         kept_noise = noise[there] / noise[here]
         share = signal[there] - signal[here] * kept_noise  # of x_0
