@@ -32,7 +32,7 @@ from machinery.listing import CACHE, check_classes
 from machinery.optimizers import OPTIMIZERS
 from machinery.sampling import GUIDANCE, Request, guidance_of, labels_in_turn, preview_seeds
 from machinery.session import Session
-from machinery.solvers import ADAMS_BASHFORTH, mean_weights, weighed
+from machinery.solvers import ADAMS_BASHFORTH, mean_weights, weighted_sum
 from machinery.sources import FRAMES
 from machinery.steps import Way, choose, spaced
 from modules import UNet, update_ema
@@ -91,7 +91,7 @@ class Diffusion:
         noise_steps: T.
         schedule: one of NOISE_SCHEDULES.
         objective: what the network predicts, one of OBJECTIVES.
-        min_snr: gamma of min-SNR weighting (Hang et al. 2023); 0 weighs all steps alike, as in
+        min_snr: gamma of min-SNR weighting (Hang et al. 2023); 0 weights all steps alike, as in
             the paper.
         device: where the tables for training are kept.
     """
@@ -232,14 +232,14 @@ class Diffusion:
                 guesses = [guess, *guesses[:2]]
                 if sampler == "unipc" and last_start:  # correct where the last step led
                     x_last, signal_last, noise_last = last_start
-                    mean = weighed(mean_weights(lambdas), guesses)
+                    mean = weighted_sum(mean_weights(lambdas), guesses)
                     x_t = signal * mean + noise * (x_last - signal_last * mean) / noise_last
                 if sampler in ("dpm++", "unipc") and len(guesses) > 1:
                     gap, last_gap = lambda_next - lambdas[0], lambdas[0] - lambdas[1]
                     x_0 = guess + (guess - guesses[1]) * (gap / (2 * last_gap))
                 if sampler == "ipndm":
                     last_eps = [(x_t - signal * guess) / noise, *last_eps[:3]]
-                    eps = weighed(ADAMS_BASHFORTH[len(last_eps)], last_eps)
+                    eps = weighted_sum(ADAMS_BASHFORTH[len(last_eps)], last_eps)
                     # as a change of x_0: x_t - noise * eps, near T, would be lost in rounding
                     x_0 = guess - (eps - last_eps[0]) * (noise / signal)
             last_start = x_t, signal, noise
@@ -690,8 +690,8 @@ def train(
         depth: bits of a pixel's value; with 16, arrays and gray images of more than 8 keep them.
         resize: how images are brought to img_size; nearest is for pixel art.
         crop: which part of an image is learned.
-        crop_margin: with --crop=random, how many times as large as img_size images are decoded, of
-            which a part is learned; 4 has 64 pixels of images of 256, for upscaling.
+        crop_margin: with --crop=random, images are decoded so many times larger than img_size, and
+            a part of that size is learned; 4 learns 64 of 256 pixels, for upscaling.
         flip: also learn from mirror images; turn it off where left and right matter, as in text.
         held_out: share or number of images never learned from, whose loss shows memorization;
             auto is 0.02, or 0 where that is fewer than 16 images.
@@ -713,11 +713,11 @@ def train(
         noise_steps: steps from an image to pure noise, T in the paper.
         schedule: how the noise grows over the steps; linear is DDPM's.
         objective: what the network predicts; eps is DDPM's.
-        min_snr: gamma of min-SNR weighting (5 in its paper); 0 weighs all steps alike, as DDPM.
+        min_snr: gamma of min-SNR weighting (5 in its paper); 0 weights all steps alike, as DDPM.
         batch_size: images per training step, on all GPUs together.
         micro_batch: gradient accumulation: images that go through the network at the same time;
             auto is as many as fit into memory. The result is the same (with dropout: as good).
-        optimizer: auto is muon, which learns more from as many images, or what the run began with.
+        optimizer: auto is muon, which learns more from the same images, or what the run began with.
         lr: learning rate after the warm-up.
         warmup: steps in which the learning rate rises from 0; at most a tenth of the training.
         lr_decay: how the learning rate falls over the whole run.

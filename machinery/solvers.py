@@ -1,4 +1,4 @@
-"""How samplers weigh the network's earlier answers: the numbers of multistep solvers."""
+"""How samplers weight the network's earlier answers: the numbers of multistep solvers."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def mean_weights(lambdas: Sequence[float]) -> list[float]:
         x_end = noise_end / noise_start * x_start + noise_end * integral of e^lambda x_0 d lambda
 
     (Lu et al. 2022, DPM-Solver++, Proposition 4.1), so a step goes as if x_0 were a single image:
-    its mean over lambda, weighed by e^lambda. x_0 is taken to follow, in lambda, the polynomial
+    its mean over lambda, weighted by e^lambda. x_0 is taken to follow, in lambda, the polynomial
     through the guesses: a line through two, a parabola through three. This is the corrector of
     UniPC (Zhao et al. 2023, of order 2, with their B_2), but for the first step, where they take
     the middle of two guesses.
@@ -33,7 +33,7 @@ def mean_weights(lambdas: Sequence[float]) -> list[float]:
     """
     end, start = lambdas[:2]
     gap = end - start
-    # the means of u^k, u from 0 to 1, weighed by e^(gap u); each by parts from the one before
+    # the means of u^k, u from 0 to 1, weighted by e^(gap u); each by parts from the one before
     moments = [1.0]
     for power in range(1, len(lambdas)):
         moments.append(1 / -math.expm1(-gap) - power / gap * moments[-1])
@@ -41,6 +41,6 @@ def mean_weights(lambdas: Sequence[float]) -> list[float]:
     return np.linalg.solve(powers.T, moments).tolist()
 
 
-def weighed(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """The sum of values times weights, as many as these."""
+def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of values times weights, of which there are as many."""
     return sum(weight * value for weight, value in zip(weights, values, strict=True))

@@ -78,7 +78,7 @@ def test_without_min_snr_all_steps_weigh_one(objective):
     assert (Diffusion(1000, objective=objective).weight(torch.arange(1, 1001)) == 1).all()
 
 
-def test_min_snr_weighs_an_error_in_the_image_by_snr_up_to_its_ceiling():
+def test_min_snr_weights_an_error_in_the_image_by_snr_up_to_its_ceiling():
     diffusion = Diffusion(1000, "cosine", "x0", min_snr=5)
     snr = diffusion.alpha_bar[1:] / (1 - diffusion.alpha_bar[1:])
     weight = diffusion.weight(torch.arange(1, 1001)).double()
@@ -308,7 +308,7 @@ def test_ipndm_is_that_of_diffusers(spacing):
 
 @pytest.mark.parametrize("places", [[-0.999, -1.0], [2.0, -1.0], [2.0, -1.0, -1.8], [30, -1, -9]])
 def test_mean_weights_are_exact_for_polynomials(places):
-    """The mean over the step, weighed by signal / noise: by 200 Gauss-Legendre nodes."""
+    """The mean over the step, weighted by signal / noise: by 200 Gauss-Legendre nodes."""
     end, start = places[:2]
     nodes, sizes = np.polynomial.legendre.leggauss(200)
     nodes = (nodes + 1) / 2 * (end - start) + start

@@ -427,7 +427,7 @@ def test_average_of_still_weights_closes_in_by_the_product_of_the_decays():
     )
 
 
-def test_average_weighs_the_past_by_powers_of_the_decay():
+def test_average_weights_the_past_by_powers_of_the_decay():
     """Long after the warm-up: weights of (1 - decay) decay^age, and decay^n for the start."""
     torch.manual_seed(0)
     average, network = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)

@@ -74,7 +74,7 @@ def walk_finely(checkpoint: dict, last: int, device: torch.device) -> tuple[Walk
 
 
 def misses(walks: Walks, alpha_bar: Tensor) -> np.ndarray:
-    """How far a step from one place to another misses: a weighed mean square (P, P, P).
+    """How far a step from one place to another misses: a weighted mean square (P, P, P).
 
     [before, here, there] is for a step of DPM-Solver++(2M) from `here` to `there`, which knows the
     guess at `before`, too; [0, 0, there] is the first one, which knows none. Infinite where these
