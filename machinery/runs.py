@@ -79,7 +79,7 @@ SMALL = {"width": 32, "attention_size": 8, "batch_size": 16}
 PRESETS = {
     "none": {},
     "laptop": SMALL
-    | {"img_size": (64,), "multipliers": (1, 2, 4, 6), "lr": 6e-4, "max_minutes": 60},
+    | {"img_size": (64,), "multipliers": (1, 2, 4, 6), "lr": 1e-3, "max_minutes": 60},
     "tiny": SMALL | {"img_size": (32,), "multipliers": (1, 2, 4), "lr": 2e-3, "max_minutes": 8},
 }
 # The flags that may have other values when a run is resumed.
