@@ -91,8 +91,8 @@ class Diffusion:
         noise_steps: T.
         schedule: one of NOISE_SCHEDULES.
         objective: what the network predicts, one of OBJECTIVES.
-        min_snr: gamma of min-SNR weighting (Hang et al. 2023); 0 weights all steps alike, as in
-            the paper.
+        min_snr: gamma of min-SNR weighting (Hang et al. 2023); 0 gives all steps one weight, as
+            in the paper.
         device: where the tables for training are kept.
     """
 
@@ -713,7 +713,7 @@ def train(
         noise_steps: steps from an image to pure noise, T in the paper.
         schedule: how the noise grows over the steps; linear is DDPM's.
         objective: what the network predicts; eps is DDPM's.
-        min_snr: gamma of min-SNR weighting (5 in its paper); 0 weights all steps alike, as DDPM.
+        min_snr: gamma of min-SNR weighting (5 in its paper); 0 gives all steps one weight, as DDPM.
         batch_size: images per training step, on all GPUs together.
         micro_batch: gradient accumulation: images that go through the network at the same time;
             auto is as many as fit into memory. The result is the same (with dropout: as good).

@@ -52,12 +52,14 @@ def cells_of(row: list) -> dict:
     return dict(zip(ALL_COLUMNS, row, strict=False))
 
 
-def is_log(rows: list[list], last_step: int) -> bool:
+def is_log(rows, last_step: int) -> bool:
     """Whether a stranger's rows are such as `Log` keeps: finite numbers, one step after another.
 
     All have the same columns. Only a quarter that met no image, and what was not measured of the
     held-out images, has None.
     """
+    if type(rows) is not list:
+        return False
     lengths = (len(COLUMNS), len(ALL_COLUMNS))
     before = 0
     for row in rows:

@@ -332,7 +332,8 @@ class Run:
         check_name("run_name", self.best_name)
         if checkpoints.exists(self.best_name):
             kept = checkpoints.load(self.best_name, peek=True)
-            if kept["settings"].get("best_of") != self.name:
+            is_ours = kept["settings"].get("best_of") == self.name
+            if not is_ours or not is_log(kept["log"], kept["step"]):
                 ways_out = "move it away, or choose another --run_name"
                 raise UserError(f"--keep_best: models/{self.best_name} holds a run; {ways_out}")
             losses = [cells_of(row).get("held_out") for row in kept["log"]]
@@ -522,7 +523,7 @@ def what_is_wrong(stored: dict, kinds: dict, limits: dict) -> str:
     allowed = settings["noise_steps"], limits["sampler"]
     if "paths" in stored and not are_paths(stored["paths"], *allowed):
         return "paths"
-    if type(stored["log"]) is not list or not is_log(stored["log"], stored["step"]):
+    if not is_log(stored["log"], stored["step"]):
         return "the log"
     check_limits(settings, limits)
     check_network(settings)

@@ -216,10 +216,8 @@ def load_guide(
     check_name("guide", name)
     guide = processes.from_first(load(name) if processes.is_first() else None)
     check_guide(name, guide["settings"], checkpoint["settings"], size)
-    weights = checkpoint["average"]
-    if guide["average"].keys() == weights.keys() and all(
-        torch.equal(weight, weights[name]) for name, weight in guide["average"].items()
-    ):
+    weights, own = (checkpoints.fingerprint_of(each["average"]) for each in (guide, checkpoint))
+    if weights == own:
         rule = "a run does not lead away from itself; try a weaker one"
         raise UserError(f"--guide={name} has the weights of the run that it is to guide: {rule}")
     return guide

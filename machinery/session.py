@@ -477,10 +477,10 @@ class Session:
     def warn_if_slow(self) -> None:
         """On a CPU, tell before it begins that a training takes many hours, by two trial steps.
 
-        There are none where it is short on any CPU, or its time has been chosen.
+        There are none where it is short on any CPU, or nothing is to be advised.
         """
         progress, training = self.progress, self.training
-        if training.device.type != "cpu" or processes.count() > 1 or self.is_bound():
+        if not self.is_advised():
             return
         images = progress.last_step * progress.batch_size
         # forward and backward: three times the operations of an answer
@@ -494,14 +494,15 @@ class Session:
         if way_out := self.way_out(speed):
             print(f"{progress.forecast(training.step, speed)}{way_out}", flush=True)
 
-    def is_bound(self) -> bool:
-        """Whether how long it takes is decided: by a budget, or since it has begun."""
-        return self.progress.max_minutes > 0 or self.progress.first_step > 0
+    def is_advised(self) -> bool:
+        """Whether many hours would be told of: of one CPU, not of a budget or once it has begun."""
+        is_chosen = self.progress.max_minutes > 0 or self.progress.first_step > 0
+        return self.training.device.type == "cpu" and processes.count() == 1 and not is_chosen
 
     def way_out(self, speed: float) -> str:
         """What takes less than many hours of a CPU: words to append to a forecast, or nothing."""
         seconds = self.progress.seconds_left(self.progress.first_step, speed)
-        if self.training.device.type != "cpu" or self.is_bound() or seconds / 3600 < MANY_HOURS:
+        if not self.is_advised() or seconds / 3600 < MANY_HOURS:
             return ""
         is_small = self.run.settings["width"] <= SMALL["width"]
         return f" on this CPU; {SHORTER if is_small else QUICKER}"

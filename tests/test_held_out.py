@@ -379,6 +379,12 @@ def test_keeping_the_best_needs_held_out_images_and_a_free_name(run, place):
     shutil.copytree("models/run", "models/other_best")
     words = [word.replace("=run", "=other") for word in TRAIN]
     assert "models/other_best holds a run" in refused(run(*words, "--keep_best", "--held_out=2"))
+    settings = {"best_of": "other"}
+    for log in (None, [[1.0]]):
+        stored = checkpoints.load("run")
+        stored |= {"settings": stored["settings"] | settings, "log": log}
+        checkpoints.write(checkpoints.paths_of("other_best")[0], **stored)
+        assert "other_best holds a run" in refused(run(*words, "--keep_best", "--held_out=2"))
 
 
 # ---- in an evaluation ----------------------------------------------------------------------------

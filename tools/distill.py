@@ -136,7 +136,7 @@ class Distillation:
         """
         here, there = torch.tensor([[t], [t_next]], device=self.device)
         x_0 = self.guess(Guided(self.student), x_t, t, labels)
-        x_0 = x_0.detach().clamp(-1, 1) + (x_0 - x_0.detach())  # as if nothing had been clipped
+        x_0 = x_0.detach().clamp(-1, 1) + (x_0 - x_0.detach())  # the gradient as if unclipped
         signal, noise = self.diffusion.at(here)
         return self.diffusion.add_noise(x_0, there, (x_t - signal * x_0) / noise)
 
